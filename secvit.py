@@ -1,0 +1,330 @@
+"""SecViT: Semantic Equitable Clustering: A Simple, Fast and Effective Strategy for Vision Transformer
+Qihang Fan, Huaibo Huang, Mingrui Chen, Ran He; arXiv 2405.13337
+
+Mechanism: sort the tokens by the similarity of their keys to the mean key, cut the sorted sequence into
+equally long clusters, and attend inside each cluster. One sort, no iterations, no ragged groups.
+
+Letters: B batch, C channels, H x W the token grid, N = H * W tokens, h heads, d = C / h head width, K clusters, M = N / K.
+Reading order: cluster_order -> packed_cluster_attention -> SECA -> Block -> SecViT; drawing and `main` come last.
+Memory order: every map inside a stage is channels-last, (B, H, W, C), so that linear layers, norms and convolutions share it.
+
+What differs from the paper's text, and why:
+- N need not divide by K: cluster sizes differ by at most one, longer clusters first. The released code asserts divisibility.
+- The head projects to 1024 channels (1x1 convolution, BN, SiLU) before averaging: the printed sizes need it, the text is silent.
+- SecViT-B and -L use layer scale 1e-6 in stages 3 and 4, weights start at N(0, 0.02): released code, the text is silent.
+- `released=True` is the model that the authors trained: rotary embedding of q and k, a residual 3x3 depth-wise convolution in
+  the FFN, no GELU after the stem's last BN, ascending sort. Their training logs carry its parameter count exactly, so **the
+  paper's accuracies belong to `released=True`**; the default is the paper's text (14.87 M against 14.98 M for SecViT-T).
+"""
+import argparse
+import colorsys
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+
+VARIANTS = {  # Table 8
+    "secvit_t": dict(depths=(2, 2, 9, 2), dims=(64, 128, 256, 512), heads=(2, 4, 8, 16)),
+    "secvit_s": dict(depths=(3, 4, 18, 4), dims=(64, 128, 256, 512), heads=(2, 4, 8, 16)),
+    "secvit_b": dict(depths=(4, 8, 26, 8), dims=(80, 160, 320, 512), heads=(5, 5, 10, 16), layer_scale=(None, None, 1e-6, 1e-6)),
+    "secvit_l": dict(depths=(4, 8, 26, 8), dims=(112, 224, 448, 640), heads=(7, 7, 14, 20), layer_scale=(None, None, 1e-6, 1e-6)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- core
+class PermuteRows(torch.autograd.Function):
+    """`rows[index]` where `index` is a permutation of the rows and `inverse` its inverse.
+
+    The gradient of a permutation is the gather by its inverse; autograd would derive a scatter-add, which is slower
+    and on a GPU not deterministic.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, index, inverse):  # (R, D), (R,), (R,)
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inverse, = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
+
+
+def cluster_order(k, descending=True):
+    """Sort tokens by cosine similarity to the mean key (paper, Eq. 2 and 3).
+
+    Args: k (B, h, N, d), keys; descending, the paper's text (True) or the released code (False).
+    Returns: (B, h, N), the token at each sorted place, without gradient; ties keep input order.
+    Half precision is compared in float32, since rounding decides clusters.
+    """
+    k = k.detach().to(torch.promote_types(k.dtype, torch.float32))
+    similarity = F.cosine_similarity(k, k.mean(2, keepdim=True), dim=-1)                # (B, h, N)
+    return similarity.sort(dim=-1, descending=descending, stable=True).indices
+
+
+def cut_runs(tokens, clusters):
+    """Runs that `tokens` sorted tokens are cut into: [(how many, how long), ...], one or two groups, longer runs first."""
+    length, longer = divmod(tokens, clusters)
+    return [(count, size) for count, size in ((longer, length + 1), (clusters - longer, length)) if count]
+
+
+def equitable_cluster_attention(q, k, v, clusters, descending=True):
+    """Attention inside equally large clusters of tokens (paper, Eq. 2 to 5).
+
+    Args:
+        q, k, v (B, h, N, d): any float type; fastest as views of (B, N, h, d), the way linear layers leave them.
+        clusters: number of clusters a head; above N it means N, 1 is plain attention.
+        descending: sort by falling similarity, the paper's text; False is the released code's order.
+    Returns: (B, h, N, d), each token's output at the token's own place, scale 1 / sqrt(d).
+    Raises: ValueError for fewer than one cluster.
+    """
+    if clusters < 1:
+        raise ValueError(f"clusters = {clusters}, expected at least 1")
+    B, h, N, d = q.shape
+    clusters = min(clusters, N)
+    if clusters == 1:
+        return F.scaled_dot_product_attention(q, k, v)
+    order = cluster_order(k, descending)                                                # (B, h, N)
+    place = torch.empty_like(order).scatter_(-1, order, torch.arange(N, device=q.device).expand_as(order))
+    batch = torch.arange(B, device=q.device)[:, None, None]
+    head = torch.arange(h, device=q.device)[:, None]
+    gather = ((batch * N + order) * h + head).flatten()                                 # rows (B, N, h) -> (B, h, N sorted)
+    scatter = ((batch * h + head) * N + place).mT.flatten()                             # and back
+    q, k, v = (PermuteRows.apply(t.transpose(1, 2).reshape(B * N * h, d), gather, scatter).view(B * h, N, d) for t in (q, k, v))
+    runs, start = [], 0
+    for count, length in cut_runs(N, clusters):
+        part = slice(start, start + count * length)
+        qi, ki, vi = (t[:, part].unflatten(1, (count, length)) for t in (q, k, v))      # (B*h, K, M, d)
+        runs.append(F.scaled_dot_product_attention(qi, ki, vi).flatten(1, 2))           # (B*h, K*M, d), Eq. 5
+        start += count * length
+    y = torch.cat(runs, 1) if len(runs) > 1 else runs[0]
+    return PermuteRows.apply(y.reshape(B * h * N, d), scatter, gather).view(B, N, h, d).transpose(1, 2)
+
+
+def rotary_table(H, W, d, device):
+    """cos and sin (N, d) of the released model's 2-D rotary embedding: first half of d by row, second half by column."""
+    rate = 1 / 10000 ** torch.linspace(0, 1, d // 4, device=device)
+    rate = rate.repeat_interleave(2)                                                    # (d/2,), one rate a pair
+    row = torch.arange(H, device=device)[:, None, None] * rate                          # (H, 1, d/2)
+    column = torch.arange(W, device=device)[None, :, None] * rate                       # (1, W, d/2)
+    angle = torch.cat([row.expand(H, W, -1), column.expand(H, W, -1)], -1).flatten(0, 1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (even, odd) of x (B, h, N, d) by the angles of cos, sin (N, d); float32 inside, x's type outside."""
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+# -------------------------------------------------------------------------------------------------------------- layers
+class DepthwiseConv(nn.Conv2d):
+    """Depth-wise k x k convolution with zero padding on channels-last maps (B, H, W, C)."""
+
+    def __init__(self, dim, kernel_size):
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop a residual branch per sample with probability `rate`, scale the survivors by 1 / (1 - rate)."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)                             # 0 or 1 / (1 - rate)
+        return x * keep.view(-1, 1, 1, 1)
+
+
+class LayerScale(nn.Module):
+    """Learned factor per channel."""
+
+    def __init__(self, dim, value):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class SECA(nn.Module):
+    """Semantic equitable clustering attention (paper, sec. 3.2): (B, H, W, C) -> the same.
+
+    `lce` adds a 5x5 depth-wise convolution of V (Eq. 6). `rope` is the released code's rotary embedding with its ascending sort.
+    """
+
+    def __init__(self, dim, heads, clusters, lce=True, rope=False):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim = {dim} does not split into {heads} heads")
+        self.heads, self.clusters, self.rope = heads, clusters, rope
+        self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))    # three outputs in one piece each: no copies later
+        self.lce = DepthwiseConv(dim, 5) if lce else None
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        H, W = x.shape[1:3]
+        value = self.v(x)
+        q, k, v = (t.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), self.k(x), value))
+        if self.rope:
+            cos, sin = rotary_table(H, W, q.shape[-1], x.device)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = equitable_cluster_attention(q, k, v, self.clusters, descending=not self.rope)       # (B, h, N, d)
+        y = y.transpose(1, 2).reshape(x.shape)
+        return self.proj(y if self.lce is None else y + self.lce(value))
+
+
+class FFN(nn.Module):
+    """Linear, GELU, linear; `conv` adds a residual 3x3 depth-wise convolution after the GELU (released code)."""
+
+    def __init__(self, dim, ratio, conv):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, ratio * dim)
+        self.conv = DepthwiseConv(ratio * dim, 3) if conv else None
+        self.fc2 = nn.Linear(ratio * dim, dim)
+
+    def forward(self, x):
+        x = F.gelu(self.fc1(x))
+        if self.conv is not None:
+            x = x + self.conv(x)
+        return self.fc2(x)
+
+
+class Block(nn.Module):
+    """Eq. 1: convolutional position encoding, SECA, FFN, each with a shortcut; (B, H, W, C) -> the same."""
+
+    def __init__(self, dim, heads, clusters, drop_path, layer_scale, released):
+        super().__init__()
+        self.cpe = DepthwiseConv(dim, 3)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = SECA(dim, heads, clusters, rope=released)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.ffn = FFN(dim, ratio=3, conv=released)
+        self.scale1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
+        self.scale2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.cpe(x)
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.scale2(self.ffn(self.norm2(x))))
+
+
+def conv_norm(in_dim, out_dim, stride):
+    """3x3 convolution and batch norm on channels-first maps."""
+    return [nn.Conv2d(in_dim, out_dim, 3, stride, padding=1), nn.BatchNorm2d(out_dim)]
+
+
+def init_weights(module):
+    """One rule for every parameter: weights N(0, 0.02) truncated, biases 0, norms and layer scales as constructed."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif list(module.parameters(recurse=False)) and not isinstance(module, (nn.LayerNorm, nn.BatchNorm2d, LayerScale)):
+        raise TypeError(f"no initialization rule for {type(module).__name__}")
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+class SecViT(nn.Module):
+    """Four stages of SECA blocks at strides 4, 8, 16 and 32 (paper, Fig. 3 and Table 8).
+
+    Args:
+        num_classes: width of the classifier.
+        drop_path_rate: stochastic depth of the last block; the first block's rate is 0, linear between.
+        depths, dims, heads, clusters, layer_scale: one entry a stage.
+        released: the model of the authors' checkpoints, see the file's header.
+    `channels` holds the four map widths.
+    """
+
+    def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, clusters=(32, 8, 2, 1),
+                 layer_scale=(None, None, None, None), released=False):
+        super().__init__()
+        self.channels = tuple(dims)
+        half = dims[0] // 2
+        stem = []
+        for in_dim, out_dim, stride in ((3, half, 2), (half, half, 1), (half, half, 1), (half, dims[0], 2)):
+            stem += [*conv_norm(in_dim, out_dim, stride), nn.GELU()]
+        self.stem = nn.Sequential(*(stem[:-1] if released else stem))
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(Block(dims[i], heads[i], clusters[i], next(rates), layer_scale[i], released) for _ in range(depths[i])))
+            for i in range(4))
+        self.downsamples = nn.ModuleList(nn.Sequential(*conv_norm(dims[i], dims[i + 1], 2)) for i in range(3))
+        self.proj = nn.Sequential(nn.Conv2d(dims[3], 1024, 1), nn.BatchNorm2d(1024), nn.SiLU())
+        self.head = nn.Linear(1024, num_classes)
+        self.apply(init_weights)
+
+    def forward_features(self, images):
+        """(B, 3, H, W) -> four maps (B, C_i, ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32, channels-last in memory.
+
+        Raises: ValueError unless images are (B, 3, H, W) with both sides at least 32.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
+            raise ValueError(f"images of shape {tuple(images.shape)}, expected (B, 3, H, W) with H and W at least 32")
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        maps = []
+        for i, stage in enumerate(self.stages):
+            if i:
+                x = self.downsamples[i - 1](x)
+            x = stage(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)                        # blocks see (B, H, W, C)
+            maps.append(x)
+        return tuple(maps)
+
+    def forward(self, images):
+        """(B, 3, H, W) -> logits (B, num_classes). In train mode BN needs more than one value a channel: B > 1 at 32 x 32."""
+        x = self.proj(self.forward_features(images)[-1])
+        return self.head(x.mean((2, 3)))
+
+    def convert_released(self, state_dict):
+        """Rename, reshape and reorder the tensors of the authors' SecViT checkpoint to this file's; returns a new dict."""
+        names = ((r"^patch_embed\.proj", "stem"), (r"^layers\.(\d)\.blocks", r"stages.\1"), (r"^proj", "proj.0"), (r"^norm", "proj.1"),
+                 (r"^layers\.(\d)\.downsample\.reduction", r"downsamples.\1.0"), (r"^layers\.(\d)\.downsample\.norm", r"downsamples.\1.1"),
+                 (r"norm([12])\.norm", r"norm\1"), (r"attn\.lepe", "attn.lce"), (r"attn\.out_proj", "attn.proj"),
+                 (r"ffn\.dwconv", "ffn.conv"), (r"\.pos\.", ".cpe."), (r"gamma_([12])", r"scale\1.weight"))
+        ours, converted = self.state_dict(), {}
+        for key, value in state_dict.items():
+            if key.endswith("RoPE.angle"):  # recomputed from its formula
+                continue
+            name = key
+            for pattern, new in names:
+                name = re.sub(pattern, new, name)
+            if ".qkv." in name:             # [all q | all k | all v]
+                for part, rows in zip("qkv", value.flatten(1).chunk(3) if value.ndim > 1 else value.chunk(3)):
+                    converted[name.replace(".qkv.", f".{part}.")] = rows
+                continue
+            if name in ours and value.numel() == ours[name].numel():
+                value = value.reshape(ours[name].shape)  # 1x1 convolutions are linear layers here
+            converted[name] = value
+        return converted
+
+    def load_released(self, state_dict):
+        """Load the authors' SecViT checkpoint (its "model" entry) strictly; needs a model built with `released=True`."""
+        self.load_state_dict(self.convert_released(state_dict))
+
+
+def secvit_t(num_classes=1000, drop_path_rate=0.1, **overrides):
+    """SecViT-T, 14.87 M parameters (14.98 M released)."""
+    return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["secvit_t"], **overrides})
+
+
+def secvit_s(num_classes=1000, drop_path_rate=0.15, **overrides):
+    """SecViT-S, 26.56 M parameters (26.78 M released)."""
+    return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["secvit_s"], **overrides})
+
+
+def secvit_b(num_classes=1000, drop_path_rate=0.4, **overrides):
+    """SecViT-B, 54.26 M parameters (54.68 M released)."""
+    return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["secvit_b"], **overrides})
+
+
+def secvit_l(num_classes=1000, drop_path_rate=0.5, **overrides):
+    """SecViT-L, 95.93 M parameters (96.50 M released)."""
+    return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["secvit_l"], **overrides})

@@ -1,0 +1,321 @@
+"""STViT: Vision Transformer with Super Token Sampling
+Huaibo Huang, Xiaoqiang Zhou, Jie Cao, Ran He, Tieniu Tan; CVPR 2023, arXiv 2211.11167
+
+Mechanism: pool the tokens into super tokens the way superpixels are grown (soft association of every token with the
+3x3 cells around it), attend among the few super tokens, and map the result back with the same association.
+
+Letters: B batch, C channels, H x W the token grid, N = H * W tokens, h heads, d = C / h head width; grid (gh, gw) the size of
+a cell in tokens, H' x W' the cell grid, M = H' * W' super tokens, P = gh * gw tokens a cell.
+Reading order: GatherNeighbours, FoldNeighbours -> sample_super_tokens, upsample_super_tokens -> SuperTokenAttention -> Block ->
+STViT; drawing and `main` come last.
+Memory order: every map inside a stage is channels-last, (B, H, W, C), so that linear layers, norms and convolutions share it.
+
+Where the paper's text is silent, this follows the released code:
+- a neighbour cell outside the map is a zero vector: it takes its share of the softmax, and that share is dropped;
+- associations carry no gradient, aggregation does; sides that the grid does not divide are zero-padded right and bottom;
+- SuperTokenAttention sits behind LayerNorm, ConvFFN behind BatchNorm; layer scale 1e-6 in stages 3 and 4 of STViT-B and -L;
+- the rows of `qkv` are head-major: each head's q, k and v rows adjacent.
+Against the released code: layer-scale vectors are exempt from weight decay in train_imagenet.py (there they are 4-D and decayed).
+Faster than the paper's own form (its appendix E names fold and unfold by one-hot convolutions as the bottleneck): neighbours
+are a strided view, folding is nine shifted adds, each is the other's gradient, and the association keeps the nine last but one.
+"""
+import argparse
+import re
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageOps
+
+VARIANTS = {  # Table 8
+    "stvit_s": dict(depths=(3, 5, 9, 3), dims=(64, 128, 320, 512), heads=(1, 2, 5, 8)),
+    "stvit_b": dict(depths=(4, 6, 14, 6), dims=(96, 192, 384, 512), heads=(2, 3, 6, 8), layer_scale=(None, None, 1e-6, 1e-6)),
+    "stvit_l": dict(depths=(4, 7, 19, 8), dims=(96, 192, 448, 640), heads=(2, 3, 7, 10), layer_scale=(None, None, 1e-6, 1e-6)),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------- core
+def gather_neighbours(cells):
+    """(B, H', W', C) -> (B, H', W', 9, C): the 3x3 cells around each cell, row by row, zeros outside the map."""
+    windows = F.pad(cells, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)          # (B, H', W', C, 3, 3), a view
+    return windows.flatten(4).transpose(3, 4).contiguous()
+
+
+def fold_neighbours(parts):
+    """(B, H', W', 9, C) -> (B, H', W', C): adds what each cell holds for its neighbours to those; the adjoint of gathering."""
+    B, H, W, _, C = parts.shape
+    total = parts.new_zeros(B, H + 2, W + 2, C)
+    for i in range(9):
+        total[:, i // 3:i // 3 + H, i % 3:i % 3 + W] += parts[:, :, :, i]
+    return total[:, 1:-1, 1:-1]
+
+
+class GatherNeighbours(torch.autograd.Function):
+    """`gather_neighbours`, with folding as its gradient."""
+
+    @staticmethod
+    def forward(ctx, cells):
+        return gather_neighbours(cells)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return fold_neighbours(grad)
+
+
+class FoldNeighbours(torch.autograd.Function):
+    """`fold_neighbours`, with gathering as its gradient."""
+
+    @staticmethod
+    def forward(ctx, parts):
+        return fold_neighbours(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return gather_neighbours(grad)
+
+
+def split_cells(x, grid):
+    """(B, C, H, W) -> tokens by cell (B, H', W', P, C), zero-padded right and bottom to whole cells."""
+    (gh, gw), (H, W) = grid, x.shape[2:]
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -W % gw, 0, -H % gh))                    # (B, H'*gh, W'*gw, C)
+    return x.unflatten(2, (-1, gw)).unflatten(1, (-1, gh)).transpose(2, 3).flatten(3, 4)
+
+
+def sample_super_tokens(x, grid, iterations=1):
+    """Super token sampling (paper, sec. 3.2.1, Eq. 5 and 6).
+
+    Args: x (B, C, H, W), tokens; grid (gh, gw), tokens a cell; iterations, 0 keeps the averages of the cells.
+    Returns: super tokens (B, C, ceil(H / gh), ceil(W / gw)) and the association (B, H'*W', gh*gw, 9) of the tokens of each
+    cell with the 3x3 cells around it (None without iterations). Softmax runs in float32 at least.
+    """
+    tokens = split_cells(x, grid)                                                       # (B, H', W', P, C)
+    B, H, W, P, C = tokens.shape
+    supers = tokens.mean(3)                                                             # (B, H', W', C)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    association = None
+    for step in range(iterations):
+        with torch.no_grad():
+            around = gather_neighbours(supers)                                          # (B, H', W', 9, C)
+            logits = around @ tokens.mT * C ** -0.5                                     # (B, H', W', 9, P), Eq. 5
+            weights = logits.to(wide).softmax(3)
+            share = fold_neighbours(weights.sum(4, keepdim=True))                       # (B, H', W', 1), sum over tokens
+            association = weights.to(tokens.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and step == iterations - 1):
+            gathered = FoldNeighbours.apply(association @ tokens)                       # (B, H', W', C)
+            supers = (gathered / (share + 1e-12)).to(gathered.dtype)                    # Eq. 6
+    if association is not None:
+        association = association.mT.flatten(1, 2)                                      # (B, M, P, 9)
+    return supers.permute(0, 3, 1, 2), association
+
+
+def upsample_super_tokens(supers, association, grid, size):
+    """Token up-sampling (paper, sec. 3.2.3, Eq. 11).
+
+    Args: supers (B, C, H', W'); association (B, H'*W', gh*gw, 9) or None; grid (gh, gw); size (H, W) of the token map.
+    Returns: (B, C, H, W), each token the association-weighted sum of the 3x3 super tokens around it, those outside the map
+    being zero; without an association, plain bilinear interpolation (iterations = 0, paper Table 7).
+    """
+    (gh, gw), (H, W) = grid, supers.shape[2:]
+    if association is None:
+        x = F.interpolate(supers, scale_factor=(gh, gw), mode="bilinear")
+    else:
+        around = GatherNeighbours.apply(supers.permute(0, 2, 3, 1)).flatten(1, 2)       # (B, M, 9, C)
+        x = association @ around                                                        # (B, M, P, C)
+        x = x.unflatten(2, (gh, gw)).unflatten(1, (H, W)).transpose(2, 3)               # (B, H', gh, W', gw, C)
+        x = x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
+    return x[:, :, :size[0], :size[1]]
+
+
+# -------------------------------------------------------------------------------------------------------------- layers
+class DepthwiseConv(nn.Conv2d):
+    """Depth-wise k x k convolution with zero padding on channels-last maps (B, H, W, C)."""
+
+    def __init__(self, dim, kernel_size):
+        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drop a residual branch per sample with probability `rate`, scale the survivors by 1 / (1 - rate)."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x):
+        if not self.training or self.rate == 0:
+            return x
+        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)                             # 0 or 1 / (1 - rate)
+        return x * keep.view(-1, 1, 1, 1)
+
+
+class LayerScale(nn.Module):
+    """Learned factor per channel."""
+
+    def __init__(self, dim, value):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+class SuperTokenAttention(nn.Module):
+    """Sample super tokens, attend among them, map back (paper, sec. 3.2): (B, H, W, C) -> the same. Grid (1, 1) is plain attention."""
+
+    def __init__(self, dim, heads, grid, iterations=1):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim = {dim} does not split into {heads} heads")
+        self.heads, self.grid, self.iterations = heads, tuple(grid), iterations
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def attend(self, x):
+        """Multi-head self-attention over all positions of x (B, H, W, C), Eq. 9 and 10."""
+        qkv = self.qkv(x).flatten(1, 2).unflatten(2, (self.heads, 3, -1))               # (B, N, h, 3, d)
+        y = F.scaled_dot_product_attention(*qkv.permute(3, 0, 2, 1, 4))                 # (B, h, N, d)
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
+
+    def forward(self, x):
+        if self.grid == (1, 1):
+            return self.attend(x)
+        tokens = x.permute(0, 3, 1, 2)
+        supers, association = sample_super_tokens(tokens, self.grid, self.iterations)
+        supers = self.attend(supers.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return upsample_super_tokens(supers, association, self.grid, tokens.shape[2:]).permute(0, 2, 3, 1)
+
+
+class ConvFFN(nn.Module):
+    """Linear, GELU, residual 3x3 depth-wise convolution, linear."""
+
+    def __init__(self, dim, ratio):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, ratio * dim)
+        self.conv = DepthwiseConv(ratio * dim, 3)
+        self.fc2 = nn.Linear(ratio * dim, dim)
+
+    def forward(self, x):
+        x = F.gelu(self.fc1(x))
+        return self.fc2(x + self.conv(x))
+
+
+class Block(nn.Module):
+    """Eq. 1 to 3: convolutional position embedding, super token attention, ConvFFN, each with a shortcut; (B, H, W, C) -> the same."""
+
+    def __init__(self, dim, heads, grid, iterations, drop_path, layer_scale):
+        super().__init__()
+        self.cpe = DepthwiseConv(dim, 3)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = SuperTokenAttention(dim, heads, grid, iterations)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.ffn = ConvFFN(dim, ratio=4)
+        self.scale1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
+        self.scale2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.cpe(x)
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
+        y = self.norm2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.drop_path(self.scale2(self.ffn(y)))
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+class STViT(nn.Module):
+    """Four stages of super token blocks at strides 4, 8, 16 and 32 (paper, Fig. 3 and Table 8).
+
+    Args:
+        num_classes: width of the classifier.
+        drop_path_rate: stochastic depth of the last block; the first block's rate is 0, linear between.
+        depths, dims, heads, grids, layer_scale: one entry a stage; a grid is the side of a cell in tokens.
+        iterations: sampling steps.
+    `channels` holds the four map widths. Weights start as the released code's do: torch's defaults, classifier N(0, 0.02).
+    """
+
+    def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, grids=(8, 4, 1, 1), iterations=1,
+                 layer_scale=(None, None, None, None)):
+        super().__init__()
+        self.channels = tuple(dims)
+        half = dims[0] // 2
+        stem = []
+        for in_dim, out_dim, stride in ((3, half, 2), (half, half, 1), (half, dims[0], 2), (dims[0], dims[0], 1)):
+            stem += [nn.Conv2d(in_dim, out_dim, 3, stride, padding=1), nn.GELU(), nn.BatchNorm2d(out_dim)]
+        self.stem = nn.Sequential(*stem)
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(Block(dims[i], heads[i], (grids[i], grids[i]), iterations, next(rates), layer_scale[i])
+                            for _ in range(depths[i])))
+            for i in range(4))
+        self.downsamples = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(dims[i], dims[i + 1], 3, stride=2, padding=1), nn.BatchNorm2d(dims[i + 1])) for i in range(3))
+        self.proj = nn.Sequential(nn.Conv2d(dims[3], 1024, 1), nn.BatchNorm2d(1024), nn.SiLU())
+        self.head = nn.Linear(1024, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    def forward_features(self, images):
+        """(B, 3, H, W) -> four maps (B, C_i, ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32, channels-last in memory.
+
+        Raises: ValueError unless images are (B, 3, H, W) with both sides at least 32.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
+            raise ValueError(f"images of shape {tuple(images.shape)}, expected (B, 3, H, W) with H and W at least 32")
+        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        maps = []
+        for i, stage in enumerate(self.stages):
+            if i:
+                x = self.downsamples[i - 1](x)
+            x = stage(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)                        # blocks see (B, H, W, C)
+            maps.append(x)
+        return tuple(maps)
+
+    def forward(self, images):
+        """(B, 3, H, W) -> logits (B, num_classes). In train mode BN needs more than one value a channel: B > 1 at 32 x 32."""
+        x = self.proj(self.forward_features(images)[-1])
+        return self.head(x.mean((2, 3)))
+
+    def convert_released(self, state_dict):
+        """Rename and reshape the tensors of the authors' STViT checkpoint to this file's; returns a new dict.
+
+        The fold and unfold kernels in it are constants and dropped. The first release added a stored 3x3 "shortcut" kernel instead
+        of the identity to both residual depth-wise convolutions: then our identity is taken off the centre tap, theirs put on.
+        """
+        names = ((r"^patch_embed\.proj", "stem"), (r"^layers\.(\d)\.blocks", r"stages.\1"), (r"^proj", "proj.0"), (r"^norm", "proj.1"),
+                 (r"^layers\.(\d)\.downsample\.proj", r"downsamples.\1"), (r"norm1\.norm", "norm1"),
+                 (r"attn\.stoken_refine", "attn"), (r"mlp2\.conv\.conv", "ffn.conv"), (r"mlp2", "ffn"),
+                 (r"pos_embed\.conv", "cpe"), (r"gamma_([12])", r"scale\1.weight"))
+        ours, converted = self.state_dict(), {}
+        for key, value in state_dict.items():
+            if key.endswith(("fold.weights", "shortcut")):
+                continue
+            if key.endswith("conv.weight") and (shortcut := state_dict.get(key.removesuffix("conv.weight") + "shortcut")) is not None:
+                value = value + shortcut
+                value[:, :, 1, 1] -= 1
+            for pattern, new in names:
+                key = re.sub(pattern, new, key)
+            if key in ours and value.numel() == ours[key].numel():
+                value = value.reshape(ours[key].shape)  # 1x1 convolutions are linear layers here
+            converted[key] = value
+        return converted
+
+    def load_released(self, state_dict):
+        """Load the authors' STViT checkpoint (its "model" entry) strictly."""
+        self.load_state_dict(self.convert_released(state_dict))
+
+
+def stvit_s(num_classes=1000, drop_path_rate=0.1, **overrides):
+    """STViT-S, 25.50 M parameters."""
+    return STViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["stvit_s"], **overrides})
+
+
+def stvit_b(num_classes=1000, drop_path_rate=0.4, **overrides):
+    """STViT-B, 51.69 M parameters."""
+    return STViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["stvit_b"], **overrides})
+
+
+def stvit_l(num_classes=1000, drop_path_rate=0.6, **overrides):
+    """STViT-L, 94.97 M parameters."""
+    return STViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["stvit_l"], **overrides})
