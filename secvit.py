@@ -20,6 +20,7 @@ import argparse
 import colorsys
 import re
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -170,16 +171,24 @@ class SECA(nn.Module):
         self.lce = DepthwiseConv(dim, 5) if lce else None
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
-        H, W = x.shape[1:3]
-        value = self.v(x)
-        q, k, v = (t.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.q(x), self.k(x), value))
+    def queries_keys(self, x):
+        """(B, H, W, C) -> q, k (B, h, N, d), rotated if `rope`."""
+        q, k = self.split_heads(self.q(x)), self.split_heads(self.k(x))
         if self.rope:
-            cos, sin = rotary_table(H, W, q.shape[-1], x.device)
+            cos, sin = rotary_table(*x.shape[1:3], q.shape[-1], x.device)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = equitable_cluster_attention(q, k, v, self.clusters, descending=not self.rope)       # (B, h, N, d)
-        y = y.transpose(1, 2).reshape(x.shape)
-        return self.proj(y if self.lce is None else y + self.lce(value))
+        return q, k
+
+    def split_heads(self, x):
+        """(B, H, W, C) -> (B, h, N, d), a view."""
+        return x.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x):
+        q, k = self.queries_keys(x)
+        v = self.v(x)
+        y = equitable_cluster_attention(q, k, self.split_heads(v), self.clusters, descending=not self.rope)
+        y = y.transpose(1, 2).reshape(x.shape)                                          # (B, h, N, d) -> (B, H, W, C)
+        return self.proj(y if self.lce is None else y + self.lce(v))
 
 
 class FFN(nn.Module):
@@ -328,3 +337,107 @@ def secvit_b(num_classes=1000, drop_path_rate=0.4, **overrides):
 def secvit_l(num_classes=1000, drop_path_rate=0.5, **overrides):
     """SecViT-L, 95.93 M parameters (96.50 M released)."""
     return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["secvit_l"], **overrides})
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what trained weights expect
+
+
+def example_picture():
+    """A 480 x 320 landscape drawn here, so that the file can show itself without a photo."""
+    picture = Image.new("RGB", (480, 320))
+    draw = ImageDraw.Draw(picture)
+    for y in range(320):
+        draw.line((0, y, 480, y), (120 + y // 4, 170 + y // 6, 235 - y // 8))               # sky
+    draw.ellipse((350, 30, 410, 90), (255, 225, 120))                                       # sun
+    draw.polygon([(0, 220), (110, 110), (230, 215), (330, 140), (480, 230), (480, 320), (0, 320)], (96, 108, 128))
+    draw.rectangle((0, 225, 480, 320), (86, 140, 62))                                       # meadow
+    draw.polygon([(210, 320), (250, 225), (262, 225), (330, 320)], (196, 170, 120))         # path
+    draw.rectangle((60, 170, 170, 265), (206, 92, 70))                                      # house
+    draw.polygon([(50, 172), (115, 120), (180, 172)], (92, 52, 48))
+    draw.rectangle((100, 215, 128, 265), (70, 42, 36))
+    draw.rectangle((138, 190, 160, 212), (250, 240, 190))
+    draw.rectangle((392, 180, 406, 262), (92, 66, 44))                                      # tree
+    draw.ellipse((350, 105, 448, 205), (38, 92, 46))
+    return picture
+
+
+def load_picture(path, longer_side=512):
+    """Read any picture Pillow reads, upright by its EXIF orientation, as RGB with the given longer side and no side under 32."""
+    picture = ImageOps.exif_transpose(Image.open(path))
+    if picture.mode.startswith("I;16"):  # 16-bit grey: keep the high byte, Pillow would clip
+        picture = picture.convert("I").point(lambda v: v / 256)
+    picture = picture.convert("RGB")
+    scale = longer_side / max(picture.size)
+    return picture.resize([max(32, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+
+
+def load_weights(factory, path):
+    """Build `factory`'s model with a file's weights: train_imagenet.py's checkpoint, a bare state dict or the authors' file."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = state.get("model", state)
+    classes = state["head.weight"].shape[0]
+    model = factory(num_classes=classes, released="patch_embed.proj.0.weight" in state or "stages.0.0.ffn.conv.weight" in state)
+    load = model.load_released if "patch_embed.proj.0.weight" in state else model.load_state_dict
+    load(state)
+    return model.eval()
+
+
+def tile(panels):
+    """Put (caption, picture) pairs of equal size side by side."""
+    W, H = panels[0][1].size
+    sheet = Image.new("RGB", (len(panels) * (W + 8) - 8, H + 20), "white")
+    for i, (caption, picture) in enumerate(panels):
+        sheet.paste(picture, (i * (W + 8), 20))
+        ImageDraw.Draw(sheet).text((i * (W + 8) + 2, 3), caption, "black")
+    return sheet
+
+
+@torch.no_grad()
+def draw_clusters(model, picture):
+    """The paper's Fig. 4: the picture beside the clusters in the last block of each stage that has several, one colour a cluster.
+
+    Clusters differ from head to head; the first head is drawn. Colours run from the most to the least similar cluster.
+    """
+    seen = {}
+    hooks = [stage[-1].attn.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0]})) for stage in model.stages]
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    model.forward_features((x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])
+    panels = [("image", picture)]
+    for i, (attn, x) in enumerate(seen.items()):
+        hooks[i].remove()
+        _, H, W, _ = x.shape
+        clusters = min(attn.clusters, H * W)
+        if clusters == 1:
+            continue
+        order = cluster_order(attn.queries_keys(x)[1], descending=not attn.rope)[0, 0]  # (N,)
+        lengths = [length for count, length in cut_runs(H * W, clusters) for _ in range(count)]
+        colours = torch.tensor([colorsys.hsv_to_rgb(0.8 * c / clusters, 0.75, 0.95 - 0.3 * (c % 2)) for c in range(clusters)])
+        colours = (255 * colours).byte().repeat_interleave(torch.tensor(lengths), 0)    # (N, 3), by sorted place
+        drawn = torch.empty_like(colours).index_copy_(0, order, colours).view(H, W, 3)
+        drawn = Image.fromarray(drawn.numpy()).resize(picture.size, Image.Resampling.NEAREST)
+        panels.append((f"stage {i + 1}: {clusters} clusters", Image.blend(picture.convert("L").convert("RGB"), drawn, 0.7)))
+    return tile(panels)
+
+
+def main():
+    """Command line: read a picture, draw what the mechanism does to it, write a PNG."""
+    parser = argparse.ArgumentParser(description="Draw SecViT's clusters on a picture, stage by stage (paper, Fig. 4).")
+    parser.add_argument("picture", nargs="?", help="any file Pillow reads; without it a picture drawn here")
+    parser.add_argument("-o", "--output", default="secvit.png", help="where to write the drawing")
+    parser.add_argument("--model", default="secvit_t", choices=sorted(VARIANTS))
+    parser.add_argument("--weights", help="trained weights; without them the model is random and so are its clusters")
+    args = parser.parse_args()
+    try:
+        picture = load_picture(args.picture) if args.picture else example_picture()
+        torch.manual_seed(0)
+        factory = globals()[args.model]
+        model = load_weights(factory, args.weights) if args.weights else factory().eval()
+        draw_clusters(model, picture).save(args.output)
+    except (OSError, ValueError, RuntimeError, KeyError, Image.DecompressionBombError) as error:
+        parser.exit(2, f"{args.picture or args.output}: {error}\n".replace("\n\t", " "))
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

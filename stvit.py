@@ -22,6 +22,7 @@ are a strided view, folding is nine shifted adds, each is the other's gradient, 
 import argparse
 import re
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -77,7 +78,9 @@ class FoldNeighbours(torch.autograd.Function):
 def split_cells(x, grid):
     """(B, C, H, W) -> tokens by cell (B, H', W', P, C), zero-padded right and bottom to whole cells."""
     (gh, gw), (H, W) = grid, x.shape[2:]
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, -W % gw, 0, -H % gh))                    # (B, H'*gh, W'*gw, C)
+    x = x.permute(0, 2, 3, 1)
+    if H % gh or W % gw:
+        x = F.pad(x, (0, 0, 0, -W % gw, 0, -H % gh))                                    # (B, H'*gh, W'*gw, C)
     return x.unflatten(2, (-1, gw)).unflatten(1, (-1, gh)).transpose(2, 3).flatten(3, 4)
 
 
@@ -319,3 +322,115 @@ def stvit_b(num_classes=1000, drop_path_rate=0.4, **overrides):
 def stvit_l(num_classes=1000, drop_path_rate=0.6, **overrides):
     """STViT-L, 94.97 M parameters."""
     return STViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["stvit_l"], **overrides})
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what trained weights expect
+
+
+def example_picture():
+    """A 480 x 320 landscape drawn here, so that the file can show itself without a photo."""
+    picture = Image.new("RGB", (480, 320))
+    draw = ImageDraw.Draw(picture)
+    for y in range(320):
+        draw.line((0, y, 480, y), (120 + y // 4, 170 + y // 6, 235 - y // 8))               # sky
+    draw.ellipse((350, 30, 410, 90), (255, 225, 120))                                       # sun
+    draw.polygon([(0, 220), (110, 110), (230, 215), (330, 140), (480, 230), (480, 320), (0, 320)], (96, 108, 128))
+    draw.rectangle((0, 225, 480, 320), (86, 140, 62))                                       # meadow
+    draw.polygon([(210, 320), (250, 225), (262, 225), (330, 320)], (196, 170, 120))         # path
+    draw.rectangle((60, 170, 170, 265), (206, 92, 70))                                      # house
+    draw.polygon([(50, 172), (115, 120), (180, 172)], (92, 52, 48))
+    draw.rectangle((100, 215, 128, 265), (70, 42, 36))
+    draw.rectangle((138, 190, 160, 212), (250, 240, 190))
+    draw.rectangle((392, 180, 406, 262), (92, 66, 44))                                      # tree
+    draw.ellipse((350, 105, 448, 205), (38, 92, 46))
+    return picture
+
+
+def load_picture(path, longer_side=512):
+    """Read any picture Pillow reads, upright by its EXIF orientation, as RGB with the given longer side and no side under 32."""
+    picture = ImageOps.exif_transpose(Image.open(path))
+    if picture.mode.startswith("I;16"):  # 16-bit grey: keep the high byte, Pillow would clip
+        picture = picture.convert("I").point(lambda v: v / 256)
+    picture = picture.convert("RGB")
+    scale = longer_side / max(picture.size)
+    return picture.resize([max(32, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+
+
+def load_weights(factory, path):
+    """Build `factory`'s model with a file's weights: train_imagenet.py's checkpoint, a bare state dict or the authors' file."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = state.get("model", state)
+    classes = state["head.weight"].shape[0]
+    model = factory(num_classes=classes)
+    load = model.load_released if "patch_embed.proj.0.weight" in state else model.load_state_dict
+    load(state)
+    return model.eval()
+
+
+def tile(panels):
+    """Put (caption, picture) pairs of equal size side by side."""
+    W, H = panels[0][1].size
+    sheet = Image.new("RGB", (len(panels) * (W + 8) - 8, H + 20), "white")
+    for i, (caption, picture) in enumerate(panels):
+        sheet.paste(picture, (i * (W + 8), 20))
+        ImageDraw.Draw(sheet).text((i * (W + 8) + 2, 3), caption, "black")
+    return sheet
+
+
+@torch.no_grad()
+def draw_super_tokens(model, picture):
+    """The picture beside its tessellation in the last block of each stage that samples super tokens.
+
+    A token belongs to the super token on the map that it is associated with most; super tokens show their mean colour and outline.
+    """
+    seen = {}
+    hooks = [stage[-1].attn.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0]})) for stage in model.stages]
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
+    model.forward_features((x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])
+    panels = [("image", picture)]
+    for i, (attn, x) in enumerate(seen.items()):
+        hooks[i].remove()
+        if attn.grid == (1, 1):
+            continue
+        _, H, W, _ = x.shape
+        supers, association = sample_super_tokens(x.permute(0, 3, 1, 2), attn.grid, attn.iterations)
+        (gh, gw), (rows, columns) = attn.grid, supers.shape[2:]
+        number = torch.arange(1.0, rows * columns + 1).view(1, rows, columns, 1)        # 1, 2, ...; 0 means off the map
+        around = gather_neighbours(number).view(rows * columns, 1, 9).expand(association.shape[1:])     # (M, P, 9)
+        best = (association[0] * (around > 0)).argmax(-1, keepdim=True)
+        owner = around.gather(-1, best).view(rows, columns, gh, gw).transpose(1, 2).flatten(2).flatten(0, 1)[:H, :W]
+        owner = Image.fromarray(owner.numpy().astype(np.int32)).resize(picture.size, Image.Resampling.NEAREST)
+        owner, pixels = np.array(owner), np.array(picture)
+        count = np.maximum(np.bincount(owner.ravel()), 1)
+        mean = np.stack([np.bincount(owner.ravel(), pixels[..., c].ravel()) / count for c in range(3)], -1)
+        drawn = mean[owner].astype(np.uint8)
+        edge = np.zeros(owner.shape, bool)
+        edge[:, 1:] |= owner[:, 1:] != owner[:, :-1]
+        edge[1:] |= owner[1:] != owner[:-1]
+        drawn[edge] = (255, 255, 0)
+        panels.append((f"stage {i + 1}: {rows * columns} super tokens", Image.fromarray(drawn)))
+    return tile(panels)
+
+
+def main():
+    """Command line: read a picture, draw what the mechanism does to it, write a PNG."""
+    parser = argparse.ArgumentParser(description="Draw STViT's super-token tessellation of a picture, stage by stage.")
+    parser.add_argument("picture", nargs="?", help="any file Pillow reads; without it a picture drawn here")
+    parser.add_argument("-o", "--output", default="stvit.png", help="where to write the drawing")
+    parser.add_argument("--model", default="stvit_s", choices=sorted(VARIANTS))
+    parser.add_argument("--weights", help="trained weights; without them the model is random and so are its super tokens")
+    args = parser.parse_args()
+    try:
+        picture = load_picture(args.picture) if args.picture else example_picture()
+        torch.manual_seed(0)
+        factory = globals()[args.model]
+        model = load_weights(factory, args.weights) if args.weights else factory().eval()
+        draw_super_tokens(model, picture).save(args.output)
+    except (OSError, ValueError, RuntimeError, KeyError, Image.DecompressionBombError) as error:
+        parser.exit(2, f"{args.picture or args.output}: {error}\n".replace("\n\t", " "))
+    print(f"wrote {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,424 @@
+"""Speed of this repository's models, measured beside plain implementations of the same papers; a script, not a test.
+
+    python tests/bench.py                  time and memory ratios plain / ours: single layers, then whole models
+    python tests/bench.py --throughput     images/s of every variant, inference and training step
+
+Ratios. "Plain" is written the way the papers' own code is: channels-first maps, linear layers as 1x1 convolutions, explicit
+softmax, expanded gathers or one-hot convolutions. It gets our weights; before timing, outputs and input gradients must agree in
+float64 (float32 rounding can move a token to the next cluster). Ours and plain are then called in turn, A B A B, after a warm-up,
+and medians compared: "forward" without gradient (models in eval mode), "f+b" forward and backward (train mode, no stochastic depth).
+Layers see the stage shapes of 224-pixel images. Memory is that of f+b: on a GPU the peak above what was allocated before, on the
+CPU what the finished graph keeps for backward (distinct storages without parameters; a deterministic number).
+
+Throughput. Repeated steps on one fixed batch for --seconds after a warm-up; a training step is forward, cross-entropy, backward and
+AdamW. FLOPs (2 a multiply-add) are counted on one image's forward, three times as many for training; "of matmul" is FLOPs/s over the
+rate of one large matrix product measured in the same run.
+
+On CUDA: bfloat16 autocast, batch 128, throughput without and with torch.compile. On the CPU: float32, batch 8 for layers and 4 for
+models, throughput of each file's smallest variant only unless --models names others.
+"""
+import argparse
+import copy
+import functools
+import gc
+import itertools
+import platform
+import re
+import shlex
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import secvit
+import stvit
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+LAYER_BATCH, MODEL_BATCH = (128, 128) if CUDA else (8, 4)
+WARMUP, LAYER_REPEATS, MODEL_REPEATS = (10, 50, 20) if CUDA else (2, 15, 7)             # calls of ours, and as many of plain
+PIXELS = 224
+
+
+# ------------------------------------------------------------------------------------------------ plain implementations
+class PlainSECA(nn.Module):
+    """SECA on (B, C, H, W)."""
+
+    def __init__(self, dim, heads, clusters):
+        super().__init__()
+        self.heads, self.clusters = heads, clusters
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1)                   # rows [all q | all k | all v]
+        self.lce = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        N, d = H * W, C // self.heads
+        qkv = self.qkv(x)
+        lce = self.lce(qkv[:, 2 * C:])
+        q, k, v = qkv.reshape(B, 3, self.heads, d, N).permute(1, 0, 2, 4, 3)            # (B, h, N, d)
+        if self.clusters > 1:
+            similarity = F.normalize(k, dim=-1) @ F.normalize(k.mean(2, keepdim=True), dim=-1).mT
+            order = similarity.squeeze(-1).argsort(-1, descending=True)                 # (B, h, N)
+            index = order[..., None].expand(-1, -1, -1, d)
+            q, k, v = (t.gather(2, index).reshape(B, self.heads, self.clusters, -1, d) for t in (q, k, v))
+        y = (q * d ** -0.5 @ k.mT).softmax(-1) @ v                                      # (B, h, K, M, d)
+        if self.clusters > 1:
+            back = order.sort(-1).indices[..., None].expand(-1, -1, -1, d)
+            y = y.reshape(B, self.heads, N, d).gather(2, back)
+        return self.proj(y.mT.reshape(B, C, H, W) + lce)
+
+
+class PlainSTA(nn.Module):
+    """Super token attention, one iteration, on (B, C, H, W) with sides that the cell side `grid` divides."""
+
+    def __init__(self, dim, heads, grid):
+        super().__init__()
+        self.heads, self.grid = heads, grid
+        self.qkv = nn.Conv2d(dim, 3 * dim, 1)                   # rows head by head, each [q | k | v]
+        self.proj = nn.Conv2d(dim, dim, 1)
+        self.register_buffer("one_hot", torch.eye(9).reshape(9, 1, 3, 3), persistent=False)
+
+    def attend(self, x):
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(x).reshape(B, self.heads, -1, H * W).chunk(3, 2)             # (B, h, d, N)
+        weights = (k.mT @ q * (C // self.heads) ** -0.5).softmax(-2)
+        return self.proj((v @ weights).reshape(B, C, H, W))
+
+    def unfold(self, x):
+        """(B, C, H', W') -> (B, M, C, 9), the 3x3 cells around each cell."""
+        B, C, H, W = x.shape
+        around = F.conv2d(x.reshape(B * C, 1, H, W), self.one_hot, padding=1)           # (B*C, 9, H', W')
+        return around.reshape(B, C * 9, H * W).mT.reshape(B, H * W, C, 9)
+
+    def fold(self, x, H, W):
+        """(B, M, C, 9) -> (B, C, H', W'), its adjoint."""
+        B, _, C, _ = x.shape
+        parts = x.permute(0, 2, 3, 1).reshape(B * C, 9, H, W)
+        return F.conv_transpose2d(parts, self.one_hot, padding=1).reshape(B, C, H, W)
+
+    def forward(self, x):
+        if self.grid == 1:
+            return self.attend(x)
+        B, C, H, W = x.shape
+        g, rows, columns = self.grid, H // self.grid, W // self.grid
+        tokens = x.reshape(B, C, rows, g, columns, g).permute(0, 2, 4, 3, 5, 1).reshape(B, rows * columns, g * g, C)
+        with torch.no_grad():
+            around = self.unfold(F.adaptive_avg_pool2d(x, (rows, columns)))
+            association = (tokens @ around * C ** -0.5).softmax(-1)                     # (B, M, P, 9)
+            share = self.fold(association.sum(2)[:, :, None], rows, columns)            # (B, 1, H', W')
+        supers = self.attend(self.fold(tokens.mT @ association, rows, columns) / (share + 1e-12))
+        y = self.unfold(supers) @ association.mT                                        # (B, M, C, P)
+        return y.reshape(B, rows, columns, C, g, g).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
+
+
+class PlainLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1).contiguous()).permute(0, 3, 1, 2).contiguous()
+
+
+class PlainBlock(nn.Module):
+    """Depth-wise convolution, attention, FFN (`conv`: with a residual 3x3 depth-wise one), each with a shortcut; no layer scale."""
+
+    def __init__(self, dim, attn, norm2, ratio, conv=False):
+        super().__init__()
+        wide = ratio * dim
+        self.cpe = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.norm1, self.attn, self.norm2 = PlainLayerNorm(dim, eps=1e-6), attn, norm2
+        self.ffn = nn.ModuleDict({"fc1": nn.Conv2d(dim, wide, 1), "fc2": nn.Conv2d(wide, dim, 1)})
+        if conv:
+            self.ffn["conv"] = nn.Conv2d(wide, wide, 3, padding=1, groups=wide)
+
+    def forward(self, x):
+        x = x + self.cpe(x)
+        x = x + self.attn(self.norm1(x))
+        y = F.gelu(self.ffn["fc1"](self.norm2(x)))
+        if "conv" in self.ffn:
+            y = y + self.ffn["conv"](y)
+        return x + self.ffn["fc2"](y)
+
+
+class PlainModel(nn.Module):
+    """A whole model on channels-first memory: our stem, downsamples and head, stages of `block(dim, heads, clusters or grid)`."""
+
+    def __init__(self, ours, shapes, block):
+        super().__init__()
+        self.stem, self.downsamples, self.proj, self.head = copy.deepcopy((ours.stem, ours.downsamples, ours.proj, ours.head))
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(block(dim, *rest) for _ in stage)) for stage, (dim, _, *rest) in zip(ours.stages, shapes, strict=True))
+
+    def forward(self, images):
+        x = self.stem(images)
+        for i, stage in enumerate(self.stages):
+            x = stage(self.downsamples[i - 1](x) if i else x)
+        return self.head(self.proj(x).mean((2, 3)))
+
+
+class Entry(NamedTuple):
+    """A model of the ratio tables; layers are built from a stage's shape without its side, ours on (B, H, W, C)."""
+    build: Callable
+    layer: Callable
+    plain_layer: Callable
+    plain_model: Callable       # (our model, shapes) -> its twin
+    shapes: tuple               # a stage each: channels, side of the map at 224 pixels, heads, clusters or side of a cell
+
+
+MODELS = {
+    "secvit_t": Entry(
+        secvit.secvit_t, secvit.SECA, PlainSECA,
+        functools.partial(PlainModel, block=lambda dim, heads, clusters: PlainBlock(
+            dim, PlainSECA(dim, heads, clusters), PlainLayerNorm(dim, eps=1e-6), ratio=3)),
+        ((64, 56, 2, 32), (128, 28, 4, 8), (256, 14, 8, 2), (512, 7, 16, 1))),
+    "stvit_s": Entry(
+        stvit.stvit_s, lambda dim, heads, grid: stvit.SuperTokenAttention(dim, heads, (grid, grid)), PlainSTA,
+        functools.partial(PlainModel, block=lambda dim, heads, grid: PlainBlock(
+            dim, PlainSTA(dim, heads, grid), nn.BatchNorm2d(dim), ratio=4, conv=True)),
+        ((64, 56, 1, 8), (128, 28, 2, 4), (320, 14, 5, 1), (512, 7, 8, 1))),
+}
+VARIANTS = {name: getattr(module, name) for module in (secvit, stvit) for name in module.VARIANTS}
+VARIANTS |= {f"{name}_released": functools.partial(VARIANTS[name], released=True) for name in secvit.VARIANTS}
+
+
+# --------------------------------------------------------------------------------------------------------------- ratios
+def share_weights(ours, plain):
+    """Move our parameters off their initial 0 and 1, then copy them: q, k, v in one matrix, linear layers as 1x1 convolutions."""
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    source, state = ours.state_dict(), {}
+    for name, value in plain.state_dict().items():
+        tensor = source[name] if name in source else torch.cat([source[name.replace("qkv", part)] for part in "qkv"])
+        state[name] = tensor.reshape(value.shape)
+    plain.load_state_dict(state)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in plain.parameters())
+
+
+def assert_equal(ours, plain, x, channels_last):
+    """Outputs and input gradients of both agree in float64 on x (B, C, H, W)."""
+    ours, plain, x = copy.deepcopy(ours).double(), copy.deepcopy(plain).double(), x.double().requires_grad_()
+    y = ours(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) if channels_last else ours(x)
+    expected = plain(x)
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn_like(y)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, grad)[0] for out in (y, expected)))
+
+
+def autocast():
+    """Entered anew each step, since its cache of cast weights lives as long as it does."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA)
+
+
+def run(module, x, grad=None):
+    """Forward without gradient, or forward and backward where the output's gradient is given."""
+    with torch.set_grad_enabled(grad is not None), autocast():
+        y = module(x)
+    if grad is not None:
+        torch.autograd.grad(y, [*module.parameters()] + [x] * x.requires_grad, grad)
+    return y.detach()
+
+
+def milliseconds(function):
+    """Time of one call."""
+    if not CUDA:
+        start = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - start)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    function()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def race(functions, repeats):
+    """Median milliseconds of each function, called in turn after a warm-up."""
+    for function in functions * WARMUP:
+        function()
+    rounds = [[milliseconds(function) for function in functions] for _ in range(repeats)]
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def training_mib(module, x, grad):
+    """CUDA: peak of forward and backward above what was allocated before. CPU: what the graph of forward keeps for backward."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(module, x, grad)
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    saved = []                                                  # weak: a graph dropped on the way, of a sort key say, does not count
+
+    def pack(tensor):
+        tensor = tensor.detach()
+        saved.append(weakref.ref(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = module(x)
+    storages = [tensor.untyped_storage() for reference in saved if (tensor := reference()) is not None]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    assert y.requires_grad                                      # it has held the graph until here
+    return sum(sizes[address] for address in sizes.keys() - {p.data_ptr() for p in module.parameters()}) / 2 ** 20
+
+
+def compare(name, ours, plain, x, repeats, channels_last=False):
+    """Print one row of a ratio table; x (B, C, H, W); layers take and give channels-last maps, models images."""
+    share_weights(ours, plain)
+    ours, plain, x = ours.to(DEVICE), plain.to(DEVICE), x.to(DEVICE)
+    assert_equal(ours, plain, x[:2], channels_last)
+    sides = []
+    for module, own in ((ours, x.permute(0, 2, 3, 1).contiguous() if channels_last else x.clone()), (plain, x)):
+        own.requires_grad_(channels_last)                       # layers pass a gradient on, images do not
+        sides.append((module, own, torch.randn_like(run(module, own))))
+    cells = race([functools.partial(run, module.eval(), own) for module, own, _ in sides], repeats)
+    cells += race([functools.partial(run, module.train(), own, grad) for module, own, grad in sides], repeats)
+    cells += [training_mib(*side) for side in sides]
+    pairs = zip(cells[::2], cells[1::2], strict=True)
+    print_row(name, *(text for a, b in pairs for text in (f"{a:.1f}", f"{b:.1f}", f"{b / a:.2f}")))
+
+
+def ratios(names, batch):
+    """Print two tables: the layers of the named models at every stage's shape, then the whole models."""
+    memory = "peak MiB" if CUDA else "kept MiB"
+    columns = ["forward ms", "plain", "ratio", "f+b ms", "plain", "ratio", memory, "plain", "ratio"]
+    print_header(f"layer, batch {batch or LAYER_BATCH}", *columns)
+    for name, stage in itertools.product(names, range(4)):
+        dim, side, *rest = MODELS[name].shapes[stage]
+        layers = (build(dim, *rest) for build in (MODELS[name].layer, MODELS[name].plain_layer))
+        x = torch.randn(batch or LAYER_BATCH, dim, side, side)
+        compare(f"{name} stage {stage + 1}", *layers, x, LAYER_REPEATS, channels_last=True)
+    print_header(f"model, batch {batch or MODEL_BATCH}", *columns)
+    for name in names:
+        ours = MODELS[name].build(drop_path_rate=0.0)
+        images = torch.randn(batch or MODEL_BATCH, 3, PIXELS, PIXELS)
+        compare(name, ours, MODELS[name].plain_model(ours, MODELS[name].shapes), images, MODEL_REPEATS)
+
+
+# ----------------------------------------------------------------------------------------------------------- throughput
+def forward_flops(build):
+    """FLOPs of one image's forward; attention is decomposed for it, since the counter does not know the CPU's fused kernel."""
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        build().eval()(torch.randn(1, 3, PIXELS, PIXELS))
+    return counter.get_total_flops()
+
+
+def matmul_rate():
+    """FLOPs/s of a large square matrix product in the type that the models run in."""
+    size = 8192 if CUDA else 2048
+    a, b = torch.randn(2, size, size, device=DEVICE, dtype=torch.bfloat16 if CUDA else torch.float32)
+    return 2 * size ** 3 / (1e-3 * race([lambda: a @ b], LAYER_REPEATS)[0])
+
+
+def make_step(build, batch, compiled, training):
+    """Build a model; returns a function that does one inference or training step with it."""
+    model = build().to(DEVICE).train(training)
+    module = torch.compile(model) if compiled else model
+    images, labels = torch.randn(batch, 3, PIXELS, PIXELS, device=DEVICE), torch.randint(1000, (batch,), device=DEVICE)
+    if not training:
+        return functools.partial(run, module, images)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=CUDA)
+
+    def step():
+        with autocast():
+            loss = F.cross_entropy(module(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def steps_per_second(step, seconds):
+    """Warm up, then call `step` for that long, waiting for a GPU every few calls; a GPU's peak memory counts from here."""
+    chunk, synchronize = (10, torch.cuda.synchronize) if CUDA else (1, lambda: None)
+    for _ in range(WARMUP):
+        step()
+    synchronize()
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    start, steps = time.perf_counter(), 0
+    while (elapsed := time.perf_counter() - start) < seconds or not steps:
+        for _ in range(chunk):
+            step()
+        synchronize()
+        steps += chunk
+    return steps / elapsed
+
+
+def throughput(names, batch, seconds):
+    """Print the throughput table of the named variants; a configuration that fails, out of memory say, gives its reason instead."""
+    rate = matmul_rate()
+    print(f"matrix product: {rate / 1e12:.2f} TFLOP/s")
+    print_header(f"variant, batch {batch}", "GFLOPs", "step", "compiled", "images/s", "peak GiB", "of matmul")
+    for name in names:
+        flops = forward_flops(VARIANTS[name])
+        for compiled, training in itertools.product((False, True) if CUDA else (False,), (False, True)):
+            try:
+                speed = batch * steps_per_second(make_step(VARIANTS[name], batch, compiled, training), seconds)
+                peak = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.2f}" if CUDA else "-"
+                results = f"{speed:.1f}", peak, f"{speed * flops * (3 if training else 1) / rate:.1%}"
+            except RuntimeError as error:
+                results = "failed", "-", f"{type(error).__name__}: {error}".strip().splitlines()[0].replace("|", "/")
+            print_row(name, f"{flops / 1e9:.2f}", "training" if training else "inference", "yes" if compiled else "no", *results)
+            torch.compiler.reset()
+            gc.collect()
+            torch.cuda.empty_cache()                            # nothing without CUDA
+
+
+# --------------------------------------------------------------------------------------------------------------- output
+def print_row(name, *cells):
+    print(f"| {name:<20} | " + " | ".join(f"{cell:>10}" for cell in cells) + " |", flush=True)
+
+
+def print_header(*titles):
+    print()
+    print_row(*titles)
+    print(f"|{'-' * 22}|" + f"{'-' * 11}:|" * (len(titles) - 1), flush=True)
+
+
+def device_name():
+    if CUDA:
+        return torch.cuda.get_device_name()
+    cpus = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", cpus.read_text()) if cpus.exists() else None
+    return f"{found[1] if found else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Compare the models with plain implementations, or measure their throughput.")
+    parser.add_argument("--throughput", action="store_true", help="images/s of the variants instead of ratios")
+    parser.add_argument("--models", help="comma-separated names; default: all, for throughput on the CPU the smallest")
+    parser.add_argument("--batch", type=int, help="images at once; default: 128 on CUDA, 8 for layers and 4 for models on the CPU")
+    parser.add_argument("--seconds", type=float, default=5.0, help="how long each throughput is measured after the warm-up")
+    parser.add_argument("--threads", type=int, help="torch's CPU threads; default: torch's choice")
+    args = parser.parse_args()
+    known = VARIANTS if args.throughput else MODELS
+    usual = [name for name in known if CUDA or name.removesuffix("_released") in MODELS]
+    names = args.models.split(",") if args.models else usual
+    if not set(names) <= known.keys():
+        parser.error(f"--models {args.models}, expected some of {','.join(known)}")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True
+    print(f"torch {torch.__version__}, {device_name()}, {torch.get_num_threads()} threads, "
+          f"{'bfloat16 autocast' if CUDA else 'float32'}, `{shlex.join(['python', *sys.argv])}`", flush=True)
+    if args.throughput:
+        throughput(names, args.batch or MODEL_BATCH, args.seconds)
+    else:
+        ratios(names, args.batch)
+
+
+if __name__ == "__main__":
+    main()

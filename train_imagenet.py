@@ -1,0 +1,949 @@
+"""Train or evaluate any of the backbones as an image classifier. Plain PyTorch, one visible loop.
+
+    python train_imagenet.py                                            # no data needed: draws its own, minutes on a CPU
+    python train_imagenet.py --model secvit_t --released --data /data/imagenet --output runs/t
+    torchrun --nproc-per-node 8 train_imagenet.py --model stvit_s --data /data/imagenet --output runs/s
+    torchrun --nproc-per-node 8 --max-restarts 3 train_imagenet.py ... --output runs/s --resume auto
+    python train_imagenet.py --eval --weights runs/s/best.pt --data /data/imagenet
+    torchrun --nproc-per-node 8 train_imagenet.py --model stvit_s --data /data/imagenet --weights runs/s/last.pt --frozen-bn \\
+        --img-size 384 --epochs 30 --batch-size 512 --lr 5e-6 --min-lr 5e-6 --warmup-epochs 0 --weight-decay 1e-8   # STViT at 384
+
+Reading order is the order of the run: settings, processes, data, augmentation, schedule, checkpoints, log, evaluation, loop.
+Defaults are the papers' (DeiT's recipe); each model's own values are in RECIPES, those of the built-in data in BUILT_IN.
+Randomness is stateless: a sample's draws depend on (seed, epoch, sample), a micro-batch's on (seed, step, its place in the
+step). So any number of workers, any interruption and any number of processes with the same micro-batch give the same run.
+
+Against the authors' scripts, on purpose: --batch-size is global; the rate is a function of the step, not of the epoch; a
+plain run reshuffles every epoch; layer-scale vectors are exempt from weight decay (theirs are 4-D tensors and decayed);
+evaluation counts each image once. SecViT's peak rate 2e-3 is from the authors' logs, the paper gives none.
+"""
+import argparse
+import copy
+import datetime
+import json
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import secvit
+import stvit
+
+MODELS = {name: getattr(module, name) for module in (secvit, stvit) for name in module.VARIANTS}
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SAMPLE, BATCH, ORDER, DRAWING = range(4)  # first entry of every seed, so that no two streams share one
+
+# ------------------------------------------------------------------------------------------------------------ settings
+DEIT = dict(  # arXiv 2012.12877, as the papers' authors use it; see each flag's help
+    epochs=300, batch_size=1024, lr=1e-3, min_lr=1e-5, warmup_epochs=5, weight_decay=0.05, img_size=224, mixup=0.8, cutmix=1.0,
+    label_smoothing=0.1, randaug="rand-m9-mstd0.5-inc1", random_erase=0.25, repeated_aug=3, min_crop=0.08, ema=0.0, sync_bn=False)
+RECIPES = {"secvit": dict(lr=2e-3, ema=0.99992, sync_bn=True), "stvit": {}}  # by family: the first part of the model's name
+BUILT_IN = dict(epochs=10, batch_size=32, lr=1e-3, warmup_epochs=1, img_size=64, mixup=0.0, cutmix=0.0, randaug="none", random_erase=0.0,
+                repeated_aug=1, min_crop=0.5, test_crop=1.0, ema=0.0, drop_path=0.0, workers=0)
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong; the message names the value and the rule and is all that is printed."""
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are InputErrors."""
+
+    def error(self, message):
+        raise InputError(message)
+
+
+def parse_args(argv=None):
+    """The command line, flags that were not given being None or False."""
+    p = Parser(description="Train or evaluate a backbone on ImageNet-like folders, or on images drawn here.",
+               formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=120))
+    p.add_argument("--model", help=f"one of {', '.join(MODELS)} (default secvit_t)")
+    p.add_argument("--released", action="store_true", help="SecViT as the authors released it, which the paper's accuracies belong to")
+    p.add_argument("--data", help="folder with train/<class>/* and val/<class>/*; without it images are drawn")
+    p.add_argument("--output", help="folder for log.jsonl, last.pt, best.pt, curves.png (default runs/MODEL)")
+    p.add_argument("--epochs", type=int, help="length of training and of the cosine; 300")
+    p.add_argument("--batch-size", type=int, help="images an update, over all processes and accumulation; 1024")
+    p.add_argument("--micro-batch", type=int, help="images a process puts through the model at once; the rest is accumulated")
+    p.add_argument("--lr", type=float, help="peak learning rate at this --batch-size, never rescaled; 1e-3")
+    p.add_argument("--min-lr", type=float, help="learning rate the cosine ends at; 1e-5")
+    p.add_argument("--warmup-epochs", type=float, help="linear warm-up from 1e-6; 5")
+    p.add_argument("--weight-decay", type=float, help="AdamW decay of weights with two or more axes; 0.05")
+    p.add_argument("--clip-grad", type=float, help="largest gradient norm; larger gradients are scaled down to it; off")
+    p.add_argument("--img-size", type=int, help="side of the square images the model sees, at least 32; 224")
+    p.add_argument("--drop-path", type=float, help="stochastic depth of the last block; the paper's for each model")
+    p.add_argument("--mixup", type=float, help="Beta parameter of mixup, 0 is off; 0.8")
+    p.add_argument("--cutmix", type=float, help="Beta parameter of CutMix, 0 is off; 1.0")
+    p.add_argument("--label-smoothing", type=float, help="share of each target spread over all classes; 0.1")
+    p.add_argument("--randaug", help="RandAugment as timm writes it, rand-m9-mstd0.5-inc1, or none")
+    p.add_argument("--random-erase", type=float, help="probability of replacing a box of an image by noise; 0.25")
+    p.add_argument("--repeated-aug", type=int, help="copies of each image an epoch, with as many fewer images, 1 is off; 3")
+    p.add_argument("--min-crop", type=float, help="smallest share of the area that a random crop keeps; 0.08")
+    p.add_argument("--test-crop", type=float, help="tested share of the resized shorter side; 0.875, from 384 on 1.0")
+    p.add_argument("--ema", type=float, help="decay of the averaged weights per update, 0 is off; 0.99992 for SecViT, else off")
+    p.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast type of training and testing; bf16 on a GPU")
+    p.add_argument("--compile", action="store_true", help="torch.compile the training step's model")
+    p.add_argument("--channels-last", action="store_true", help="store convolution weights channels-last")
+    p.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, help="batch statistics over all GPUs; on for SecViT")
+    p.add_argument("--frozen-bn", action="store_true", help="train in eval mode: BN statistics fixed, drop path off (STViT at 384)")
+    p.add_argument("--workers", type=int, help="loader processes for each training process; changes speed, never results")
+    p.add_argument("--seed", type=int, help="of weights, order, augmentation; 0")
+    p.add_argument("--resume", help="checkpoint to go on from exactly, or auto: the newest readable one of --output if any")
+    p.add_argument("--weights", help="start from these weights: our checkpoint, a bare state dict or an authors' file")
+    p.add_argument("--eval", action="store_true", help="only test --weights (the average too if it holds one), print one JSON line")
+    p.add_argument("--max-steps", type=int, help="save and stop after this many updates; the schedule is not shortened")
+    p.add_argument("--log-every", type=int, help="updates between log lines; 50")
+    p.add_argument("--deterministic", action="store_true", help="only deterministic GPU kernels: slower, repeatable bit for bit")
+    return p.parse_args(argv)
+
+
+def settle(args, checkpoint=None):
+    """Fill every flag not given: from the checkpoint if one is continued or tested, then preset, recipe, DeiT's values.
+
+    Raises: InputError for values out of range and flags that contradict each other.
+    """
+    saved = checkpoint.get("args", {}) if checkpoint else {}
+    args.model = args.model or saved.get("model") or "secvit_t"
+    if args.model not in MODELS:
+        raise InputError(f"unknown --model {args.model!r}, expected one of {', '.join(MODELS)}")
+    args.released = args.released or bool(saved.get("released"))
+    if args.released and not args.model.startswith("secvit_"):
+        raise InputError(f"--released is a variant of SecViT, not of {args.model}")
+    args.data = args.data or saved.get("data")
+    defaults = dict(DEIT, **RECIPES[args.model.split("_")[0]], test_crop=None, drop_path=None, clip_grad=None, workers=None, seed=0,
+                    log_every=50, amp="bf16" if torch.cuda.is_available() else "none")
+    for name, value in {**defaults, **({} if args.data else BUILT_IN), **{k: v for k, v in saved.items() if k in defaults}}.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.micro_batch = args.micro_batch or saved.get("micro_batch")
+    args.output = Path(args.output or saved.get("output") or f"runs/{args.model}")
+    if args.test_crop is None:
+        args.test_crop = 0.875 if args.img_size < 384 else 1.0
+    if args.workers is None:
+        args.workers = min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    check_ranges(args)
+    return args
+
+
+def check_ranges(args):
+    """Raise InputError for a number outside its range."""
+    at_least = dict(epochs=1, batch_size=1, micro_batch=1, img_size=32, repeated_aug=1, workers=0, seed=0, max_steps=1, log_every=1, lr=0,
+                    min_lr=0, warmup_epochs=0, weight_decay=0, mixup=0, cutmix=0)
+    for name, low in at_least.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value}, expected at least {low}")
+    for name in ("drop_path", "label_smoothing", "random_erase", "ema", "min_crop", "test_crop"):
+        value, low = getattr(args, name), 0 if name not in ("min_crop", "test_crop") else 1e-6
+        if value is not None and not low <= value <= (1 if name.endswith(("crop", "erase")) else 1 - 1e-9):
+            raise InputError(f"--{name.replace('_', '-')} {value}, expected a share between 0 and 1")
+    if args.clip_grad is not None and not args.clip_grad > 0:
+        raise InputError(f"--clip-grad {args.clip_grad}, expected a positive norm")
+
+
+# ----------------------------------------------------------------------------------------------------------- processes
+class Processes:
+    """The processes of this run: one when started plainly, torchrun's otherwise; NCCL on GPUs, gloo on CPUs.
+
+    `patience`: seconds after which a process that waits for a lost one gives up.
+    """
+
+    def __init__(self, patience=60):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+        if cuda and local >= torch.cuda.device_count():
+            raise InputError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} found, one needed for each process")
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(local)
+        if self.world > 1:
+            dist.init_process_group("nccl" if cuda else "gloo")
+            self.control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=patience))
+
+    def any(self, flag):
+        """True on every process if `flag` is true on one. Exits with a message if another process is gone."""
+        if self.world == 1:
+            return flag
+        flags = torch.tensor([float(flag)])
+        try:
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+        except RuntimeError as error:
+            sys.exit(f"process {self.rank}: another process is gone, stopping ({str(error).splitlines()[0]})")
+        return bool(flags.item())
+
+    def sum(self, numbers):
+        """Element-wise sum of a float64 tensor over all processes, as a list."""
+        if self.world > 1:
+            dist.all_reduce(numbers)
+        return numbers.tolist()
+
+    def broadcast_buffers(self, model):
+        """Give every process the first one's BN statistics."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+class StopSignal:
+    """Remembers SIGTERM or SIGINT so that the loop can finish its step; the second one acts at once."""
+
+    def __init__(self):
+        self.caught = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.catch)
+
+    def catch(self, number, _frame):
+        self.caught = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+class ImageFolder:
+    """Labelled image files of folder/<class>/*, classes in order of name. Paths sit in one array, which workers share."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise InputError(f"{folder} is not a folder; expected DIR/train/<class>/* and DIR/val/<class>/*")
+        self.classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+        Image.init()
+        paths, labels = [], []
+        for label, name in enumerate(self.classes):
+            files = sorted(e.name for e in os.scandir(self.folder / name) if Path(e.name).suffix.lower() in Image.EXTENSION)
+            paths += [os.fsencode(f"{name}/{file}") for file in files]
+            labels += [label] * len(files)
+        if not paths:
+            raise InputError(f"{folder} holds no image in any <class> folder")
+        self.paths, self.labels = np.array(paths), np.array(labels)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, index):
+        return str(self.folder / os.fsdecode(bytes(self.paths[index])))
+
+    def read(self, index):
+        with Image.open(self.name(index)) as image:
+            return image.convert("RGB")
+
+
+class DrawnShapes:
+    """Images drawn here: a shape filled with a texture on clutter, 64 x 64; 5 shapes x 2 textures make 10 classes."""
+
+    shapes, textures = ("disc", "square", "triangle", "cross", "ring"), ("stripes", "dots")
+
+    def __init__(self, split, images):
+        self.classes = [f"{shape}-{texture}" for shape in self.shapes for texture in self.textures]
+        self.labels = np.arange(images) % len(self.classes)
+        self.images = [self.draw(np.random.default_rng((DRAWING, split == "val", i)), label) for i, label in enumerate(self.labels)]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, index):
+        return f"drawn image {index}"
+
+    def read(self, index):
+        return self.images[index]
+
+    @classmethod
+    def draw(cls, rng, label, side=64):
+        """One image of class `label`: colours, size, place, angle, clutter and noise are random and tell nothing."""
+        image = Image.new("RGB", (side, side), tuple(rng.integers(0, 256, 3)))
+        draw = ImageDraw.Draw(image)
+        for _ in range(6):  # clutter: lines and small blobs
+            x, y, w, h = rng.integers(0, side, 2).tolist() + rng.integers(2, side // 4, 2).tolist()
+            colour = tuple(rng.integers(0, 256, 3))
+            draw.line((x, y, *rng.integers(0, side, 2)), colour, 2) if rng.random() < 0.5 else draw.rectangle((x, y, x + w, y + h), colour)
+        radius = rng.uniform(0.26, 0.42) * side
+        centre = rng.uniform(radius, side - radius, 2)
+        turn = rng.uniform(0, 2 * np.pi)
+        y, x = np.mgrid[:side, :side] - centre[::-1, None, None]
+        u, v = (x * np.cos(turn) + y * np.sin(turn)) / radius, (y * np.cos(turn) - x * np.sin(turn)) / radius
+        distance = np.hypot(u, v)
+        mask = {"disc": distance < 1, "square": np.maximum(abs(u), abs(v)) < 0.75,
+                "triangle": (v < 0.5) & (v > 1.7 * abs(u) - 1), "ring": (distance < 1) & (distance > 0.5),
+                "cross": (np.minimum(abs(u), abs(v)) < 0.28) & (np.maximum(abs(u), abs(v)) < 0.95)}[cls.shapes[label // 2]]
+        period, phase = rng.uniform(5, 8), rng.uniform(0, 2 * np.pi, 2)
+        waves = np.sin(2 * np.pi * x / period + phase[0]), np.sin(2 * np.pi * y / period + phase[1])
+        lit = waves[rng.integers(2)] > 0 if cls.textures[label % 2] == "stripes" else (waves[0] > 0.1) & (waves[1] > 0.1)
+        dark = rng.uniform(0, 110, 3)
+        pixels = np.where(mask[..., None], np.where(lit[..., None], 255 - rng.uniform(0, 80, 3), dark), np.asarray(image))
+        return Image.fromarray((pixels + rng.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8))
+
+
+def open_data(folder):
+    """Training and validation images: of `folder`, or drawn. Raises InputError if the two name different classes."""
+    if folder is None:
+        return DrawnShapes("train", 1000), DrawnShapes("val", 500)
+    train, val = ImageFolder(Path(folder) / "train"), ImageFolder(Path(folder) / "val")
+    if train.classes != val.classes:
+        raise InputError(f"train and val of {folder} differ in classes {sorted(set(train.classes) ^ set(val.classes))}")
+    return train, val
+
+
+class Samples(torch.utils.data.Dataset):
+    """Decoded and augmented images by key (epoch, index, copy): (uint8 (S, S, 3) array or None, label, unreadable files).
+
+    A file that cannot be decoded is replaced by the next one, at most `replace` times in a row; after that the image is None.
+    """
+
+    def __init__(self, source, transform, seed, replace):
+        self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
+
+    def __getitem__(self, key):
+        epoch, index, _ = key
+        unreadable = []
+        while True:
+            try:
+                image = self.source.read(index)
+            except Exception as error:  # broken files make Pillow raise nearly anything
+                unreadable.append(f"{self.source.name(index)}: {error}")
+                if len(unreadable) > self.replace:
+                    return None, 0, unreadable
+                index = (index + 1) % len(self.source)
+                continue
+            image = self.transform(image, random.Random(repr((SAMPLE, self.seed, *key))))
+            return np.asarray(image), int(self.source.labels[index]), unreadable
+
+
+def collate(items):
+    """List of samples -> uint8 images (B, S, S, 3) or None if one is missing, labels (B,), all unreadable files."""
+    images, labels, unreadable = zip(*items)
+    unreadable = [file for files in unreadable for file in files]
+    return None if any(i is None for i in images) else torch.from_numpy(np.stack(images)), torch.tensor(labels), unreadable
+
+
+class StepSampler:
+    """Keys of the micro-batches that one process runs in updates `first` to `last`, in order.
+
+    Each update takes the next `batch` entries of its epoch's order; micro-batch j of the J in an update holds every J-th of
+    them, process r of W runs j = r, r + W, ... So the micro-batches do not depend on the number of processes.
+    With `repeats` > 1 (repeated augmentation, arXiv 1902.05509) every image stands that many times in a row in the order, which
+    ends after N // 256 * 256 entries: copies go to different micro-batches, and an epoch shows 1 / `repeats` of the images.
+    """
+
+    def __init__(self, *, images, batch, micro, rank, world, seed, repeats, first=0, last=0):
+        self.images, self.batch, self.count, self.rank, self.world = images, batch, batch // micro, rank, world
+        self.seed, self.repeats, self.first, self.last = seed, repeats, first, last
+        self.used = images // 256 * 256 if repeats > 1 and images >= 256 else images
+        self.per_epoch = self.used // batch
+
+    def order(self, epoch):
+        """(used, 2): image and number of the copy."""
+        images = np.random.default_rng((ORDER, self.seed, epoch)).permutation(self.images)
+        return np.stack([images.repeat(self.repeats), np.tile(np.arange(self.repeats), self.images)], 1)[:self.used]
+
+    def __iter__(self):
+        epoch, order = None, None
+        for step in range(self.first, self.last):
+            if step // self.per_epoch != epoch:
+                epoch = step // self.per_epoch
+                order = self.order(epoch)
+            start = step % self.per_epoch * self.batch
+            for j in range(self.rank, self.count, self.world):
+                yield [(epoch, int(i), int(copy)) for i, copy in order[start + j:start + self.batch:self.count]]
+
+    def __len__(self):
+        return (self.last - self.first) * (self.count // self.world)
+
+
+def loader(samples, batches, workers, device):
+    """DataLoader over lists of keys; workers leave SIGINT to the training process."""
+    return torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+                                       pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt)
+
+
+def ignore_interrupt(_worker):
+    """Worker start: Ctrl-C is for the training process, which ends its workers itself."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+# -------------------------------------------------------------------------------------------------------- augmentation
+def random_resized_crop(image, size, min_share, rng):
+    """Crop of U(min_share, 1) of the area with sides' ratio in [3/4, 4/3], resized to size x size (arXiv 1409.4842)."""
+    W, H = image.size
+    for _ in range(10):
+        area = rng.uniform(min_share, 1.0) * W * H
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= W and 0 < h <= H:
+            x, y = rng.randint(0, W - w), rng.randint(0, H - h)
+            break
+    else:  # very elongated images: the whole shorter side
+        w, h = min(W, round(H * 4 / 3)), min(H, round(W / (3 / 4)))
+        x, y = (W - w) // 2, (H - h) // 2
+    return image.crop((x, y, x + w, y + h)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def center_crop(image, size, share):
+    """Resize the shorter side to size / share and cut the central size x size."""
+    W, H = image.size
+    short = int(size / share)
+    w, h = (short, int(short * H / W)) if W < H else (int(short * W / H), short)
+    x, y = round((w - size) / 2), round((h - size) / 2)
+    return image.resize((w, h), Image.Resampling.BICUBIC).crop((x, y, x + size, y + size))
+
+
+FILL = tuple(round(255 * m) for m in MEAN)
+
+
+def affine(image, *coefficients):
+    """Pillow's affine map, output -> input pixels, bicubic, mean colour outside."""
+    return image.transform(image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC, fillcolor=FILL)
+
+
+def posterize(image, bits):
+    """Keep the upper bits; Pillow 13 refuses 0 bits, which older versions turn black."""
+    return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)
+
+
+def solarize_add(image, amount):
+    """Add to the values below 128."""
+    return image.point([min(255, v + amount) if v < 128 else v for v in range(256)] * 3)
+
+
+def enhance(kind):
+    """An operation (image, m, sign) that moves one of Pillow's enhancers away from 1 by 0.9 m / 10."""
+    return lambda image, m, sign: kind(image).enhance(max(0.1, 1 + sign * 0.9 * m / 10))
+
+
+RANDAUGMENT = (  # (image, magnitude m in [0, 10], sign) -> image; timm's "increasing" set in its order
+    lambda image, m, sign: ImageOps.autocontrast(image),
+    lambda image, m, sign: ImageOps.equalize(image),
+    lambda image, m, sign: ImageOps.invert(image),
+    lambda image, m, sign: image.rotate(sign * 30 * m / 10, Image.Resampling.BICUBIC, fillcolor=FILL),
+    lambda image, m, sign: posterize(image, 4 - int(4 * m / 10)),
+    lambda image, m, sign: ImageOps.solarize(image, 256 - min(256, int(256 * m / 10))),
+    lambda image, m, sign: solarize_add(image, min(128, int(110 * m / 10))),
+    enhance(ImageEnhance.Color),
+    enhance(ImageEnhance.Contrast),
+    enhance(ImageEnhance.Brightness),
+    enhance(ImageEnhance.Sharpness),
+    lambda image, m, sign: affine(image, 1, sign * 0.3 * m / 10, 0, 0, 1, 0),                       # shear x
+    lambda image, m, sign: affine(image, 1, 0, 0, sign * 0.3 * m / 10, 1, 0),                       # shear y
+    lambda image, m, sign: affine(image, 1, 0, sign * 0.45 * m / 10 * image.width, 0, 1, 0),        # translate x
+    lambda image, m, sign: affine(image, 1, 0, 0, 0, 1, sign * 0.45 * m / 10 * image.height),       # translate y
+)
+
+
+def parse_randaug(text):
+    """"rand-m9-mstd0.5-inc1" -> (magnitude, its standard deviation, layers); "none" -> None. Raises InputError otherwise."""
+    if text == "none":
+        return None
+    found = re.fullmatch(r"rand-m(\d+(?:\.\d+)?)(?:-n(\d+))?(?:-mstd(\d+(?:\.\d+)?))?-inc1", text)
+    if not found or float(found[1]) > 10:
+        raise InputError(f"--randaug {text!r}, expected none or rand-mM[-nLAYERS][-mstdS]-inc1 with M at most 10")
+    return float(found[1]), float(found[3] or 0), int(found[2] or 2)
+
+
+def randaugment(image, magnitude, deviation, layers, rng):
+    """`layers` operations drawn with replacement, each carried out with probability 1/2 (arXiv 1909.13719, timm's form)."""
+    for operation in rng.choices(RANDAUGMENT, k=layers):
+        if rng.random() <= 0.5:
+            m = min(10.0, max(0.0, rng.gauss(magnitude, deviation)))
+            image = operation(image, m, rng.choice((1, -1)))
+    return image
+
+
+class TrainTransform:
+    """Random crop, flip, RandAugment of an RGB image; `rng` makes all draws."""
+
+    def __init__(self, size, min_crop, randaug):
+        self.size, self.min_crop, self.randaug = size, min_crop, randaug
+
+    def __call__(self, image, rng):
+        image = random_resized_crop(image, self.size, self.min_crop, rng)
+        if rng.random() < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return randaugment(image, *self.randaug, rng) if self.randaug else image
+
+
+class TestTransform:
+    """Resize and centre crop."""
+
+    def __init__(self, size, share):
+        self.size, self.share = size, share
+
+    def __call__(self, image, _rng):
+        return center_crop(image, self.size, self.share)
+
+
+def normalize(images):
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) with ImageNet's mean and deviation, channels-last in memory."""
+    mean, std = (255 * torch.tensor(t, device=images.device) for t in (MEAN, STD))
+    return ((images - mean) / std).permute(0, 3, 1, 2)
+
+
+def erase(x, probability, rng):
+    """Random erasing (arXiv 1708.04896) of x (B, C, H, W): with `probability` an image gets one box of N(0, 1) noise a pixel."""
+    B, _, H, W = x.shape
+    boxes = np.zeros((B, 4, 1, 1, 1), np.int64)             # top, bottom, left, right
+    for i in range(B):
+        if rng.random() > probability:
+            continue
+        for _ in range(10):
+            area, ratio = rng.uniform(0.02, 1 / 3) * H * W, math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if h < H and w < W:
+                top, left = rng.randint(0, H - h), rng.randint(0, W - w)
+                boxes[i, :, 0, 0, 0] = top, top + h, left, left + w
+                break
+    top, bottom, left, right = torch.from_numpy(boxes).to(x.device, non_blocking=True).unbind(1)     # (B, 1, 1, 1)
+    row, column = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)
+    inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)                     # (B, 1, H, W)
+    return torch.where(inside, torch.randn_like(x), x)
+
+
+def mix(x, labels, *, classes, smoothing, mixup, cutmix, rng):
+    """Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899) of a batch with its reverse, one draw a batch.
+
+    Args: x (B, C, H, W); labels (B,); mixup, cutmix: Beta parameters, 0 is off, both on means a fair coin.
+    Returns: x and soft targets (B, classes), label smoothing included.
+    """
+    targets = torch.full((len(x), classes), smoothing / classes, device=x.device)
+    targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
+    if not (mixup or cutmix):
+        return x, targets
+    if cutmix and (not mixup or rng.random() < 0.5):
+        H, W = x.shape[2:]
+        cut = math.sqrt(1 - rng.betavariate(cutmix, cutmix))
+        h, w, y, x0 = int(H * cut), int(W * cut), rng.randrange(H), rng.randrange(W)
+        top, bottom, left, right = max(0, y - h // 2), min(H, y + h // 2), max(0, x0 - w // 2), min(W, x0 + w // 2)
+        other, x = x.flip(0), x.clone()
+        x[:, :, top:bottom, left:right] = other[:, :, top:bottom, left:right]
+        keep = 1 - (bottom - top) * (right - left) / (H * W)
+    else:
+        keep = rng.betavariate(mixup, mixup)
+        x = x * keep + x.flip(0) * (1 - keep)
+    return x, targets * keep + targets.flip(0) * (1 - keep)
+
+
+# ------------------------------------------------------------------------------------------------ schedule and weights
+def lr_at(step, *, peak, floor, warmup, total, start=1e-6):
+    """Learning rate of an update: linear from `start` over `warmup` updates, then a cosine that began at update 0."""
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    return floor + (peak - floor) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def decay_groups(model, weight_decay):
+    """AdamW groups: decay for weights with two axes or more, none for biases, norms and layer-scale vectors."""
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    return [dict(params=weights, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+
+
+class EMA:
+    """Exponential moving average of all weights and statistics; integer buffers are copied."""
+
+    def __init__(self, model, decay):
+        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
+
+    @torch.no_grad()
+    def update(self, model):
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        averaged, current = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
+        torch._foreach_lerp_(averaged, current, 1 - self.decay)
+        for ours, theirs in pairs:
+            if not ours.is_floating_point():
+                ours.copy_(theirs)
+
+
+# --------------------------------------------------------------------------------------------------------- checkpoints
+def save_checkpoint(path, state):
+    """Write to a temporary file, sync, rename: whatever happens, `path` is whole. Raises InputError if the disk refuses."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {path} ({str(error).splitlines()[0]}); the previous checkpoint is untouched") from None
+
+
+def read_checkpoint(path):
+    """A checkpoint or weight file on the CPU, tensors and plain types only. Raises InputError if missing or damaged."""
+    if not Path(path).is_file():
+        raise InputError(f"no checkpoint {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen types for damaged files
+        raise InputError(f"cannot read {path}: damaged or not a checkpoint ({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
+    return state
+
+
+def find_checkpoint(resume, output):
+    """The checkpoint that `--resume` means: the file itself; for "auto" the newest readable one of `output`, or None."""
+    if resume != "auto":
+        return read_checkpoint(resume)
+    for path in sorted(Path(output).glob("*.pt"), key=lambda p: p.stat().st_mtime, reverse=True):
+        try:
+            state = read_checkpoint(path)
+            if "step" in state:
+                return state
+        except InputError as error:
+            print(f"skipped: {error}", file=sys.stderr)
+    return None
+
+
+def load_weights(model, state, entry="model"):
+    """Copy every tensor of a weight file that fits into `model`.
+
+    Args: state, our checkpoint (`entry` of it), a bare state dict, or the authors' released file.
+    Returns: (names of the model left as they were, names of the file left out). Raises InputError if nothing fits.
+    """
+    state = state.get(entry, state)
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    if "patch_embed.proj.0.weight" in state:
+        state = model.convert_released(state)
+    own = model.state_dict()
+    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    if not fits:
+        raise InputError(f"no tensor of the weight file fits {type(model).__name__}; is it another model's?")
+    model.load_state_dict({**own, **fits})
+    return sorted(own.keys() - fits.keys()), sorted(state.keys() - fits.keys())
+
+
+# ----------------------------------------------------------------------------------------------------------------- log
+class Log:
+    """JSON lines, appended by the first process only."""
+
+    def __init__(self, path, rank):
+        self.path, self.quiet = path, rank > 0
+        if not self.quiet:
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(self, **record):
+        if not self.quiet:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def records(self):
+        return [json.loads(line) for line in self.path.read_text().splitlines()]
+
+
+def describe_run(args, procs, model):
+    """The first record of a log: arguments, versions, commit, device, parameters."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    device = torch.cuda.get_device_name() if procs.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return dict(args=plain(args), commit=git.stdout.strip() or None, python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
+                pillow=PIL.__version__, device=device, processes=procs.world, parameters=sum(p.numel() for p in model.parameters()))
+
+
+def plain(args):
+    """Arguments as a dict of plain types."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+
+
+def draw_curves(path, records, metrics):
+    """Two panels drawn with Pillow: training and validation loss, and the `metrics` of the epoch records, over updates."""
+    steps = {r["step"]: r for r in records if "step" in r and "lr" in r}
+    epochs = {r["step"]: r for r in records if "step" in r and "lr" not in r}
+    panels = [{"training loss": {s: r["loss"] for s, r in steps.items()}, "validation loss": {s: r["loss"] for s, r in epochs.items()}},
+              {m: {s: r[m] for s, r in epochs.items() if m in r} for m in metrics}]
+    sheet = Image.new("RGB", (1000, 380), "white")
+    draw = ImageDraw.Draw(sheet)
+    for left, lines in zip((60, 560), panels):
+        points = [(s, v) for line in lines.values() for s, v in line.items()]
+        if not points:
+            continue
+        (s0, s1), (v0, v1) = ((min(axis), max(axis)) for axis in zip(*points))
+        place = lambda s, v: (left + 400 * (s - s0) / max(s1 - s0, 1), 340 - 290 * (v - v0) / max(v1 - v0, 1e-9))  # noqa: B023, E731
+        draw.rectangle((left, 50, left + 400, 340), outline="black")
+        for value in (v0, (v0 + v1) / 2, v1):
+            draw.text((left - 6, place(s0, value)[1]), f"{value:.3g}", "black", anchor="rm")
+        for s in (s0, s1):
+            draw.text((place(s, v0)[0], 346), f"update {s}", "black", anchor="ma")
+        for i, (name, line) in enumerate(lines.items()):
+            colour = ("#1f6fb4", "#d9541e", "#3a923a", "#7d4fa0")[i]
+            draw.text((left + 130 * i, 30), name, colour)
+            line = [place(s, v) for s, v in sorted(line.items())]
+            draw.line(line, colour, 2)
+            for x, y in line if len(line) < 60 else ():
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+    sheet.save(path)
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+@torch.no_grad()
+def evaluate(model, source, args, procs):
+    """Top-1 and top-5 (per cent) and mean loss of `model` over all images of `source`, each counted once on any number of processes.
+
+    Raises: InputError for an unreadable image; testing never substitutes.
+    """
+    model.eval()
+    share = range(procs.rank, len(source), procs.world)
+    batches = [[(0, i, 0) for i in share[start:start + args.micro_batch]] for start in range(0, len(share), args.micro_batch)]
+    samples = Samples(source, TestTransform(args.img_size, args.test_crop), args.seed, replace=0)
+    sums = torch.zeros(4, dtype=torch.float64, device=procs.device)                 # top-1, top-5, loss, images
+    for images, labels, unreadable in loader(samples, batches, args.workers, procs.device):
+        if images is None:
+            raise InputError(f"validation image cannot be decoded: {unreadable[0]}")
+        labels = labels.to(procs.device, non_blocking=True)
+        with autocast(args, procs.device):
+            logits = model(normalize(images.to(procs.device, non_blocking=True)))
+        logits = logits.float()
+        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]      # (B, 5)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
+        sums += torch.stack([best[:, 0].sum(), best.sum(), loss, torch.tensor(len(labels), device=loss.device)]).double()
+    top1, top5, loss, images = procs.sum(sums)
+    assert images == len(source), f"{images} images counted, {len(source)} exist"
+    return dict(top1=100 * top1 / images, top5=100 * top5 / images, loss=loss / images)
+
+
+def autocast(args, device):
+    """The autocast context that --amp asks for."""
+    return torch.autocast(device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, enabled=args.amp != "none")
+
+
+# ---------------------------------------------------------------------------------------------------------------- loop
+def build_model(args, classes):
+    """The backbone that the flags name, with its paper's drop path unless --drop-path is given."""
+    options = {} if args.drop_path is None else {"drop_path_rate": args.drop_path}
+    return MODELS[args.model](num_classes=classes, **options, **({"released": True} if args.released else {}))
+
+
+def split_batch(args, world):
+    """Settle --micro-batch: the largest divisor of each process's share up to 128 unless given. Raises InputError if uneven."""
+    share, rest = divmod(args.batch_size, world)
+    if rest:
+        raise InputError(f"--batch-size {args.batch_size} does not split over {world} processes")
+    args.micro_batch = args.micro_batch or max(m for m in range(1, min(share, 128) + 1) if share % m == 0)
+    if share % args.micro_batch:
+        raise InputError(f"--batch-size {args.batch_size} is not a multiple of --micro-batch {args.micro_batch} x {world} processes")
+
+
+def train(args, procs, checkpoint):
+    """The run: data, model, optimizer, then update after update until the last epoch, --max-steps or a signal."""
+    train_set, val_set = open_data(args.data)
+    classes = len(train_set.classes)
+    split_batch(args, procs.world)
+    schedule = dict(images=len(train_set), batch=args.batch_size, micro=args.micro_batch, rank=procs.rank, world=procs.world,
+                    seed=args.seed, repeats=args.repeated_aug)
+    per_epoch = StepSampler(**schedule).per_epoch
+    if per_epoch == 0:
+        raise InputError(f"--batch-size {args.batch_size} is larger than the {len(train_set)} training images")
+    total = args.epochs * per_epoch
+    last = min(total, args.max_steps or total)
+    accumulate = args.batch_size // (args.micro_batch * procs.world)
+
+    torch.manual_seed(args.seed)
+    model = build_model(args, classes)
+    report = load_weights(model, read_checkpoint(args.weights)) if args.weights and not checkpoint else None
+    if args.sync_bn and procs.world > 1 and procs.device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model.to(procs.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+    ema = EMA(model, args.ema) if args.ema else None
+    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    scaler = torch.amp.GradScaler(procs.device.type, enabled=args.amp == "fp16")
+    step, evaluated, best, epoch_loss, unreadable, skipped = 0, 0, 0.0, 0.0, [], 0
+    if checkpoint:
+        restore(checkpoint, model, ema, optimizer, scaler)
+        step, evaluated, best, epoch_loss, unreadable, skipped = (
+            checkpoint[k] for k in ("step", "evaluated", "best", "epoch_loss", "unreadable", "skipped"))
+    net = torch.compile(model) if args.compile else model
+    if procs.world > 1:
+        net = DistributedDataParallel(net, device_ids=[procs.device.index] if procs.device.type == "cuda" else None)
+
+    log = Log(args.output / "log.jsonl", procs.rank)
+    log.write(**describe_run(args, procs, model), resumed_at=step)
+    if procs.rank == 0:
+        if report:
+            print(f"{args.weights}: kept at initialization {report[0] or 'nothing'}, left out of the file {report[1] or 'nothing'}")
+        print(f"{args.model}: batch {args.batch_size} = {args.micro_batch} x {procs.world} processes x {accumulate} micro-batches, "
+              f"peak rate {args.lr:g}, {total} updates in {args.epochs} epochs of {per_epoch}, on {procs.device.type}, amp {args.amp}")
+
+    def save(name):
+        if procs.rank == 0:
+            save_checkpoint(args.output / name, dict(
+                model=model.state_dict(), ema=ema.model.state_dict() if ema else None, optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(), step=step, evaluated=evaluated, best=best, epoch_loss=epoch_loss, unreadable=unreadable,
+                skipped=skipped, classes=train_set.classes, args=plain(args)))
+
+    stop, stopping, scores = StopSignal(), False, {}
+    losses, lr, clock = [], 0.0, time.perf_counter()                    # of the updates since the last log line
+    batches = iter(loader(Samples(train_set, TrainTransform(args.img_size, args.min_crop, parse_randaug(args.randaug)), args.seed, replace=9),
+                          StepSampler(**schedule, first=step, last=last), args.workers, procs.device))
+    bar = tqdm(total=last * args.batch_size, initial=step * args.batch_size, unit="img", disable=procs.rank > 0, dynamic_ncols=True)
+    while True:
+        stopping = procs.any(stop.caught)
+        epoch_ends = step // per_epoch > evaluated
+        if losses and (len(losses) >= args.log_every or epoch_ends or stopping or step == last):
+            values = [v / procs.world for v in procs.sum(torch.stack(losses).double())]
+            check_finite(values, step, lr, args.output)
+            speed = len(values) * args.batch_size / (time.perf_counter() - clock)
+            epoch_loss += sum(values)
+            log.write(step=step, epoch=step / per_epoch, loss=sum(values) / len(values), lr=lr, images_per_s=speed, time=time.time())
+            bar.set_postfix(loss=f"{values[-1]:.3f}", lr=f"{lr:.1e}", **{k: f"{v:.1f}" for k, v in scores.items() if "top1" in k})
+            losses = []
+        if epoch_ends:
+            procs.broadcast_buffers(model)
+            save("last.pt")                                             # first of all: testing takes a while and may be killed
+            scores = evaluate(model, val_set, args, procs)
+            if ema:
+                procs.broadcast_buffers(ema.model)
+                scores |= {f"ema_{k}": v for k, v in evaluate(ema.model, val_set, args, procs).items()}
+            evaluated, score = step // per_epoch, max(scores["top1"], scores.get("ema_top1", 0.0))
+            improved, best = score > best, max(score, best)
+            log.write(step=step, epoch=evaluated, train_loss=epoch_loss / per_epoch, **scores, best=best, unreadable=len(unreadable),
+                      scaler_skips=skipped, time=time.time())
+            epoch_loss, unreadable = 0.0, []
+            for name in ("best.pt", "last.pt") if improved else ("last.pt",):
+                save(name)
+            if procs.rank == 0:
+                draw_curves(args.output / "curves.png", log.records(), [m for m in ("top1", "ema_top1") if m in scores])
+            clock = time.perf_counter()
+        if step == last or stopping:
+            break
+        if not losses:
+            clock = time.perf_counter()
+
+        lr = lr_at(step, peak=args.lr, floor=args.min_lr, warmup=args.warmup_epochs * per_epoch, total=total)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        net.train(not args.frozen_bn)
+        update_loss = torch.zeros((), device=procs.device)
+        for i in range(accumulate):
+            images, labels, broken = next(batches)
+            for file in broken:
+                tqdm.write(f"cannot decode {file}; using the next file", file=sys.stderr)
+            unreadable = unreadable + broken
+            if images is None:
+                raise InputError(f"ten files in a row cannot be decoded, the last one {broken[-1]}")
+            rng = random.Random(repr((BATCH, args.seed, step, i * procs.world + procs.rank)))
+            torch.manual_seed(rng.getrandbits(63))                      # erasing noise, drop path
+            x = erase(normalize(images.to(procs.device, non_blocking=True)), args.random_erase, rng)
+            x, targets = mix(x, labels.to(procs.device, non_blocking=True), classes=classes, smoothing=args.label_smoothing,
+                             mixup=args.mixup, cutmix=args.cutmix, rng=rng)
+            net.require_backward_grad_sync = i == accumulate - 1        # DDP: exchange gradients once an update
+            with autocast(args, procs.device):
+                loss = F.cross_entropy(net(x).float(), targets) / accumulate
+            scaler.scale(loss).backward()
+            update_loss += loss.detach()
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        skipped += scaler.get_scale() < scale                           # fp16 overflow: update skipped, scale halved
+        optimizer.zero_grad()
+        if ema:
+            ema.update(model)
+        losses.append(update_loss)
+        step += 1
+        bar.update(args.batch_size)
+        bar.set_description(f"epoch {step / per_epoch:.1f}/{args.epochs}")
+    bar.close()
+    if step % per_epoch:
+        procs.broadcast_buffers(model)
+        save("last.pt")
+    if procs.rank == 0:
+        if stopping and step < last:
+            print(f"stopped after update {step}; resume with --resume {args.output / 'last.pt'}")
+        else:
+            print(f"update {step}: {summary(scores)}best top-1 {best:.2f} %; see {args.output}/log.jsonl, last.pt, best.pt, curves.png")
+
+
+def restore(checkpoint, model, ema, optimizer, scaler):
+    """Put a checkpoint's states back, strictly. Raises InputError if they are another model's."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+        if ema:
+            ema.model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise InputError(f"the checkpoint does not fit this run: {str(error).splitlines()[0]}") from None
+
+
+def check_finite(losses, step, lr, output):
+    """Stop the run if one of the losses of the updates before `step` is not finite."""
+    for i, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            last = output / "last.pt"
+            raise InputError(f"loss {loss} at update {step - len(losses) + i + 1}, learning rate {lr:.3g}; last finite checkpoint: "
+                             f"{last if last.exists() else 'none yet'}")
+
+
+def summary(scores):
+    """Scores as words for the last line of a run."""
+    return "".join(f"{k.replace('top', 'top-').replace('_', ' ')} {v:.2f} %, " for k, v in scores.items() if "top" in k)
+
+
+def test(args, procs, checkpoint):
+    """--eval: print one JSON line with the scores of the weights, and of their average if the file holds one."""
+    _, val_set = open_data(args.data)
+    split_batch(args, procs.world)
+    scores = {}
+    for entry in ("model", "ema"):
+        if entry == "ema" and not checkpoint.get("ema"):
+            continue
+        model = build_model(args, len(val_set.classes))
+        missing, _ = load_weights(model, checkpoint, entry)
+        if missing:
+            raise InputError(f"{args.weights} lacks {len(missing)} tensors of {args.model} with {len(val_set.classes)} classes, "
+                             f"among them {missing[0]}")
+        result = evaluate(model.to(procs.device), val_set, args, procs)
+        scores |= {f"ema_{k}" if entry == "ema" else k: v for k, v in result.items()}
+    if procs.rank == 0:
+        print(json.dumps(dict(model=args.model, weights=args.weights, images=len(val_set), **scores)))
+
+
+def main(argv=None):
+    """Settle the arguments, start the processes, train or test."""
+    args = parse_args(argv)
+    if args.eval and not (args.weights or args.resume):
+        raise InputError("--eval needs --weights FILE")
+    checkpoint = None
+    if args.resume:
+        checkpoint = find_checkpoint(args.resume, args.output or f"runs/{args.model or 'secvit_t'}")
+        if checkpoint and checkpoint.keys() < {"step", "args"}:
+            raise InputError(f"{args.resume} is no checkpoint of this script; to start from its weights use --weights")
+        if checkpoint and args.model and args.model != checkpoint["args"]["model"]:
+            raise InputError(f"the checkpoint is one of {checkpoint['args']['model']}, --model says {args.model}")
+    elif args.eval:
+        checkpoint = read_checkpoint(args.weights)
+    settle(args, checkpoint)
+    if args.randaug:
+        parse_randaug(args.randaug)
+    procs = Processes(patience=600 if args.compile else 60)
+    torch.use_deterministic_algorithms(args.deterministic)
+    if procs.rank == 0 and not args.data:
+        print("no --data given: drawing 1000 training and 500 validation images of 10 classes")
+    if args.eval:
+        test(args, procs, checkpoint)
+    else:
+        train(args, procs, checkpoint)
+    procs.close()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as error:
+        print(f"train_imagenet.py: {error}", file=sys.stderr)
+        sys.exit(2)
