@@ -29,6 +29,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,8 @@ DEIT = dict(  # arXiv 2012.12877, as the papers' authors use it; see each flag's
     epochs=300, batch_size=1024, lr=1e-3, min_lr=1e-5, warmup_epochs=5, weight_decay=0.05, img_size=224, mixup=0.8, cutmix=1.0,
     label_smoothing=0.1, randaug="rand-m9-mstd0.5-inc1", random_erase=0.25, repeated_aug=3, min_crop=0.08, ema=0.0, sync_bn=False)
 RECIPES = {"secvit": dict(lr=2e-3, ema=0.99992, sync_bn=True), "stvit": {}}  # by family: the first part of the model's name
-BUILT_IN = dict(epochs=10, batch_size=32, lr=1e-3, warmup_epochs=1, img_size=64, mixup=0.0, cutmix=0.0, randaug="none", random_erase=0.0,
-                repeated_aug=1, min_crop=0.5, test_crop=1.0, ema=0.0, drop_path=0.0, workers=0)
+BUILT_IN = dict(epochs=7, batch_size=32, lr=1e-3, warmup_epochs=1, img_size=64, mixup=0.0, cutmix=0.0, randaug="none", random_erase=0.0,
+                repeated_aug=1, min_crop=0.9, test_crop=1.0, ema=0.0, drop_path=0.0, workers=0)
 
 
 class InputError(ValueError):
@@ -71,7 +72,7 @@ def parse_args(argv=None):
     """The command line, flags that were not given being None or False."""
     p = Parser(description="Train or evaluate a backbone on ImageNet-like folders, or on images drawn here.",
                formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=120))
-    p.add_argument("--model", help=f"one of {', '.join(MODELS)} (default secvit_t)")
+    p.add_argument("--model", help=f"one of {', '.join(MODELS)} (default stvit_s)")
     p.add_argument("--released", action="store_true", help="SecViT as the authors released it, which the paper's accuracies belong to")
     p.add_argument("--data", help="folder with train/<class>/* and val/<class>/*; without it images are drawn")
     p.add_argument("--output", help="folder for log.jsonl, last.pt, best.pt, curves.png (default runs/MODEL)")
@@ -116,7 +117,7 @@ def settle(args, checkpoint=None):
     Raises: InputError for values out of range and flags that contradict each other.
     """
     saved = checkpoint.get("args", {}) if checkpoint else {}
-    args.model = args.model or saved.get("model") or "secvit_t"
+    args.model = args.model or saved.get("model") or "stvit_s"
     if args.model not in MODELS:
         raise InputError(f"unknown --model {args.model!r}, expected one of {', '.join(MODELS)}")
     args.released = args.released or bool(saved.get("released"))
@@ -268,13 +269,13 @@ class DrawnShapes:
         """One image of class `label`: colours, size, place, angle, clutter and noise are random and tell nothing."""
         image = Image.new("RGB", (side, side), tuple(rng.integers(0, 256, 3)))
         draw = ImageDraw.Draw(image)
-        for _ in range(6):  # clutter: lines and small blobs
+        for _ in range(5):  # clutter: lines and small blobs
             x, y, w, h = rng.integers(0, side, 2).tolist() + rng.integers(2, side // 4, 2).tolist()
             colour = tuple(rng.integers(0, 256, 3))
             draw.line((x, y, *rng.integers(0, side, 2)), colour, 2) if rng.random() < 0.5 else draw.rectangle((x, y, x + w, y + h), colour)
-        radius = rng.uniform(0.26, 0.42) * side
+        radius = rng.uniform(0.3, 0.45) * side
         centre = rng.uniform(radius, side - radius, 2)
-        turn = rng.uniform(0, 2 * np.pi)
+        turn = rng.uniform(-0.5, 0.5)
         y, x = np.mgrid[:side, :side] - centre[::-1, None, None]
         u, v = (x * np.cos(turn) + y * np.sin(turn)) / radius, (y * np.cos(turn) - x * np.sin(turn)) / radius
         distance = np.hypot(u, v)
@@ -292,7 +293,7 @@ class DrawnShapes:
 def open_data(folder):
     """Training and validation images: of `folder`, or drawn. Raises InputError if the two name different classes."""
     if folder is None:
-        return DrawnShapes("train", 1000), DrawnShapes("val", 500)
+        return DrawnShapes("train", 1000), DrawnShapes("val", 300)
     train, val = ImageFolder(Path(folder) / "train"), ImageFolder(Path(folder) / "val")
     if train.classes != val.classes:
         raise InputError(f"train and val of {folder} differ in classes {sorted(set(train.classes) ^ set(val.classes))}")
@@ -393,7 +394,7 @@ def random_resized_crop(image, size, min_share, rng):
     return image.crop((x, y, x + w, y + h)).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def center_crop(image, size, share):
+def center_crop(image, _rng=None, *, size, share):
     """Resize the shorter side to size / share and cut the central size x size."""
     W, H = image.size
     short = int(size / share)
@@ -463,27 +464,12 @@ def randaugment(image, magnitude, deviation, layers, rng):
     return image
 
 
-class TrainTransform:
-    """Random crop, flip, RandAugment of an RGB image; `rng` makes all draws."""
-
-    def __init__(self, size, min_crop, randaug):
-        self.size, self.min_crop, self.randaug = size, min_crop, randaug
-
-    def __call__(self, image, rng):
-        image = random_resized_crop(image, self.size, self.min_crop, rng)
-        if rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return randaugment(image, *self.randaug, rng) if self.randaug else image
-
-
-class TestTransform:
-    """Resize and centre crop."""
-
-    def __init__(self, size, share):
-        self.size, self.share = size, share
-
-    def __call__(self, image, _rng):
-        return center_crop(image, self.size, self.share)
+def augment(image, rng, *, size, min_crop, randaug):
+    """Random crop, flip and RandAugment (`parse_randaug`'s result) of an RGB image; `rng` makes all draws."""
+    image = random_resized_crop(image, size, min_crop, rng)
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return randaugment(image, *randaug, rng) if randaug else image
 
 
 def normalize(images):
@@ -628,29 +614,19 @@ def load_weights(model, state, entry="model"):
 
 
 # ----------------------------------------------------------------------------------------------------------------- log
-class Log:
-    """JSON lines, appended by the first process only."""
-
-    def __init__(self, path, rank):
-        self.path, self.quiet = path, rank > 0
-        if not self.quiet:
-            path.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(self, **record):
-        if not self.quiet:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-
-    def records(self):
-        return [json.loads(line) for line in self.path.read_text().splitlines()]
+def append(path, **record):
+    """Add one JSON line to a log."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
 
 
 def describe_run(args, procs, model):
     """The first record of a log: arguments, versions, commit, device, parameters."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     device = torch.cuda.get_device_name() if procs.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return dict(args=plain(args), commit=git.stdout.strip() or None, python=sys.version.split()[0], torch=torch.__version__, numpy=np.__version__,
-                pillow=PIL.__version__, device=device, processes=procs.world, parameters=sum(p.numel() for p in model.parameters()))
+    return dict(args=plain(args), commit=git.stdout.strip() or None, python=sys.version.split()[0], torch=torch.__version__,
+                numpy=np.__version__, pillow=PIL.__version__, device=device, processes=procs.world,
+                parameters=sum(p.numel() for p in model.parameters()))
 
 
 def plain(args):
@@ -658,8 +634,9 @@ def plain(args):
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
-def draw_curves(path, records, metrics):
-    """Two panels drawn with Pillow: training and validation loss, and the `metrics` of the epoch records, over updates."""
+def draw_curves(output, metrics):
+    """Draw curves.png of a run's log: training and validation loss, and the `metrics` of its epochs, over updates."""
+    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     steps = {r["step"]: r for r in records if "step" in r and "lr" in r}
     epochs = {r["step"]: r for r in records if "step" in r and "lr" not in r}
     panels = [{"training loss": {s: r["loss"] for s, r in steps.items()}, "validation loss": {s: r["loss"] for s, r in epochs.items()}},
@@ -684,7 +661,7 @@ def draw_curves(path, records, metrics):
             draw.line(line, colour, 2)
             for x, y in line if len(line) < 60 else ():
                 draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
-    sheet.save(path)
+    sheet.save(output / "curves.png")
 
 
 # ---------------------------------------------------------------------------------------------------------- evaluation
@@ -697,7 +674,7 @@ def evaluate(model, source, args, procs):
     model.eval()
     share = range(procs.rank, len(source), procs.world)
     batches = [[(0, i, 0) for i in share[start:start + args.micro_batch]] for start in range(0, len(share), args.micro_batch)]
-    samples = Samples(source, TestTransform(args.img_size, args.test_crop), args.seed, replace=0)
+    samples = Samples(source, partial(center_crop, size=args.img_size, share=args.test_crop), args.seed, replace=0)
     sums = torch.zeros(4, dtype=torch.float64, device=procs.device)                 # top-1, top-5, loss, images
     for images, labels, unreadable in loader(samples, batches, args.workers, procs.device):
         if images is None:
@@ -748,7 +725,6 @@ def train(args, procs, checkpoint):
         raise InputError(f"--batch-size {args.batch_size} is larger than the {len(train_set)} training images")
     total = args.epochs * per_epoch
     last = min(total, args.max_steps or total)
-    accumulate = args.batch_size // (args.micro_batch * procs.world)
 
     torch.manual_seed(args.seed)
     model = build_model(args, classes)
@@ -759,7 +735,7 @@ def train(args, procs, checkpoint):
     ema = EMA(model, args.ema) if args.ema else None
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(procs.device.type, enabled=args.amp == "fp16")
-    step, evaluated, best, epoch_loss, unreadable, skipped = 0, 0, 0.0, 0.0, [], 0
+    step, evaluated, best, epoch_loss, unreadable, skipped = 0, 0, 0.0, 0.0, 0, 0
     if checkpoint:
         restore(checkpoint, model, ema, optimizer, scaler)
         step, evaluated, best, epoch_loss, unreadable, skipped = (
@@ -768,104 +744,114 @@ def train(args, procs, checkpoint):
     if procs.world > 1:
         net = DistributedDataParallel(net, device_ids=[procs.device.index] if procs.device.type == "cuda" else None)
 
-    log = Log(args.output / "log.jsonl", procs.rank)
-    log.write(**describe_run(args, procs, model), resumed_at=step)
+    log = partial(append, args.output / "log.jsonl") if procs.rank == 0 else lambda **record: None
     if procs.rank == 0:
+        args.output.mkdir(parents=True, exist_ok=True)
+        log(**describe_run(args, procs, model), resumed_at=step)
         if report:
             print(f"{args.weights}: kept at initialization {report[0] or 'nothing'}, left out of the file {report[1] or 'nothing'}")
-        print(f"{args.model}: batch {args.batch_size} = {args.micro_batch} x {procs.world} processes x {accumulate} micro-batches, "
+        print(f"{args.model}: batch {args.batch_size}, {args.micro_batch} at once on each of {procs.world} processes, "
               f"peak rate {args.lr:g}, {total} updates in {args.epochs} epochs of {per_epoch}, on {procs.device.type}, amp {args.amp}")
 
     def save(name):
+        for module in (model, ema.model) if ema else (model,):              # the first process's BN statistics count
+            procs.broadcast_buffers(module)
         if procs.rank == 0:
             save_checkpoint(args.output / name, dict(
                 model=model.state_dict(), ema=ema.model.state_dict() if ema else None, optimizer=optimizer.state_dict(),
                 scaler=scaler.state_dict(), step=step, evaluated=evaluated, best=best, epoch_loss=epoch_loss, unreadable=unreadable,
                 skipped=skipped, classes=train_set.classes, args=plain(args)))
 
-    stop, stopping, scores = StopSignal(), False, {}
-    losses, lr, clock = [], 0.0, time.perf_counter()                    # of the updates since the last log line
-    batches = iter(loader(Samples(train_set, TrainTransform(args.img_size, args.min_crop, parse_randaug(args.randaug)), args.seed, replace=9),
-                          StepSampler(**schedule, first=step, last=last), args.workers, procs.device))
-    bar = tqdm(total=last * args.batch_size, initial=step * args.batch_size, unit="img", disable=procs.rank > 0, dynamic_ncols=True)
-    while True:
-        stopping = procs.any(stop.caught)
-        epoch_ends = step // per_epoch > evaluated
-        if losses and (len(losses) >= args.log_every or epoch_ends or stopping or step == last):
-            values = [v / procs.world for v in procs.sum(torch.stack(losses).double())]
-            check_finite(values, step, lr, args.output)
-            speed = len(values) * args.batch_size / (time.perf_counter() - clock)
-            epoch_loss += sum(values)
-            log.write(step=step, epoch=step / per_epoch, loss=sum(values) / len(values), lr=lr, images_per_s=speed, time=time.time())
-            bar.set_postfix(loss=f"{values[-1]:.3f}", lr=f"{lr:.1e}", **{k: f"{v:.1f}" for k, v in scores.items() if "top1" in k})
-            losses = []
-        if epoch_ends:
-            procs.broadcast_buffers(model)
-            save("last.pt")                                             # first of all: testing takes a while and may be killed
-            scores = evaluate(model, val_set, args, procs)
+    samples = Samples(train_set, partial(augment, size=args.img_size, min_crop=args.min_crop, randaug=parse_randaug(args.randaug)),
+                      args.seed, replace=9)
+    batches = iter(loader(samples, StepSampler(**schedule, first=step, last=last), args.workers, procs.device))
+    stop, scores, named = StopSignal(), {}, set()                           # named: unreadable files reported so far
+    lr, losses, clock = 0.0, [], 0.0                                        # losses, clock: since the last log line
+    with tqdm(total=last * args.batch_size, initial=step * args.batch_size, unit="img", disable=procs.rank > 0) as bar:
+        while True:
+            stopping = procs.any(stop.caught)
+            epoch_ends = step // per_epoch > evaluated
+            if losses and (len(losses) >= args.log_every or epoch_ends or stopping or step == last):
+                values = [v / procs.world for v in procs.sum(torch.stack(losses).double())]
+                check_finite(values, step, lr, args.output)
+                speed = len(values) * args.batch_size / (time.perf_counter() - clock)
+                epoch_loss += sum(values)
+                log(step=step, epoch=step / per_epoch, loss=sum(values) / len(values), lr=lr, images_per_s=speed, time=time.time())
+                bar.set_postfix(loss=f"{values[-1]:.3f}", lr=f"{lr:.1e}", **{k: f"{v:.1f}" for k, v in scores.items() if "top1" in k})
+                losses = []
+            if epoch_ends:
+                save("last.pt")                                             # first of all: testing takes a while and may be killed
+                scores = evaluate(model, val_set, args, procs)
+                if ema:
+                    scores |= {f"ema_{k}": v for k, v in evaluate(ema.model, val_set, args, procs).items()}
+                evaluated, score = step // per_epoch, max(scores["top1"], scores.get("ema_top1", 0.0))
+                improved, best = score > best, max(score, best)
+                replaced, = procs.sum(torch.tensor([unreadable], dtype=torch.float64, device=procs.device))
+                log(step=step, epoch=evaluated, train_loss=epoch_loss / per_epoch, **scores, best=best, unreadable=int(replaced),
+                    scaler_skips=skipped, time=time.time())
+                epoch_loss, unreadable = 0.0, 0
+                for name in ("best.pt", "last.pt") if improved else ("last.pt",):
+                    save(name)
+                if procs.rank == 0:
+                    draw_curves(args.output, [m for m in ("top1", "ema_top1") if m in scores])
+            if step == last or stopping:
+                break
+            if not losses:
+                clock = time.perf_counter()
+            lr = lr_at(step, peak=args.lr, floor=args.min_lr, warmup=args.warmup_epochs * per_epoch, total=total)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, broken, overflow = update(net, optimizer, scaler, batches, step, classes, args, procs)
             if ema:
-                procs.broadcast_buffers(ema.model)
-                scores |= {f"ema_{k}": v for k, v in evaluate(ema.model, val_set, args, procs).items()}
-            evaluated, score = step // per_epoch, max(scores["top1"], scores.get("ema_top1", 0.0))
-            improved, best = score > best, max(score, best)
-            log.write(step=step, epoch=evaluated, train_loss=epoch_loss / per_epoch, **scores, best=best, unreadable=len(unreadable),
-                      scaler_skips=skipped, time=time.time())
-            epoch_loss, unreadable = 0.0, []
-            for name in ("best.pt", "last.pt") if improved else ("last.pt",):
-                save(name)
-            if procs.rank == 0:
-                draw_curves(args.output / "curves.png", log.records(), [m for m in ("top1", "ema_top1") if m in scores])
-            clock = time.perf_counter()
-        if step == last or stopping:
-            break
-        if not losses:
-            clock = time.perf_counter()
-
-        lr = lr_at(step, peak=args.lr, floor=args.min_lr, warmup=args.warmup_epochs * per_epoch, total=total)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        net.train(not args.frozen_bn)
-        update_loss = torch.zeros((), device=procs.device)
-        for i in range(accumulate):
-            images, labels, broken = next(batches)
-            for file in broken:
+                ema.update(model)
+            losses.append(loss)
+            for file in set(broken) - named:
                 tqdm.write(f"cannot decode {file}; using the next file", file=sys.stderr)
-            unreadable = unreadable + broken
-            if images is None:
-                raise InputError(f"ten files in a row cannot be decoded, the last one {broken[-1]}")
-            rng = random.Random(repr((BATCH, args.seed, step, i * procs.world + procs.rank)))
-            torch.manual_seed(rng.getrandbits(63))                      # erasing noise, drop path
-            x = erase(normalize(images.to(procs.device, non_blocking=True)), args.random_erase, rng)
-            x, targets = mix(x, labels.to(procs.device, non_blocking=True), classes=classes, smoothing=args.label_smoothing,
-                             mixup=args.mixup, cutmix=args.cutmix, rng=rng)
-            net.require_backward_grad_sync = i == accumulate - 1        # DDP: exchange gradients once an update
-            with autocast(args, procs.device):
-                loss = F.cross_entropy(net(x).float(), targets) / accumulate
-            scaler.scale(loss).backward()
-            update_loss += loss.detach()
-        if args.clip_grad:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        skipped += scaler.get_scale() < scale                           # fp16 overflow: update skipped, scale halved
-        optimizer.zero_grad()
-        if ema:
-            ema.update(model)
-        losses.append(update_loss)
-        step += 1
-        bar.update(args.batch_size)
-        bar.set_description(f"epoch {step / per_epoch:.1f}/{args.epochs}")
-    bar.close()
+            named.update(broken)
+            unreadable, skipped = unreadable + len(broken), skipped + overflow
+            step += 1
+            bar.update(args.batch_size)
+            bar.set_description(f"epoch {step / per_epoch:.1f}/{args.epochs}")
     if step % per_epoch:
-        procs.broadcast_buffers(model)
         save("last.pt")
     if procs.rank == 0:
         if stopping and step < last:
             print(f"stopped after update {step}; resume with --resume {args.output / 'last.pt'}")
         else:
             print(f"update {step}: {summary(scores)}best top-1 {best:.2f} %; see {args.output}/log.jsonl, last.pt, best.pt, curves.png")
+
+
+def update(net, optimizer, scaler, batches, step, classes, args, procs):
+    """One update of the weights from this process's micro-batches.
+
+    Returns: mean loss (a tensor, so that nothing waits for the device), unreadable files, 1 if fp16 overflowed and the update was skipped.
+    """
+    net.train(not args.frozen_bn)
+    accumulate = args.batch_size // (args.micro_batch * procs.world)
+    total, unreadable = torch.zeros((), device=procs.device), []
+    for i in range(accumulate):
+        images, labels, broken = next(batches)
+        unreadable += broken
+        if images is None:
+            raise InputError(f"ten files in a row cannot be decoded, the last one {broken[-1]}")
+        rng = random.Random(repr((BATCH, args.seed, step, i * procs.world + procs.rank)))
+        torch.manual_seed(rng.getrandbits(63))                              # for erasing noise and drop path
+        x = erase(normalize(images.to(procs.device, non_blocking=True)), args.random_erase, rng)
+        x, targets = mix(x, labels.to(procs.device, non_blocking=True), classes=classes, smoothing=args.label_smoothing,
+                         mixup=args.mixup, cutmix=args.cutmix, rng=rng)
+        net.require_backward_grad_sync = i == accumulate - 1                # DDP exchanges gradients once an update
+        with autocast(args, procs.device):
+            loss = F.cross_entropy(net(x).float(), targets) / accumulate
+        scaler.scale(loss).backward()
+        total += loss.detach()
+    if args.clip_grad:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
+    scale = scaler.get_scale()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return total, unreadable, int(scaler.get_scale() < scale)
 
 
 def restore(checkpoint, model, ema, optimizer, scaler):
@@ -920,7 +906,7 @@ def main(argv=None):
         raise InputError("--eval needs --weights FILE")
     checkpoint = None
     if args.resume:
-        checkpoint = find_checkpoint(args.resume, args.output or f"runs/{args.model or 'secvit_t'}")
+        checkpoint = find_checkpoint(args.resume, args.output or f"runs/{args.model or 'stvit_s'}")
         if checkpoint and checkpoint.keys() < {"step", "args"}:
             raise InputError(f"{args.resume} is no checkpoint of this script; to start from its weights use --weights")
         if checkpoint and args.model and args.model != checkpoint["args"]["model"]:
@@ -933,7 +919,7 @@ def main(argv=None):
     procs = Processes(patience=600 if args.compile else 60)
     torch.use_deterministic_algorithms(args.deterministic)
     if procs.rank == 0 and not args.data:
-        print("no --data given: drawing 1000 training and 500 validation images of 10 classes")
+        print("no --data given: drawing 1000 training and 300 validation images of 10 classes")
     if args.eval:
         test(args, procs, checkpoint)
     else:

@@ -15,7 +15,8 @@ AdamW. FLOPs (2 a multiply-add) are counted on one image's forward, three times 
 rate of one large matrix product measured in the same run.
 
 On CUDA: bfloat16 autocast, batch 128, throughput without and with torch.compile. On the CPU: float32, batch 8 for layers and 4 for
-models, throughput of each file's smallest variant only unless --models names others.
+models, throughput of each file's smallest variant only unless --models names others. Where other jobs share the CPU, set
+OMP_WAIT_POLICY=PASSIVE: threads that spin while waiting can make times ten times longer and ratios meaningless.
 """
 import argparse
 import copy
@@ -44,9 +45,9 @@ import secvit
 import stvit
 
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
+DEVICE, synchronize = (torch.device("cuda"), torch.cuda.synchronize) if CUDA else (torch.device("cpu"), lambda: None)
 LAYER_BATCH, MODEL_BATCH = (128, 128) if CUDA else (8, 4)
-WARMUP, LAYER_REPEATS, MODEL_REPEATS = (10, 50, 20) if CUDA else (2, 15, 7)             # calls of ours, and as many of plain
+WARMUP, LAYER_REPEATS, MODEL_REPEATS, STEPS_A_WAIT = (10, 50, 20, 10) if CUDA else (2, 15, 7, 1)    # calls of each
 PIXELS = 224
 
 
@@ -230,17 +231,12 @@ def run(module, x, grad=None):
 
 
 def milliseconds(function):
-    """Time of one call."""
-    if not CUDA:
-        start = time.perf_counter()
-        function()
-        return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    """Wall time of one call."""
+    synchronize()
+    start = time.perf_counter()
     function()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+    synchronize()
+    return 1e3 * (time.perf_counter() - start)
 
 
 def race(functions, repeats):
@@ -318,7 +314,7 @@ def matmul_rate():
     """FLOPs/s of a large square matrix product in the type that the models run in."""
     size = 8192 if CUDA else 2048
     a, b = torch.randn(2, size, size, device=DEVICE, dtype=torch.bfloat16 if CUDA else torch.float32)
-    return 2 * size ** 3 / (1e-3 * race([lambda: a @ b], LAYER_REPEATS)[0])
+    return STEPS_A_WAIT * 2 * size ** 3 / (1e-3 * race([lambda: [a @ b for _ in range(STEPS_A_WAIT)]], LAYER_REPEATS)[0])
 
 
 def make_step(build, batch, compiled, training):
@@ -341,25 +337,22 @@ def make_step(build, batch, compiled, training):
 
 def steps_per_second(step, seconds):
     """Warm up, then call `step` for that long, waiting for a GPU every few calls; a GPU's peak memory counts from here."""
-    chunk, synchronize = (10, torch.cuda.synchronize) if CUDA else (1, lambda: None)
-    for _ in range(WARMUP):
-        step()
-    synchronize()
+    race([step], repeats=1)
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
     start, steps = time.perf_counter(), 0
     while (elapsed := time.perf_counter() - start) < seconds or not steps:
-        for _ in range(chunk):
+        for _ in range(STEPS_A_WAIT):
             step()
         synchronize()
-        steps += chunk
+        steps += STEPS_A_WAIT
     return steps / elapsed
 
 
 def throughput(names, batch, seconds):
     """Print the throughput table of the named variants; a configuration that fails, out of memory say, gives its reason instead."""
     rate = matmul_rate()
-    print(f"matrix product: {rate / 1e12:.2f} TFLOP/s")
+    print(f"matrix product: {rate / 1e12:.3g} TFLOP/s")
     print_header(f"variant, batch {batch}", "GFLOPs", "step", "compiled", "images/s", "peak GiB", "of matmul")
     for name in names:
         flops = forward_flops(VARIANTS[name])
@@ -388,11 +381,10 @@ def print_header(*titles):
 
 
 def device_name():
-    if CUDA:
-        return torch.cuda.get_device_name()
+    """The GPU's name, or the CPU's where Linux tells it, its architecture elsewhere."""
     cpus = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.*)", cpus.read_text()) if cpus.exists() else None
-    return f"{found[1] if found else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+    cpu = re.search(r"model name\s*: (.*)", cpus.read_text() if cpus.exists() else "")
+    return torch.cuda.get_device_name() if CUDA else f"{cpu[1] if cpu else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def main():

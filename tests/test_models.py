@@ -157,12 +157,20 @@ def outputs_and_gradients(function, model, images):
 
 
 @each_case
-@pytest.mark.parametrize("dynamic, sizes", [(None, [(64, 64)]), (True, [(64, 96), (50, 100)])], ids=["static", "dynamic"])
-def test_compiled_equals_eager(name, dynamic, sizes):
+def test_compiled_equals_eager(name):
     torch._dynamo.reset()
-    model = tiny(name).double()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for size in sizes:
+    model, images = tiny(name).double(), torch.randn(2, 3, 50, 64, dtype=torch.float64)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(outputs_and_gradients(compiled, model, images), outputs_and_gradients(model, model, images))
+
+
+@each_case
+def test_compiled_with_dynamic_sizes_equals_eager(name):
+    """One block and no aot: torch's symbolic shapes are slow, minutes for a whole model."""
+    torch._dynamo.reset()
+    model = tiny(name, depths=(1, 0, 0, 0)).double()
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
+    for size in ((64, 96), (50, 100)):
         images = torch.randn(2, 3, *size, dtype=torch.float64)
         assert_close(outputs_and_gradients(compiled, model, images), outputs_and_gradients(model, model, images))
 
@@ -187,13 +195,17 @@ class LargestTensor(TorchDispatchMode):
 
 @each_case
 def test_no_tensor_of_tokens_by_tokens(name):
-    """N = 4096 tokens in stage 1. The maps stay under N^2 / 100; explicit weights of SecViT's 32 clusters would be N^2 / 32."""
+    """N = 4096 tokens in stage 1. All maps stay under N^2 / 64; explicit attention weights of SecViT's 32 clusters have N^2 / 32."""
+    model, images = tiny(name).eval(), torch.randn(1, 3, 256, 256)
     with torch.no_grad(), LargestTensor() as largest:
-        tiny(name).eval().forward_features(torch.randn(1, 3, 256, 256))
-    assert 4096 * 8 <= largest.numel < 4096 ** 2 / 100
+        model.forward_features(images)
+    assert images.numel() <= largest.numel < 4096 ** 2 / 64
 
 
 # ---------------------------------------------------------------------------------------------------------- command line
+ORIENTATION = 0x0112    # EXIF tag
+
+
 def save_picture(path, mode):
     """A 48 x 32 picture in the mode, 64 in the left half and 192 in the right."""
     grey = np.full((32, 48), 64, np.uint8)
@@ -225,7 +237,7 @@ def test_load_picture_reads_the_mode(name, mode, tmp_path):
 @each_file
 def test_load_picture_turns_upright(name, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6                                            # the stored left side is the top
+    exif[ORIENTATION] = 6                                          # the stored left side is the top
     picture = Image.new("RGB", (40, 20), (255, 0, 0))
     picture.paste((0, 0, 255), (20, 0, 40, 20))
     picture.save(tmp_path / "turned.jpg", exif=exif)
@@ -250,17 +262,11 @@ def test_main_draws(name, size, expected, tmp_path, monkeypatch, capsys):
 
 @each_file
 def test_main_loads_weights(name, tmp_path, monkeypatch):
+    torch.manual_seed(3)    # `main` takes 0 for random weights
     torch.save({"model": tiny(name).state_dict()}, tmp_path / "weights.pt")
     run_main(name, monkeypatch, "-o", tmp_path / "out.png", "--weights", tmp_path / "weights.pt")
     run_main(name, monkeypatch, "-o", tmp_path / "random.png")
     assert (tmp_path / "out.png").read_bytes() != (tmp_path / "random.png").read_bytes()
-
-
-def broken_exif():
-    """A WebP file whose EXIF block is no TIFF header."""
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return lambda path: (Image.new("RGB", (8, 8)).save(path, exif=exif), path.write_bytes(path.read_bytes().replace(b"MM\0*", b"MM\0+")))
 
 
 def truncated(path):
@@ -268,12 +274,20 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def with_broken_exif(path):
+    """An EXIF block whose first bytes are no TIFF header."""
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    Image.new("RGB", (8, 8)).save(path, exif=exif)
+    path.write_bytes(path.read_bytes().replace(b"MM\0*", b"MM\0+"))
+
+
 BROKEN = {
     "missing.png": lambda _: None,
     "garbage.png": lambda path: path.write_bytes(b"no picture"),
     "empty.png": lambda path: path.touch(),
     "truncated.png": truncated,
-    "exif.webp": broken_exif(),
+    "exif.webp": with_broken_exif,
     "missing.pt": lambda _: None,
     "garbage.pt": lambda path: path.write_bytes(b"no weights"),
     "empty.pt": lambda path: path.touch(),

@@ -9,10 +9,22 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
-from secvit import SECA, PermuteRows, SecViT, cluster_order, cut_runs, equitable_cluster_attention, load_weights, rotary_table, rotate
+from secvit import (
+    SECA,
+    PermuteRows,
+    SecViT,
+    cluster_order,
+    cut_runs,
+    draw_clusters,
+    equitable_cluster_attention,
+    load_weights,
+    rotary_table,
+    rotate,
+)
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # where the rotary table's float32 meets float64
 
@@ -279,7 +291,8 @@ class TheirSecViT(nn.Module):
             rates = 1 / 10000 ** torch.linspace(0, 1, dims[i] // heads[i] // 4)
             layer["RoPE"].register_buffer("angle", rates.repeat_interleave(2))
             if i < 3:
-                layer["downsample"] = nn.ModuleDict({"reduction": nn.Conv2d(dims[i], dims[i + 1], 3, 2, 1), "norm": nn.BatchNorm2d(dims[i + 1])})
+                merge = {"reduction": nn.Conv2d(dims[i], dims[i + 1], 3, 2, 1), "norm": nn.BatchNorm2d(dims[i + 1])}
+                layer["downsample"] = nn.ModuleDict(merge)
             self.layers.append(layer)
         self.proj, self.norm, self.head = nn.Conv2d(dims[3], 1024, 1), nn.BatchNorm2d(1024), nn.Conv2d(1024, num_classes, 1)
 
@@ -349,3 +362,13 @@ def test_load_weights_reads_the_authors_file(theirs, tmp_path):
     torch.save({"model": theirs.state_dict()}, tmp_path / "released.pth")
     loaded, images = load_weights(partial(SecViT, drop_path_rate=0.1, **TINY), tmp_path / "released.pth"), torch.randn(1, 3, 64, 96)
     assert_close(loaded(images).double(), theirs(images.double()), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+def test_drawn_clusters_are_equally_large():
+    """96 x 64 pixels are 24 x 16 tokens of 4 x 4 pixels in stage 1: four clusters of 96 tokens; then 12 x 8 tokens: three of 32."""
+    model = SecViT(num_classes=5, drop_path_rate=0., **TINY).eval()
+    sheet = draw_clusters(model, Image.new("RGB", (96, 64), (90, 120, 40)))
+    for panel, clusters in ((1, 4), (2, 3), (3, 2)):
+        drawn = sheet.crop((panel * 104, 20, panel * 104 + 96, 84))
+        assert sorted(count for count, _ in drawn.getcolors()) == [96 * 64 // clusters] * clusters

@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
@@ -18,6 +19,7 @@ from stvit import (
     GatherNeighbours,
     STViT,
     SuperTokenAttention,
+    draw_super_tokens,
     fold_neighbours,
     gather_neighbours,
     load_weights,
@@ -342,7 +344,8 @@ class TheirSTViT(nn.Module):
         return self.head(F.silu(self.norm(self.proj(x))).mean((2, 3)))
 
 
-TINY = {"depths": (1, 2, 1, 1), "dims": (16, 32, 24, 32), "heads": (1, 2, 3, 4), "grids": (4, 3, 1, 1), "layer_scale": (None, None, 0.5, 0.5)}
+TINY = {"depths": (1, 2, 1, 1), "dims": (16, 32, 24, 32), "heads": (1, 2, 3, 4), "grids": (4, 3, 1, 1),
+        "layer_scale": (None, None, 0.5, 0.5)}
 
 
 @pytest.fixture(scope="module", params=["identity", "shortcut"])
@@ -392,3 +395,13 @@ def test_load_weights_reads_the_authors_file(theirs, tmp_path):
     torch.save({"model": theirs.state_dict()}, tmp_path / "released.pth")
     loaded, images = load_weights(partial(STViT, drop_path_rate=0.1, **TINY), tmp_path / "released.pth"), torch.randn(1, 3, 64, 96)
     assert_close(loaded(images).double(), theirs(images.double()), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------- drawing
+def test_drawn_super_tokens_have_their_mean_colour():
+    """A flat picture keeps its colour, up to the yellow outlines; 100 x 60 pixels are no whole number of cells."""
+    model = STViT(num_classes=5, drop_path_rate=0., **TINY).eval()
+    sheet = draw_super_tokens(model, Image.new("RGB", (100, 60), (90, 120, 40)))
+    for panel in (1, 2):
+        drawn = sheet.crop((panel * 108, 20, panel * 108 + 100, 80))
+        assert {colour for _, colour in drawn.getcolors()} == {(90, 120, 40), (255, 255, 0)}

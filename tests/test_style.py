@@ -26,16 +26,20 @@ def names_read(node):
 
 def autograd_signatures(tree):
     """forward and backward of autograd functions: torch fixes what they take."""
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and any("autograd" in ast.unparse(base) for base in node.bases)]
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    functions = [node for node in classes if any("autograd" in ast.unparse(base) for base in node.bases)]
     return {method for node in functions for method in node.body if getattr(method, "name", "") in ("forward", "backward")}
 
 
 def unused_parameters(tree):
+    """A leading underscore says that the caller fixes the signature."""
+    exempt = autograd_signatures(tree)
     for function in ast.walk(tree):
-        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)) and function not in autograd_signatures(tree):
+        if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)) and function not in exempt:
             a = function.args
             parameters = {p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if p} - {"self", "cls", "ctx"}
-            yield from (f"{function.name}({p})" for p in sorted(parameters - set().union(*map(names_read, function.body))))
+            unused = parameters - set().union(*map(names_read, function.body))
+            yield from (f"{function.name}({p})" for p in sorted(unused) if not p.startswith("_"))
 
 
 def flags(tree):
@@ -74,7 +78,7 @@ def test_flags_are_read(tree):
 
 
 def test_the_checks_find_what_they_look_for():
-    tree = ast.parse("import os, torch.nn as nn\nfrom yaml import load\ndef f(a, *, b): return a\n"
+    tree = ast.parse("import os, torch.nn as nn\nfrom yaml import load\ndef f(a, _c, *, b): return a\n"
                      "class P(torch.autograd.Function):\n    def forward(ctx, x): pass\n"
                      "p.add_argument('-o', '--out-dir')\np.add_argument('--seen')\nargs.seen")
     assert {bound for bound, _ in imports(tree)} - names_read(tree) == {"os", "nn", "load"}

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import runpy
 import signal
 import subprocess
@@ -138,8 +139,8 @@ def test_random_resized_crop_shares_and_ratios(monkeypatch):
 def test_center_crop_follows_torchvisions_rule():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8))
     expected = image.resize((341, 256), Image.Resampling.BICUBIC).crop((58, 16, 282, 240))      # round(58.5) = 58
-    assert T.center_crop(image, 224, 0.875).tobytes() == expected.tobytes()
-    assert T.center_crop(image.transpose(Image.Transpose.ROTATE_90), 384, 1.0).size == (384, 384)
+    assert T.center_crop(image, size=224, share=0.875).tobytes() == expected.tobytes()
+    assert T.center_crop(image.transpose(Image.Transpose.ROTATE_90), size=384, share=1.0).size == (384, 384)
 
 
 def pixels(image):
@@ -470,7 +471,6 @@ def test_bad_input_is_one_line_and_status_2(tiny, folder, bad, tmp_path, monkeyp
         runpy.run_path(str(ROOT / "train_imagenet.py"), run_name="__main__")
     lines = [line for line in capsys.readouterr().err.splitlines() if "cannot decode" not in line and "img/s" not in line and line.strip()]
     assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("train_imagenet.py: "), lines
-    import re
     assert re.search(BAD[typed], lines[0]), lines[0]
 
 
