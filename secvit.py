@@ -5,7 +5,7 @@ Mechanism: sort the tokens by the similarity of their keys to the mean key, cut 
 equally long clusters, and attend inside each cluster. One sort, no iterations, no ragged groups.
 
 Letters: B batch, C channels, H x W the token grid, N = H * W tokens, h heads, d = C / h head width, K clusters, M = N / K.
-Reading order: cluster_order -> packed_cluster_attention -> SECA -> Block -> SecViT; drawing and `main` come last.
+Reading order: cluster_order, cut_runs -> equitable_cluster_attention -> SECA -> Block -> SecViT; drawing and `main` come last.
 Memory order: every map inside a stage is channels-last, (B, H, W, C), so that linear layers, norms and convolutions share it.
 
 What differs from the paper's text, and why:
@@ -61,13 +61,15 @@ def cluster_order(k, descending=True):
     Half precision is compared in float32, since rounding decides clusters.
     """
     k = k.detach().to(torch.promote_types(k.dtype, torch.float32))
+    if k.stride(-1) != 1:
+        k = k.contiguous()  # strided sums round equal keys differently, which would break their ties
     similarity = F.cosine_similarity(k, k.mean(2, keepdim=True), dim=-1)                # (B, h, N)
     return similarity.sort(dim=-1, descending=descending, stable=True).indices
 
 
 def cut_runs(tokens, clusters):
     """Runs that `tokens` sorted tokens are cut into: [(how many, how long), ...], one or two groups, longer runs first."""
-    length, longer = divmod(tokens, clusters)
+    length, longer = tokens // clusters, tokens % clusters  # torch.compile knows no divmod of symbolic sizes
     return [(count, size) for count, size in ((longer, length + 1), (clusters - longer, length)) if count]
 
 
@@ -166,6 +168,8 @@ class SECA(nn.Module):
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim = {dim} does not split into {heads} heads")
+        if rope and dim // heads % 4:
+            raise ValueError(f"rotary embedding needs heads of a multiple of 4 channels, not {dim // heads}")
         self.heads, self.clusters, self.rope = heads, clusters, rope
         self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))    # three outputs in one piece each: no copies later
         self.lce = DepthwiseConv(dim, 5) if lce else None
@@ -305,13 +309,13 @@ class SecViT(nn.Module):
             name = key
             for pattern, new in names:
                 name = re.sub(pattern, new, name)
-            if ".qkv." in name:             # [all q | all k | all v]
-                for part, rows in zip("qkv", value.flatten(1).chunk(3) if value.ndim > 1 else value.chunk(3)):
-                    converted[name.replace(".qkv.", f".{part}.")] = rows
-                continue
-            if name in ours and value.numel() == ours[name].numel():
-                value = value.reshape(ours[name].shape)  # 1x1 convolutions are linear layers here
-            converted[name] = value
+            rows = {name: value}
+            if ".qkv." in name:             # rows [all q | all k | all v]
+                rows = {name.replace(".qkv.", f".{part}."): third for part, third in zip("qkv", value.chunk(3))}
+            for name, value in rows.items():
+                if name in ours and value.squeeze().shape == ours[name].squeeze().shape:
+                    value = value.reshape(ours[name].shape)  # 1x1 convolutions are linear layers here
+                converted[name] = value
         return converted
 
     def load_released(self, state_dict):
@@ -363,23 +367,37 @@ def example_picture():
 
 
 def load_picture(path, longer_side=512):
-    """Read any picture Pillow reads, upright by its EXIF orientation, as RGB with the given longer side and no side under 32."""
+    """Read any picture Pillow reads, upright by its EXIF orientation, as RGB with the given longer side and no side under 32.
+
+    Grey of more than 8 bits is stretched from its darkest to its brightest value, which Pillow would clip.
+    """
     picture = ImageOps.exif_transpose(Image.open(path))
-    if picture.mode.startswith("I;16"):  # 16-bit grey: keep the high byte, Pillow would clip
-        picture = picture.convert("I").point(lambda v: v / 256)
+    if picture.mode.startswith(("I", "F")):
+        values = np.asarray(picture, np.float32)
+        picture = Image.fromarray((255 * (values - values.min()) / max(np.ptp(values), 1e-9)).astype(np.uint8))
     picture = picture.convert("RGB")
     scale = longer_side / max(picture.size)
     return picture.resize([max(32, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
 
 
 def load_weights(factory, path):
-    """Build `factory`'s model with a file's weights: train_imagenet.py's checkpoint, a bare state dict or the authors' file."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("model", state)
-    classes = state["head.weight"].shape[0]
-    model = factory(num_classes=classes, released="patch_embed.proj.0.weight" in state or "stages.0.0.ffn.conv.weight" in state)
-    load = model.load_released if "patch_embed.proj.0.weight" in state else model.load_state_dict
-    load(state)
+    """Build `factory`'s model with a file's weights: train_imagenet.py's checkpoint, a bare state dict or the authors' file.
+
+    Raises: OSError if the file cannot be opened, ValueError if it holds no weights of this model.
+    """
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = state.get("model", state)
+            classes = state["head.weight"].shape[0]
+        except Exception as error:  # torch.load raises half a dozen types for files that are not its own
+            raise ValueError(f"no weights in it ({type(error).__name__})") from None
+    released = "patch_embed.proj.0.weight" in state
+    model = factory(num_classes=classes, released=released or "stages.0.0.ffn.conv.weight" in state)
+    try:
+        (model.load_released if released else model.load_state_dict)(state)
+    except RuntimeError as error:
+        raise ValueError(f"weights of another model ({' '.join(str(error).split())[:200]})") from None
     return model.eval()
 
 
@@ -428,14 +446,16 @@ def main():
     parser.add_argument("--model", default="secvit_t", choices=sorted(VARIANTS))
     parser.add_argument("--weights", help="trained weights; without them the model is random and so are its clusters")
     args = parser.parse_args()
+    torch.manual_seed(0)
+    factory, reading = globals()[args.model], args.picture
     try:
         picture = load_picture(args.picture) if args.picture else example_picture()
-        torch.manual_seed(0)
-        factory = globals()[args.model]
+        reading = args.weights
         model = load_weights(factory, args.weights) if args.weights else factory().eval()
+        reading = args.output
         draw_clusters(model, picture).save(args.output)
-    except (OSError, ValueError, RuntimeError, KeyError, Image.DecompressionBombError) as error:
-        parser.exit(2, f"{args.picture or args.output}: {error}\n".replace("\n\t", " "))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on broken files
+        parser.exit(2, f"{reading}: {' '.join(str(error).split())}\n")
     print(f"wrote {args.output}")
 
 

@@ -299,7 +299,7 @@ class STViT(nn.Module):
                 value[:, :, 1, 1] -= 1
             for pattern, new in names:
                 key = re.sub(pattern, new, key)
-            if key in ours and value.numel() == ours[key].numel():
+            if key in ours and value.squeeze().shape == ours[key].squeeze().shape:
                 value = value.reshape(ours[key].shape)  # 1x1 convolutions are linear layers here
             converted[key] = value
         return converted
@@ -348,23 +348,37 @@ def example_picture():
 
 
 def load_picture(path, longer_side=512):
-    """Read any picture Pillow reads, upright by its EXIF orientation, as RGB with the given longer side and no side under 32."""
+    """Read any picture Pillow reads, upright by its EXIF orientation, as RGB with the given longer side and no side under 32.
+
+    Grey of more than 8 bits is stretched from its darkest to its brightest value, which Pillow would clip.
+    """
     picture = ImageOps.exif_transpose(Image.open(path))
-    if picture.mode.startswith("I;16"):  # 16-bit grey: keep the high byte, Pillow would clip
-        picture = picture.convert("I").point(lambda v: v / 256)
+    if picture.mode.startswith(("I", "F")):
+        values = np.asarray(picture, np.float32)
+        picture = Image.fromarray((255 * (values - values.min()) / max(np.ptp(values), 1e-9)).astype(np.uint8))
     picture = picture.convert("RGB")
     scale = longer_side / max(picture.size)
     return picture.resize([max(32, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
 
 
 def load_weights(factory, path):
-    """Build `factory`'s model with a file's weights: train_imagenet.py's checkpoint, a bare state dict or the authors' file."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    state = state.get("model", state)
-    classes = state["head.weight"].shape[0]
+    """Build `factory`'s model with a file's weights: train_imagenet.py's checkpoint, a bare state dict or the authors' file.
+
+    Raises: OSError if the file cannot be opened, ValueError if it holds no weights of this model.
+    """
+    with open(path, "rb") as file:
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = state.get("model", state)
+            classes = state["head.weight"].shape[0]
+        except Exception as error:  # torch.load raises half a dozen types for files that are not its own
+            raise ValueError(f"no weights in it ({type(error).__name__})") from None
+    released = "patch_embed.proj.0.weight" in state
     model = factory(num_classes=classes)
-    load = model.load_released if "patch_embed.proj.0.weight" in state else model.load_state_dict
-    load(state)
+    try:
+        (model.load_released if released else model.load_state_dict)(state)
+    except RuntimeError as error:
+        raise ValueError(f"weights of another model ({' '.join(str(error).split())[:200]})") from None
     return model.eval()
 
 
@@ -391,7 +405,7 @@ def draw_super_tokens(model, picture):
     panels = [("image", picture)]
     for i, (attn, x) in enumerate(seen.items()):
         hooks[i].remove()
-        if attn.grid == (1, 1):
+        if attn.grid == (1, 1) or attn.iterations == 0:
             continue
         _, H, W, _ = x.shape
         supers, association = sample_super_tokens(x.permute(0, 3, 1, 2), attn.grid, attn.iterations)
@@ -421,14 +435,16 @@ def main():
     parser.add_argument("--model", default="stvit_s", choices=sorted(VARIANTS))
     parser.add_argument("--weights", help="trained weights; without them the model is random and so are its super tokens")
     args = parser.parse_args()
+    torch.manual_seed(0)
+    factory, reading = globals()[args.model], args.picture
     try:
         picture = load_picture(args.picture) if args.picture else example_picture()
-        torch.manual_seed(0)
-        factory = globals()[args.model]
+        reading = args.weights
         model = load_weights(factory, args.weights) if args.weights else factory().eval()
+        reading = args.output
         draw_super_tokens(model, picture).save(args.output)
-    except (OSError, ValueError, RuntimeError, KeyError, Image.DecompressionBombError) as error:
-        parser.exit(2, f"{args.picture or args.output}: {error}\n".replace("\n\t", " "))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on broken files
+        parser.exit(2, f"{reading}: {' '.join(str(error).split())}\n")
     print(f"wrote {args.output}")
 
 

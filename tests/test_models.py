@@ -279,7 +279,7 @@ def with_broken_exif(path):
     exif = Image.Exif()
     exif[ORIENTATION] = 6
     Image.new("RGB", (8, 8)).save(path, exif=exif)
-    path.write_bytes(path.read_bytes().replace(b"MM\0*", b"MM\0+"))
+    path.write_bytes(path.read_bytes().replace(b"MM\0*", b"XX\0*"))
 
 
 BROKEN = {

@@ -308,8 +308,8 @@ def test_eval_repeats_the_runs_figures(tiny, folder, tmp_path, capsys):
 
 def test_accumulated_micro_batches_add_up_to_the_batch(tiny, folder, tmp_path):
     """Without batch statistics (frozen BN) the split into micro-batches does not change the update."""
-    common = ["--model", "secvit_t", "--data", str(folder), *FAST, "--mixup", "0", "--cutmix", "0", "--random-erase", "0", "--drop-path", "0",
-              "--frozen-bn", "--max-steps", "2", "--repeated-aug", "1"]
+    common = ["--model", "secvit_t", "--data", str(folder), *FAST, "--frozen-bn", "--max-steps", "2", "--repeated-aug", "1",
+              *"--mixup 0 --cutmix 0 --random-erase 0 --drop-path 0".split()]
     losses = []
     for micro in ("1", "4"):
         T.main([*common, "--micro-batch", micro, "--output", str(tmp_path / micro)])
@@ -320,9 +320,9 @@ def test_accumulated_micro_batches_add_up_to_the_batch(tiny, folder, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [["--amp", "bf16", "--channels-last"], ["--amp", "fp16", "--clip-grad", "1", "--deterministic"],
-                                   ["--released", "--model", "secvit_t", "--clip-grad", "0.5"], ["--repeated-aug", "3", "--sync-bn"]])
+                                   ["--released", "--clip-grad", "0.5"], ["--repeated-aug", "3", "--sync-bn"]])
 def test_options_run(tiny, folder, tmp_path, flags):
-    T.main(["--data", str(folder), *FAST, "--max-steps", "2", "--output", str(tmp_path), *flags])
+    T.main(["--model", "secvit_t", "--data", str(folder), *FAST, "--max-steps", "2", "--output", str(tmp_path), *flags])
     assert all(v.isfinite().all() for v in last_state(tmp_path)["model"].values())
 
 
@@ -355,7 +355,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, folder, tmp_path):
     with pytest.raises(T.InputError, match=r"loss (nan|inf) at update [23], learning rate .*; last finite checkpoint: none yet"):
-        T.main(["--data", str(folder), *FAST, "--lr", "1e30", "--warmup-epochs", "0", "--output", str(tmp_path)])
+        T.main(["--model", "secvit_t", "--data", str(folder), *FAST, "--lr", "1e30", "--warmup-epochs", "0", "--output", str(tmp_path)])
 
 
 # ---------------------------------------------------------------------------------------------------- as users start it
@@ -433,11 +433,11 @@ BAD = {  # what is typed -> what the one line says; {d} a good folder, {t} an em
     "--model stvit_s --released": "--released is a variant of SecViT",
     "--eval": "--eval needs --weights",
     "--resume {t}/none.pt": "no checkpoint .*none.pt",
-    "--weights {t}/cut.pt --data {d} --batch-size 2": "cannot read .*cut.pt",
+    "--model secvit_t --weights {t}/cut.pt --data {d} --batch-size 2": "cannot read .*cut.pt",
     "--resume {t}/of_stvit.pt --model secvit_t": "one of stvit_s, --model says secvit_t",
     "--weights {t}/of_stvit.pt --model secvit_t --data {d} --batch-size 2": "fits SecViT",
     "--eval --weights {t}/part.pt --model secvit_t --data {d} --batch-size 2": "lacks [0-9]+ tensors of secvit_t",
-    "--data {t}/broken_train --batch-size 1 --img-size 32 --repeated-aug 1 --workers 0": "ten files in a row cannot be decoded",
+    "--model secvit_t --data {t}/broken_train --batch-size 1 --img-size 32 --repeated-aug 1 --workers 0": "ten files in a row cannot be decoded",
 }
 
 
@@ -480,7 +480,8 @@ def test_an_unreadable_validation_image_is_an_error(tiny, bad, folder, tmp_path)
         Image.new("RGB", (8, 8)).save(tmp_path / split / "a" / "0.png")
     (tmp_path / "val" / "a" / "1.png").write_bytes(b"x")
     with pytest.raises(T.InputError, match="validation image cannot be decoded: .*1.png"):
-        T.main(["--data", str(tmp_path), *FAST, "--batch-size", "1", "--micro-batch", "1", "--repeated-aug", "1", "--output", str(tmp_path / "o")])
+        T.main(["--model", "secvit_t", "--data", str(tmp_path), *FAST, "--img-size", "64", "--batch-size", "1", "--micro-batch", "1",
+                "--repeated-aug", "1", "--output", str(tmp_path / "o")])
 
 
 def test_fewer_gpus_than_processes_is_an_error(monkeypatch):
