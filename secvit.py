@@ -339,7 +339,7 @@ def secvit_b(num_classes=1000, drop_path_rate=0.4, **overrides):
 
 
 def secvit_l(num_classes=1000, drop_path_rate=0.5, **overrides):
-    """SecViT-L, 95.93 M parameters (96.50 M released)."""
+    """SecViT-L, 95.92 M parameters (96.50 M released)."""
     return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["secvit_l"], **overrides})
 
 
@@ -387,7 +387,8 @@ def load_weights(factory, path):
     """
     with open(path, "rb") as file:
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):                # the authors' files hold one
+                state = torch.load(file, map_location="cpu", weights_only=True)
             state = state.get("model", state)
             classes = state["head.weight"].shape[0]
         except Exception as error:  # torch.load raises half a dozen types for files that are not its own

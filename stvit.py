@@ -368,7 +368,8 @@ def load_weights(factory, path):
     """
     with open(path, "rb") as file:
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):                # the authors' files hold one
+                state = torch.load(file, map_location="cpu", weights_only=True)
             state = state.get("model", state)
             classes = state["head.weight"].shape[0]
         except Exception as error:  # torch.load raises half a dozen types for files that are not its own

@@ -11,7 +11,8 @@
 Reading order is the order of the run: settings, processes, data, augmentation, schedule, checkpoints, log, evaluation, loop.
 Defaults are the papers' (DeiT's recipe); each model's own values are in RECIPES, those of the built-in data in BUILT_IN.
 Randomness is stateless: a sample's draws depend on (seed, epoch, sample), a micro-batch's on (seed, step, its place in the
-step). So any number of workers, any interruption and any number of processes with the same micro-batch give the same run.
+step). So the run is the same for any number of workers and after any interruption, and any number of processes with the same
+--micro-batch (and no SyncBN) have the same training loss; BN's running statistics are those of the first process.
 
 Against the authors' scripts, on purpose: --batch-size is global; the rate is a function of the step, not of the epoch; a
 plain run reshuffles every epoch; layer-scale vectors are exempt from weight decay (theirs are 4-D tensors and decayed);
@@ -29,7 +30,7 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -54,112 +55,106 @@ DEIT = dict(  # arXiv 2012.12877, as the papers' authors use it; see each flag's
     label_smoothing=0.1, randaug="rand-m9-mstd0.5-inc1", random_erase=0.25, repeated_aug=3, min_crop=0.08, ema=0.0, sync_bn=False)
 RECIPES = {"secvit": dict(lr=2e-3, ema=0.99992, sync_bn=True), "stvit": {}}  # by family: the first part of the model's name
 BUILT_IN = dict(epochs=7, batch_size=32, lr=1e-3, warmup_epochs=1, img_size=64, mixup=0.0, cutmix=0.0, randaug="none", random_erase=0.0,
-                repeated_aug=1, min_crop=0.9, test_crop=1.0, ema=0.0, drop_path=0.0, workers=0)
+                repeated_aug=1, min_crop=0.9, test_crop=1.0, ema=0.0, drop_path=0.0)
+OPTIONAL = dict(test_crop=None, drop_path=None, clip_grad=None, micro_batch=None, seed=0, log_every=50, released=False, compile=False,
+                channels_last=False, frozen_bn=False, deterministic=False)
 
 
 class InputError(ValueError):
     """Something the user gave is wrong; the message names the value and the rule and is all that is printed."""
 
 
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are InputErrors."""
+def number(kind, low, high=math.inf, *, above=False):
+    """Parser type: an int or float from `low` to `high`, or above `low`."""
+    def parse(text):
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
+            limit = f", at most {high}" if high < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text}, expected {'above' if above else 'at least'} {low}{limit}")
+        return value
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
+    return parse
 
-    def error(self, message):
-        raise InputError(message)
+
+def refuse(message):
+    """What the parser does with an error."""
+    raise InputError(message)
 
 
 def parse_args(argv=None):
-    """The command line, flags that were not given being None or False."""
-    p = Parser(description="Train or evaluate a backbone on ImageNet-like folders, or on images drawn here.",
-               formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=120))
+    """The command line; flags that were not given are None, so that checkpoint, preset and recipe can fill them."""
+    p = argparse.ArgumentParser(description="Train or test a backbone on ImageNet-like folders, or on images drawn here.",
+                                formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=120))
+    p.error = refuse
+    count, share, size = number(int, 1), number(float, 0, 1), number(float, 0)
+    switch = dict(action="store_true", default=None)
     p.add_argument("--model", help=f"one of {', '.join(MODELS)} (default stvit_s)")
-    p.add_argument("--released", action="store_true", help="SecViT as the authors released it, which the paper's accuracies belong to")
+    p.add_argument("--released", **switch, help="SecViT as the authors released it, which the paper's accuracies belong to")
     p.add_argument("--data", help="folder with train/<class>/* and val/<class>/*; without it images are drawn")
     p.add_argument("--output", help="folder for log.jsonl, last.pt, best.pt, curves.png (default runs/MODEL)")
-    p.add_argument("--epochs", type=int, help="length of training and of the cosine; 300")
-    p.add_argument("--batch-size", type=int, help="images an update, over all processes and accumulation; 1024")
-    p.add_argument("--micro-batch", type=int, help="images a process puts through the model at once; the rest is accumulated")
-    p.add_argument("--lr", type=float, help="peak learning rate at this --batch-size, never rescaled; 1e-3")
-    p.add_argument("--min-lr", type=float, help="learning rate the cosine ends at; 1e-5")
-    p.add_argument("--warmup-epochs", type=float, help="linear warm-up from 1e-6; 5")
-    p.add_argument("--weight-decay", type=float, help="AdamW decay of weights with two or more axes; 0.05")
-    p.add_argument("--clip-grad", type=float, help="largest gradient norm; larger gradients are scaled down to it; off")
-    p.add_argument("--img-size", type=int, help="side of the square images the model sees, at least 32; 224")
-    p.add_argument("--drop-path", type=float, help="stochastic depth of the last block; the paper's for each model")
-    p.add_argument("--mixup", type=float, help="Beta parameter of mixup, 0 is off; 0.8")
-    p.add_argument("--cutmix", type=float, help="Beta parameter of CutMix, 0 is off; 1.0")
-    p.add_argument("--label-smoothing", type=float, help="share of each target spread over all classes; 0.1")
-    p.add_argument("--randaug", help="RandAugment as timm writes it, rand-m9-mstd0.5-inc1, or none")
-    p.add_argument("--random-erase", type=float, help="probability of replacing a box of an image by noise; 0.25")
-    p.add_argument("--repeated-aug", type=int, help="copies of each image an epoch, with as many fewer images, 1 is off; 3")
-    p.add_argument("--min-crop", type=float, help="smallest share of the area that a random crop keeps; 0.08")
-    p.add_argument("--test-crop", type=float, help="tested share of the resized shorter side; 0.875, from 384 on 1.0")
-    p.add_argument("--ema", type=float, help="decay of the averaged weights per update, 0 is off; 0.99992 for SecViT, else off")
-    p.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast type of training and testing; bf16 on a GPU")
-    p.add_argument("--compile", action="store_true", help="torch.compile the training step's model")
-    p.add_argument("--channels-last", action="store_true", help="store convolution weights channels-last")
+    p.add_argument("--epochs", type=count, help="length of training and of the cosine; 300")
+    p.add_argument("--batch-size", type=count, help="images an update, over all processes and accumulation; 1024")
+    p.add_argument("--micro-batch", type=count, help="images a process computes at once, the rest is accumulated; a divisor up to 128")
+    p.add_argument("--lr", type=size, help="peak learning rate at this --batch-size, never rescaled; 1e-3, SecViT 2e-3")
+    p.add_argument("--min-lr", type=size, help="learning rate the cosine ends at; 1e-5")
+    p.add_argument("--warmup-epochs", type=size, help="linear warm-up from 1e-6; 5")
+    p.add_argument("--weight-decay", type=size, help="AdamW decay of weights with two or more axes; 0.05")
+    p.add_argument("--clip-grad", type=number(float, 0, above=True), help="largest gradient norm, larger ones are scaled down; off")
+    p.add_argument("--img-size", type=number(int, 32), help="side of the square images the model sees; 224")
+    p.add_argument("--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block; the paper's for each model")
+    p.add_argument("--mixup", type=size, help="Beta parameter of mixup, 0 is off; 0.8")
+    p.add_argument("--cutmix", type=size, help="Beta parameter of CutMix, 0 is off; 1.0")
+    p.add_argument("--label-smoothing", type=number(float, 0, 0.99), help="share of each target spread over all classes; 0.1")
+    p.add_argument("--randaug", help="RandAugment as timm writes it, or none; rand-m9-mstd0.5-inc1")
+    p.add_argument("--random-erase", type=share, help="probability of replacing a box of an image by noise; 0.25")
+    p.add_argument("--repeated-aug", type=count, help="copies of each image an epoch, with as many fewer images, 1 is off; 3")
+    p.add_argument("--min-crop", type=number(float, 0, 1, above=True), help="smallest share of the area a random crop keeps; 0.08")
+    p.add_argument("--test-crop", type=number(float, 0.1, 1), help="tested share of the resized shorter side; 0.875, from 384 on 1.0")
+    p.add_argument("--ema", type=number(float, 0, 0.9999999), help="decay of the averaged weights, 0 is off; 0.99992 for SecViT, else off")
+    p.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast type of training and testing; bf16 on a GPU, else none")
+    p.add_argument("--compile", **switch, help="torch.compile the model for training")
+    p.add_argument("--channels-last", **switch, help="store convolution weights channels-last")
     p.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, help="batch statistics over all GPUs; on for SecViT")
-    p.add_argument("--frozen-bn", action="store_true", help="train in eval mode: BN statistics fixed, drop path off (STViT at 384)")
-    p.add_argument("--workers", type=int, help="loader processes for each training process; changes speed, never results")
-    p.add_argument("--seed", type=int, help="of weights, order, augmentation; 0")
+    p.add_argument("--frozen-bn", **switch, help="train in eval mode: BN statistics fixed, drop path off (STViT at 384)")
+    p.add_argument("--workers", type=number(int, 0), help="loader processes a process; changes speed only; its CPU cores, at most 10")
+    p.add_argument("--seed", type=number(int, 0), help="of weights, order, augmentation; 0")
     p.add_argument("--resume", help="checkpoint to go on from exactly, or auto: the newest readable one of --output if any")
     p.add_argument("--weights", help="start from these weights: our checkpoint, a bare state dict or an authors' file")
     p.add_argument("--eval", action="store_true", help="only test --weights (the average too if it holds one), print one JSON line")
-    p.add_argument("--max-steps", type=int, help="save and stop after this many updates; the schedule is not shortened")
-    p.add_argument("--log-every", type=int, help="updates between log lines; 50")
-    p.add_argument("--deterministic", action="store_true", help="only deterministic GPU kernels: slower, repeatable bit for bit")
+    p.add_argument("--max-steps", type=count, help="save and stop after this many updates; the schedule is not shortened")
+    p.add_argument("--log-every", type=count, help="updates between log lines; 50")
+    p.add_argument("--deterministic", **switch, help="only deterministic GPU kernels: slower, repeatable bit for bit")
     return p.parse_args(argv)
 
 
 def settle(args, checkpoint=None):
     """Fill every flag not given: from the checkpoint if one is continued or tested, then preset, recipe, DeiT's values.
 
-    Raises: InputError for values out of range and flags that contradict each other.
+    Raises: InputError for an unknown model and flags that contradict each other.
     """
-    saved = checkpoint.get("args", {}) if checkpoint else {}
+    saved = checkpoint.get("args") if checkpoint else None
+    saved = saved if isinstance(saved, dict) and saved.get("model") in MODELS else {}  # authors' files hold other arguments
     args.model = args.model or saved.get("model") or "stvit_s"
     if args.model not in MODELS:
         raise InputError(f"unknown --model {args.model!r}, expected one of {', '.join(MODELS)}")
-    args.released = args.released or bool(saved.get("released"))
-    if args.released and not args.model.startswith("secvit_"):
-        raise InputError(f"--released is a variant of SecViT, not of {args.model}")
-    args.data = args.data or saved.get("data")
-    defaults = dict(DEIT, **RECIPES[args.model.split("_")[0]], test_crop=None, drop_path=None, clip_grad=None, workers=None, seed=0,
-                    log_every=50, amp="bf16" if torch.cuda.is_available() else "none")
+    args.data, args.output = args.data or saved.get("data"), args.output or saved.get("output") or f"runs/{args.model}"
+    defaults = dict(DEIT, **RECIPES[args.model.split("_")[0]], **OPTIONAL, amp="bf16" if torch.cuda.is_available() else "none")
     for name, value in {**defaults, **({} if args.data else BUILT_IN), **{k: v for k, v in saved.items() if k in defaults}}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    args.micro_batch = args.micro_batch or saved.get("micro_batch")
-    args.output = Path(args.output or saved.get("output") or f"runs/{args.model}")
-    if args.test_crop is None:
-        args.test_crop = 0.875 if args.img_size < 384 else 1.0
+    if args.released and not args.model.startswith("secvit_"):
+        raise InputError(f"--released is a variant of SecViT, not of {args.model}")
+    parse_randaug(args.randaug)
     if args.workers is None:
-        args.workers = min(10, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    check_ranges(args)
-    return args
-
-
-def check_ranges(args):
-    """Raise InputError for a number outside its range."""
-    at_least = dict(epochs=1, batch_size=1, micro_batch=1, img_size=32, repeated_aug=1, workers=0, seed=0, max_steps=1, log_every=1, lr=0,
-                    min_lr=0, warmup_epochs=0, weight_decay=0, mixup=0, cutmix=0)
-    for name, low in at_least.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value}, expected at least {low}")
-    for name in ("drop_path", "label_smoothing", "random_erase", "ema", "min_crop", "test_crop"):
-        value, low = getattr(args, name), 0 if name not in ("min_crop", "test_crop") else 1e-6
-        if value is not None and not low <= value <= (1 if name.endswith(("crop", "erase")) else 1 - 1e-9):
-            raise InputError(f"--{name.replace('_', '-')} {value}, expected a share between 0 and 1")
-    if args.clip_grad is not None and not args.clip_grad > 0:
-        raise InputError(f"--clip-grad {args.clip_grad}, expected a positive norm")
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = min(10, cores) if args.data else 0
 
 
 # ----------------------------------------------------------------------------------------------------------- processes
 class Processes:
     """The processes of this run: one when started plainly, torchrun's otherwise; NCCL on GPUs, gloo on CPUs.
 
-    `patience`: seconds after which a process that waits for a lost one gives up.
+    `patience`: seconds after which a process that waits for another gives up.
     """
 
     def __init__(self, patience=60):
@@ -171,31 +166,40 @@ class Processes:
         if cuda:
             torch.cuda.set_device(local)
         if self.world > 1:
-            dist.init_process_group("nccl" if cuda else "gloo")
-            self.control = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=patience))
+            timeout = datetime.timedelta(seconds=patience)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+            self.control = dist.new_group(backend="gloo", timeout=timeout)      # never waits for a GPU
+            self.writing = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30))
 
-    def any(self, flag):
-        """True on every process if `flag` is true on one. Exits with a message if another process is gone."""
-        if self.world == 1:
-            return flag
-        flags = torch.tensor([float(flag)])
+    def reduce(self, numbers, operation=dist.ReduceOp.SUM):
+        """Element-wise sum (or another reduction) of a float64 tensor over all processes, as a list.
+
+        Exits with a message if another process is gone.
+        """
+        numbers = numbers.cpu()
         try:
-            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.control)
+            if self.world > 1:
+                dist.all_reduce(numbers, operation, group=self.control)
         except RuntimeError as error:
-            sys.exit(f"process {self.rank}: another process is gone, stopping ({str(error).splitlines()[0]})")
-        return bool(flags.item())
-
-    def sum(self, numbers):
-        """Element-wise sum of a float64 tensor over all processes, as a list."""
-        if self.world > 1:
-            dist.all_reduce(numbers)
+            sys.exit(f"process {self.rank}: another process is gone or silent, stopping ({str(error).splitlines()[0]})")
         return numbers.tolist()
 
-    def broadcast_buffers(self, model):
-        """Give every process the first one's BN statistics."""
+    def any(self, flag):
+        """True on every process if `flag` is true on one."""
+        return bool(self.reduce(torch.tensor([float(flag)]), dist.ReduceOp.MAX)[0])
+
+    def gather(self, items):
+        """All processes' lists in one."""
+        lists = [items]
         if self.world > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+            lists = [None] * self.world
+            dist.all_gather_object(lists, items, group=self.control)
+        return [item for part in lists for item in part]
+
+    def wait(self):
+        """Wait until all processes are here, however long the first one writes."""
+        if self.world > 1:
+            dist.barrier(group=self.writing)
 
     def close(self):
         if self.world > 1:
@@ -203,7 +207,7 @@ class Processes:
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGINT so that the loop can finish its step; the second one acts at once."""
+    """Remembers SIGTERM or SIGINT so that the loop can finish its step; a second Ctrl-C acts at once."""
 
     def __init__(self):
         self.caught = False
@@ -212,7 +216,8 @@ class StopSignal:
 
     def catch(self, number, _frame):
         self.caught = True
-        signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGINT:  # schedulers send SIGTERM several times
+            signal.signal(number, signal.SIG_DFL)
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -338,7 +343,8 @@ class StepSampler:
     Each update takes the next `batch` entries of its epoch's order; micro-batch j of the J in an update holds every J-th of
     them, process r of W runs j = r, r + W, ... So the micro-batches do not depend on the number of processes.
     With `repeats` > 1 (repeated augmentation, arXiv 1902.05509) every image stands that many times in a row in the order, which
-    ends after N // 256 * 256 entries: copies go to different micro-batches, and an epoch shows 1 / `repeats` of the images.
+    ends after N // 256 * 256 entries: an epoch shows 1 / `repeats` of the images, and with at least that many micro-batches an
+    update no micro-batch sees an image twice.
     """
 
     def __init__(self, *, images, batch, micro, rank, world, seed, repeats, first=0, last=0):
@@ -360,21 +366,19 @@ class StepSampler:
                 order = self.order(epoch)
             start = step % self.per_epoch * self.batch
             for j in range(self.rank, self.count, self.world):
-                yield [(epoch, int(i), int(copy)) for i, copy in order[start + j:start + self.batch:self.count]]
-
-    def __len__(self):
-        return (self.last - self.first) * (self.count // self.world)
+                yield [(epoch, int(i), int(turn)) for i, turn in order[start + j:start + self.batch:self.count]]
 
 
 def loader(samples, batches, workers, device):
-    """DataLoader over lists of keys; workers leave SIGINT to the training process."""
+    """DataLoader over lists of keys."""
     return torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                                       pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt)
+                                       pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
 
-def ignore_interrupt(_worker):
-    """Worker start: Ctrl-C is for the training process, which ends its workers itself."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(_worker):
+    """Worker start: Ctrl-C and SIGTERM are for the training process, which ends its workers itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation
@@ -397,6 +401,9 @@ def random_resized_crop(image, size, min_share, rng):
 def center_crop(image, _rng=None, *, size, share):
     """Resize the shorter side to size / share and cut the central size x size."""
     W, H = image.size
+    if max(W, H) > 8 * min(W, H):  # nothing near the ends is looked at, and a 30000 x 1 image would be enlarged to gigabytes
+        image = ImageOps.fit(image, (min(W, 8 * H), min(H, 8 * W)), Image.Resampling.BICUBIC)
+        W, H = image.size
     short = int(size / share)
     w, h = (short, int(short * H / W)) if W < H else (int(short * W / H), short)
     x, y = round((w - size) / 2), round((h - size) / 2)
@@ -474,12 +481,20 @@ def augment(image, rng, *, size, min_crop, randaug):
 
 def normalize(images):
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) with ImageNet's mean and deviation, channels-last in memory."""
-    mean, std = (255 * torch.tensor(t, device=images.device) for t in (MEAN, STD))
+    mean, std = pixel_statistics(images.device)
     return ((images - mean) / std).permute(0, 3, 1, 2)
+
+
+@cache
+def pixel_statistics(device):
+    """255 * ImageNet's mean and deviation, copied to the device once: every copy would wait for it."""
+    return tuple(255 * torch.tensor(t, device=device) for t in (MEAN, STD))
 
 
 def erase(x, probability, rng):
     """Random erasing (arXiv 1708.04896) of x (B, C, H, W): with `probability` an image gets one box of N(0, 1) noise a pixel."""
+    if probability == 0:
+        return x
     B, _, H, W = x.shape
     boxes = np.zeros((B, 4, 1, 1, 1), np.int64)             # top, bottom, left, right
     for i in range(B):
@@ -492,7 +507,9 @@ def erase(x, probability, rng):
                 top, left = rng.randint(0, H - h), rng.randint(0, W - w)
                 boxes[i, :, 0, 0, 0] = top, top + h, left, left + w
                 break
-    top, bottom, left, right = torch.from_numpy(boxes).to(x.device, non_blocking=True).unbind(1)     # (B, 1, 1, 1)
+    boxes = torch.from_numpy(boxes)
+    boxes = (boxes.pin_memory() if x.is_cuda else boxes).to(x.device, non_blocking=True)
+    top, bottom, left, right = boxes.unbind(1)                                                       # each (B, 1, 1, 1)
     row, column = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)
     inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)                     # (B, 1, H, W)
     return torch.where(inside, torch.randn_like(x), x)
@@ -537,20 +554,15 @@ def decay_groups(model, weight_decay):
     return [dict(params=weights, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
 
 
-class EMA:
-    """Exponential moving average of all weights and statistics; integer buffers are copied."""
-
-    def __init__(self, model, decay):
-        self.model, self.decay = copy.deepcopy(model).eval().requires_grad_(False), decay
-
-    @torch.no_grad()
-    def update(self, model):
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
-        averaged, current = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
-        torch._foreach_lerp_(averaged, current, 1 - self.decay)
-        for ours, theirs in pairs:
-            if not ours.is_floating_point():
-                ours.copy_(theirs)
+@torch.no_grad()
+def update_average(average, model, decay):
+    """Exponential moving average of all weights and statistics, in place; integer buffers are copied."""
+    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
+    averaged, current = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
+    torch._foreach_lerp_(averaged, current, 1 - decay)
+    for ours, theirs in pairs:
+        if not ours.is_floating_point():
+            ours.copy_(theirs)
 
 
 # --------------------------------------------------------------------------------------------------------- checkpoints
@@ -573,7 +585,8 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise InputError(f"no checkpoint {path}")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):        # the authors' files hold one
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for damaged files
         raise InputError(f"cannot read {path}: damaged or not a checkpoint ({type(error).__name__})") from None
     if not isinstance(state, dict):
@@ -596,21 +609,23 @@ def find_checkpoint(resume, output):
 
 
 def load_weights(model, state, entry="model"):
-    """Copy every tensor of a weight file that fits into `model`.
+    """Copy a weight file into `model`; all must fit but the classifier, which another number of classes leaves out.
 
     Args: state, our checkpoint (`entry` of it), a bare state dict, or the authors' released file.
-    Returns: (names of the model left as they were, names of the file left out). Raises InputError if nothing fits.
+    Returns: names of the classifier's tensors left as they were. Raises: InputError if the weights are another model's.
     """
-    state = state.get(entry, state)
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    state = state[entry] if isinstance(state.get(entry), dict) else state
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
     if "patch_embed.proj.0.weight" in state:
         state = model.convert_released(state)
     own = model.state_dict()
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    if not fits:
-        raise InputError(f"no tensor of the weight file fits {type(model).__name__}; is it another model's?")
+    odd = [k for k in own.keys() ^ fits.keys() | state.keys() ^ fits.keys() if not k.startswith("head.")]
+    if odd:
+        raise InputError(f"the weights do not fit {type(model).__name__}: {len(odd)} tensors are missing, left over or of another shape, "
+                         f"first {min(odd)}; another model's, or is --released wrong?")
     model.load_state_dict({**own, **fits})
-    return sorted(own.keys() - fits.keys()), sorted(state.keys() - fits.keys())
+    return sorted(own.keys() - fits.keys())
 
 
 # ----------------------------------------------------------------------------------------------------------------- log
@@ -622,21 +637,21 @@ def append(path, **record):
 
 def describe_run(args, procs, model):
     """The first record of a log: arguments, versions, commit, device, parameters."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    except OSError:  # no git on this machine
+        commit = None
     device = torch.cuda.get_device_name() if procs.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return dict(args=plain(args), commit=git.stdout.strip() or None, python=sys.version.split()[0], torch=torch.__version__,
+    return dict(args=vars(args), commit=commit, python=sys.version.split()[0], torch=torch.__version__,
                 numpy=np.__version__, pillow=PIL.__version__, device=device, processes=procs.world,
                 parameters=sum(p.numel() for p in model.parameters()))
 
 
-def plain(args):
-    """Arguments as a dict of plain types."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-
-
 def draw_curves(output, metrics):
     """Draw curves.png of a run's log: training and validation loss, and the `metrics` of its epochs, over updates."""
-    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    lines = (output / "log.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines if line.endswith("}")]                # a full disk leaves half a line
     steps = {r["step"]: r for r in records if "step" in r and "lr" in r}
     epochs = {r["step"]: r for r in records if "step" in r and "lr" not in r}
     panels = [{"training loss": {s: r["loss"] for s, r in steps.items()}, "validation loss": {s: r["loss"] for s, r in epochs.items()}},
@@ -674,8 +689,9 @@ def evaluate(model, source, args, procs):
     model.eval()
     share = range(procs.rank, len(source), procs.world)
     batches = [[(0, i, 0) for i in share[start:start + args.micro_batch]] for start in range(0, len(share), args.micro_batch)]
-    samples = Samples(source, partial(center_crop, size=args.img_size, share=args.test_crop), args.seed, replace=0)
-    sums = torch.zeros(4, dtype=torch.float64, device=procs.device)                 # top-1, top-5, loss, images
+    crop = args.test_crop or (0.875 if args.img_size < 384 else 1.0)
+    samples = Samples(source, partial(center_crop, size=args.img_size, share=crop), args.seed, replace=0)
+    sums, seen = torch.zeros(3, dtype=torch.float64, device=procs.device), 0        # top-1, top-5, loss; images
     for images, labels, unreadable in loader(samples, batches, args.workers, procs.device):
         if images is None:
             raise InputError(f"validation image cannot be decoded: {unreadable[0]}")
@@ -685,8 +701,8 @@ def evaluate(model, source, args, procs):
         logits = logits.float()
         best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]      # (B, 5)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums += torch.stack([best[:, 0].sum(), best.sum(), loss, torch.tensor(len(labels), device=loss.device)]).double()
-    top1, top5, loss, images = procs.sum(sums)
+        sums, seen = sums + torch.stack([best[:, 0].sum(), best.sum(), loss]).double(), seen + len(labels)
+    top1, top5, loss, images = procs.reduce(torch.cat([sums.cpu(), torch.tensor([seen], dtype=torch.float64)]))
     assert images == len(source), f"{images} images counted, {len(source)} exist"
     return dict(top1=100 * top1 / images, top5=100 * top5 / images, loss=loss / images)
 
@@ -711,6 +727,8 @@ def split_batch(args, world):
     args.micro_batch = args.micro_batch or max(m for m in range(1, min(share, 128) + 1) if share % m == 0)
     if share % args.micro_batch:
         raise InputError(f"--batch-size {args.batch_size} is not a multiple of --micro-batch {args.micro_batch} x {world} processes")
+    if args.micro_batch == 1 and args.img_size == 32 and not args.frozen_bn:
+        raise InputError("--micro-batch 1 at --img-size 32 leaves batch norm a single value a channel; use 2 or more")
 
 
 def train(args, procs, checkpoint):
@@ -728,103 +746,124 @@ def train(args, procs, checkpoint):
 
     torch.manual_seed(args.seed)
     model = build_model(args, classes)
-    report = load_weights(model, read_checkpoint(args.weights)) if args.weights and not checkpoint else None
+    if args.weights and not checkpoint:
+        left = load_weights(model, read_checkpoint(args.weights))
+        if procs.rank == 0:
+            print(f"{args.weights}: loaded{', without ' + ' and '.join(left) + ': other classes' if left else ''}")
     if args.sync_bn and procs.world > 1 and procs.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(procs.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-    ema = EMA(model, args.ema) if args.ema else None
+    average = copy.deepcopy(model).eval().requires_grad_(False) if args.ema else None
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(procs.device.type, enabled=args.amp == "fp16")
-    step, evaluated, best, epoch_loss, unreadable, skipped = 0, 0, 0.0, 0.0, 0, 0
+    step, evaluated, best, epoch_loss, unreadable = 0, 0, -1.0, 0.0, 0
     if checkpoint:
-        restore(checkpoint, model, ema, optimizer, scaler)
-        step, evaluated, best, epoch_loss, unreadable, skipped = (
-            checkpoint[k] for k in ("step", "evaluated", "best", "epoch_loss", "unreadable", "skipped"))
+        step, evaluated, best, epoch_loss, unreadable = restore(checkpoint, model, average, optimizer, scaler, args, per_epoch)
+        if procs.reduce(torch.tensor([step], dtype=torch.float64))[0] != step * procs.world:
+            raise InputError("the processes found different checkpoints; --output must be on a disk that all of them share")
     net = torch.compile(model) if args.compile else model
     if procs.world > 1:
+        torch._dynamo.config.optimize_ddp = False                           # torch 2.6 cannot split graphs around our gradients
         net = DistributedDataParallel(net, device_ids=[procs.device.index] if procs.device.type == "cuda" else None)
 
-    log = partial(append, args.output / "log.jsonl") if procs.rank == 0 else lambda **record: None
+    output = Path(args.output)
+    log = partial(append, output / "log.jsonl") if procs.rank == 0 else lambda **record: None
     if procs.rank == 0:
-        args.output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        if not checkpoint:
+            (output / "log.jsonl").unlink(missing_ok=True)
         log(**describe_run(args, procs, model), resumed_at=step)
-        if report:
-            print(f"{args.weights}: kept at initialization {report[0] or 'nothing'}, left out of the file {report[1] or 'nothing'}")
         print(f"{args.model}: batch {args.batch_size}, {args.micro_batch} at once on each of {procs.world} processes, "
               f"peak rate {args.lr:g}, {total} updates in {args.epochs} epochs of {per_epoch}, on {procs.device.type}, amp {args.amp}")
+    saved_at = step if checkpoint else None
 
     def save(name):
-        for module in (model, ema.model) if ema else (model,):              # the first process's BN statistics count
-            procs.broadcast_buffers(module)
+        nonlocal saved_at
+        if not math.isfinite(sum(p.detach().double().sum() for p in model.parameters())):
+            raise InputError(not_finite("weights", step, lr, output, saved_at))
+        if procs.world > 1:
+            for module in (model, average) if average else (model,):        # the first process's BN statistics count
+                for buffer in module.buffers():
+                    dist.broadcast(buffer, 0)
         if procs.rank == 0:
-            save_checkpoint(args.output / name, dict(
-                model=model.state_dict(), ema=ema.model.state_dict() if ema else None, optimizer=optimizer.state_dict(),
+            save_checkpoint(output / name, dict(
+                model=model.state_dict(), ema=average.state_dict() if average else None, optimizer=optimizer.state_dict(),
                 scaler=scaler.state_dict(), step=step, evaluated=evaluated, best=best, epoch_loss=epoch_loss, unreadable=unreadable,
-                skipped=skipped, classes=train_set.classes, args=plain(args)))
+                per_epoch=per_epoch, args=vars(args)))
+        procs.wait()
+        saved_at = step
 
     samples = Samples(train_set, partial(augment, size=args.img_size, min_crop=args.min_crop, randaug=parse_randaug(args.randaug)),
                       args.seed, replace=9)
     batches = iter(loader(samples, StepSampler(**schedule, first=step, last=last), args.workers, procs.device))
     stop, scores, named = StopSignal(), {}, set()                           # named: unreadable files reported so far
-    lr, losses, clock = 0.0, [], 0.0                                        # losses, clock: since the last log line
+    lr, losses, broken, clock, seconds = 0.0, [], [], 0.0, 0.0              # losses, broken, clock: since the last log line
     with tqdm(total=last * args.batch_size, initial=step * args.batch_size, unit="img", disable=procs.rank > 0) as bar:
         while True:
             stopping = procs.any(stop.caught)
             epoch_ends = step // per_epoch > evaluated
             if losses and (len(losses) >= args.log_every or epoch_ends or stopping or step == last):
-                values = [v / procs.world for v in procs.sum(torch.stack(losses).double())]
-                check_finite(values, step, lr, args.output)
-                speed = len(values) * args.batch_size / (time.perf_counter() - clock)
-                epoch_loss += sum(values)
-                log(step=step, epoch=step / per_epoch, loss=sum(values) / len(values), lr=lr, images_per_s=speed, time=time.time())
+                values = [v / procs.world for v in procs.reduce(torch.stack(losses).double())]
+                for i, value in enumerate(values):
+                    if not math.isfinite(value):
+                        raise InputError(not_finite(f"loss {value}", step - len(values) + i + 1, lr, output, saved_at))
+                elapsed = time.perf_counter() - clock
+                seconds, epoch_loss = seconds + elapsed, epoch_loss + sum(values)
+                files = procs.gather(broken)
+                unreadable += len(files)
+                for file in sorted(set(files) - named) if procs.rank == 0 else ():
+                    log(unreadable_file=file)
+                    tqdm.write(f"cannot decode {file}; using the next file", file=sys.stderr)
+                named.update(files)
+                log(step=step, epoch=step / per_epoch, loss=sum(values) / len(values), lr=lr, time=time.time(),
+                    images_per_s=len(values) * args.batch_size / elapsed)
                 bar.set_postfix(loss=f"{values[-1]:.3f}", lr=f"{lr:.1e}", **{k: f"{v:.1f}" for k, v in scores.items() if "top1" in k})
-                losses = []
-            if epoch_ends:
+                losses, broken = [], []
+            if epoch_ends and not stopping:
                 save("last.pt")                                             # first of all: testing takes a while and may be killed
                 scores = evaluate(model, val_set, args, procs)
-                if ema:
-                    scores |= {f"ema_{k}": v for k, v in evaluate(ema.model, val_set, args, procs).items()}
+                if average:
+                    scores |= {f"ema_{k}": v for k, v in evaluate(average, val_set, args, procs).items()}
                 evaluated, score = step // per_epoch, max(scores["top1"], scores.get("ema_top1", 0.0))
                 improved, best = score > best, max(score, best)
-                replaced, = procs.sum(torch.tensor([unreadable], dtype=torch.float64, device=procs.device))
-                log(step=step, epoch=evaluated, train_loss=epoch_loss / per_epoch, **scores, best=best, unreadable=int(replaced),
-                    scaler_skips=skipped, time=time.time())
-                epoch_loss, unreadable = 0.0, 0
+                state = optimizer.state[next(model.parameters())]           # fp16: an overflow skips an update and halves the scale
+                log(step=step, epoch=evaluated, train_loss=epoch_loss / per_epoch, **scores, best=best, unreadable=unreadable,
+                    scaler_skips=step - int(state["step"]), train_seconds=seconds, time=time.time())
+                epoch_loss, unreadable, seconds = 0.0, 0, 0.0
                 for name in ("best.pt", "last.pt") if improved else ("last.pt",):
                     save(name)
                 if procs.rank == 0:
-                    draw_curves(args.output, [m for m in ("top1", "ema_top1") if m in scores])
-            if step == last or stopping:
+                    draw_curves(output, [m for m in ("top1", "ema_top1") if m in scores])
+                continue
+            if step >= last or stopping:
                 break
             if not losses:
                 clock = time.perf_counter()
             lr = lr_at(step, peak=args.lr, floor=args.min_lr, warmup=args.warmup_epochs * per_epoch, total=total)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss, broken, overflow = update(net, optimizer, scaler, batches, step, classes, args, procs)
-            if ema:
-                ema.update(model)
+            loss, files = update(net, optimizer, scaler, batches, step, classes, args, procs)
+            if average:
+                update_average(average, model, args.ema)
             losses.append(loss)
-            for file in set(broken) - named:
-                tqdm.write(f"cannot decode {file}; using the next file", file=sys.stderr)
-            named.update(broken)
-            unreadable, skipped = unreadable + len(broken), skipped + overflow
+            broken += files
             step += 1
             bar.update(args.batch_size)
             bar.set_description(f"epoch {step / per_epoch:.1f}/{args.epochs}")
-    if step % per_epoch:
+    if saved_at != step:
         save("last.pt")
     if procs.rank == 0:
-        if stopping and step < last:
-            print(f"stopped after update {step}; resume with --resume {args.output / 'last.pt'}")
+        if stopping and step < total:
+            print(f"stopped after update {step}; resume with --resume {output / 'last.pt'}")
         else:
-            print(f"update {step}: {summary(scores)}best top-1 {best:.2f} %; see {args.output}/log.jsonl, last.pt, best.pt, curves.png")
+            print(f"update {step}: " + "".join(f"{k} {v:.2f} %, " for k, v in scores.items() if "top" in k)
+                  + f"best {best:.2f} %; see {output}/log.jsonl, last.pt, best.pt, curves.png")
 
 
 def update(net, optimizer, scaler, batches, step, classes, args, procs):
     """One update of the weights from this process's micro-batches.
 
-    Returns: mean loss (a tensor, so that nothing waits for the device), unreadable files, 1 if fp16 overflowed and the update was skipped.
+    Returns: mean loss (a tensor, so that nothing waits for the device) and the files that could not be decoded.
     """
     net.train(not args.frozen_bn)
     accumulate = args.batch_size // (args.micro_batch * procs.world)
@@ -839,7 +878,8 @@ def update(net, optimizer, scaler, batches, step, classes, args, procs):
         x = erase(normalize(images.to(procs.device, non_blocking=True)), args.random_erase, rng)
         x, targets = mix(x, labels.to(procs.device, non_blocking=True), classes=classes, smoothing=args.label_smoothing,
                          mixup=args.mixup, cutmix=args.cutmix, rng=rng)
-        net.require_backward_grad_sync = i == accumulate - 1                # DDP exchanges gradients once an update
+        if procs.world > 1:
+            net.require_backward_grad_sync = i == accumulate - 1            # DDP exchanges gradients once an update
         with autocast(args, procs.device):
             loss = F.cross_entropy(net(x).float(), targets) / accumulate
         scaler.scale(loss).backward()
@@ -847,52 +887,52 @@ def update(net, optimizer, scaler, batches, step, classes, args, procs):
     if args.clip_grad:
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
-    scale = scaler.get_scale()
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
-    return total, unreadable, int(scaler.get_scale() < scale)
+    return total, unreadable
 
 
-def restore(checkpoint, model, ema, optimizer, scaler):
-    """Put a checkpoint's states back, strictly. Raises InputError if they are another model's."""
+def restore(checkpoint, model, average, optimizer, scaler, args, per_epoch):
+    """Put a checkpoint's states back, strictly, and empty it.
+
+    Returns: step, evaluated epochs, best score, sums of the unfinished epoch. Raises: InputError if it is another run's.
+    """
+    if checkpoint["per_epoch"] != per_epoch:
+        raise InputError(f"epochs of the checkpoint have {checkpoint['per_epoch']} updates, of this run {per_epoch}: other data or batch?")
     try:
         model.load_state_dict(checkpoint["model"])
-        if ema:
-            ema.model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+        if average:
+            average.load_state_dict(checkpoint["ema"] or checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise InputError(f"the checkpoint does not fit this run: {str(error).splitlines()[0]}") from None
+        counters = [checkpoint[k] for k in ("step", "evaluated", "best", "epoch_loss", "unreadable")]
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise InputError(f"the checkpoint does not fit this run: {' '.join(str(error).split())[:200]}") from None
+    for group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
+        group["weight_decay"] = decay
+        for p in group["params"]:                                           # fused AdamW needs moments in their weights' layout
+            state = optimizer.state[p]
+            state.update({k: torch.empty_like(p).copy_(state[k]) for k in ("exp_avg", "exp_avg_sq") if k in state})
+    checkpoint.clear()
+    return counters
 
 
-def check_finite(losses, step, lr, output):
-    """Stop the run if one of the losses of the updates before `step` is not finite."""
-    for i, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            last = output / "last.pt"
-            raise InputError(f"loss {loss} at update {step - len(losses) + i + 1}, learning rate {lr:.3g}; last finite checkpoint: "
-                             f"{last if last.exists() else 'none yet'}")
-
-
-def summary(scores):
-    """Scores as words for the last line of a run."""
-    return "".join(f"{k.replace('top', 'top-').replace('_', ' ')} {v:.2f} %, " for k, v in scores.items() if "top" in k)
+def not_finite(what, step, lr, output, saved_at):
+    """The message of a run that stops because something became infinite or not a number."""
+    return (f"{what} at update {step} not finite, learning rate {lr:.3g}; last finite checkpoint: "
+            f"{'none yet' if saved_at is None else f'{output}/last.pt of update {saved_at}'}")
 
 
 def test(args, procs, checkpoint):
     """--eval: print one JSON line with the scores of the weights, and of their average if the file holds one."""
     _, val_set = open_data(args.data)
-    split_batch(args, procs.world)
+    args.micro_batch = args.micro_batch or 128
     scores = {}
-    for entry in ("model", "ema"):
-        if entry == "ema" and not checkpoint.get("ema"):
-            continue
+    for entry in ("model", "ema") if checkpoint.get("ema") else ("model",):
         model = build_model(args, len(val_set.classes))
-        missing, _ = load_weights(model, checkpoint, entry)
-        if missing:
-            raise InputError(f"{args.weights} lacks {len(missing)} tensors of {args.model} with {len(val_set.classes)} classes, "
-                             f"among them {missing[0]}")
+        if load_weights(model, checkpoint, entry):
+            raise InputError(f"the classifier of {args.weights} is not one of {len(val_set.classes)} classes")
         result = evaluate(model.to(procs.device), val_set, args, procs)
         scores |= {f"ema_{k}" if entry == "ema" else k: v for k, v in result.items()}
     if procs.rank == 0:
@@ -902,34 +942,31 @@ def test(args, procs, checkpoint):
 def main(argv=None):
     """Settle the arguments, start the processes, train or test."""
     args = parse_args(argv)
-    if args.eval and not (args.weights or args.resume):
-        raise InputError("--eval needs --weights FILE")
     checkpoint = None
-    if args.resume:
+    if args.eval:
+        if not args.weights:
+            raise InputError("--eval needs --weights FILE")
+        checkpoint = read_checkpoint(args.weights)
+    elif args.resume:
         checkpoint = find_checkpoint(args.resume, args.output or f"runs/{args.model or 'stvit_s'}")
-        if checkpoint and checkpoint.keys() < {"step", "args"}:
+        if checkpoint and not {"step", "args", "per_epoch"} <= checkpoint.keys():
             raise InputError(f"{args.resume} is no checkpoint of this script; to start from its weights use --weights")
         if checkpoint and args.model and args.model != checkpoint["args"]["model"]:
             raise InputError(f"the checkpoint is one of {checkpoint['args']['model']}, --model says {args.model}")
-    elif args.eval:
-        checkpoint = read_checkpoint(args.weights)
     settle(args, checkpoint)
-    if args.randaug:
-        parse_randaug(args.randaug)
-    procs = Processes(patience=600 if args.compile else 60)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.deterministic)
+    procs = Processes(patience=600 if args.compile else 60)
     if procs.rank == 0 and not args.data:
-        print("no --data given: drawing 1000 training and 300 validation images of 10 classes")
-    if args.eval:
-        test(args, procs, checkpoint)
-    else:
-        train(args, procs, checkpoint)
+        print("no --data given: drawing 1000 training and 300 validation images of 10 classes", file=sys.stderr)
+    (test if args.eval else train)(args, procs, checkpoint)
     procs.close()
 
 
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
-        print(f"train_imagenet.py: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        print(f"train_imagenet.py: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

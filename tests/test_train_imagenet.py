@@ -1,4 +1,6 @@
 """train_imagenet.py: augmentation against its definition, exact resume, processes, workers, errors as users see them."""
+import argparse
+import copy
 import json
 import os
 import random
@@ -78,7 +80,6 @@ def test_micro_batches_do_not_depend_on_processes(repeats, images):
         parts = [list(make(rank=r, world=world, last=steps)) for r in range(world)]
         assert [batch for turn in zip(*parts) for batch in turn] == alone
     assert list(make(rank=0, world=1, first=3, last=steps)) == alone[3 * 4:]
-    assert len(make(rank=0, world=2, first=1, last=steps)) == (steps - 1) * 2
     keys = [key for batch in alone[:len(alone) // 2] for key in batch]
     used = images // 256 * 256 if repeats > 1 and images >= 256 else images
     assert len(keys) == used // 12 * 12 and len(set(keys)) == len(keys) and {key[0] for key in keys} == {0}
@@ -260,24 +261,25 @@ def test_decay_skips_vectors_layer_scale_included():
 
 def test_ema_averages_weights_and_statistics():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    ema, expected = T.EMA(model, 0.9), {k: v.clone() for k, v in model.state_dict().items()}
+    average, expected = copy.deepcopy(model), {k: v.clone() for k, v in model.state_dict().items()}
     for _ in range(3):
         model(torch.randn(4, 2)).sum().backward()
         torch.optim.SGD(model.parameters(), 0.1).step()
-        ema.update(model)
+        T.update_average(average, model, 0.9)
         for k, v in model.state_dict().items():
             expected[k] = 0.9 * expected[k] + 0.1 * v if v.is_floating_point() else v.clone()
-    torch.testing.assert_close(dict(ema.model.state_dict()), expected)
+    torch.testing.assert_close(dict(average.state_dict()), expected)
 
 
 def test_weights_of_another_class_count_load_but_for_the_head(capsys):
     model, other = (secvit.SecViT(num_classes=n, drop_path_rate=0, **TINY) for n in (3, 5))
     wrapped = {"model": {f"module._orig_mod.{k}": v for k, v in other.state_dict().items()}}
-    missing, left = T.load_weights(model, wrapped)
-    assert missing == left == ["head.bias", "head.weight"]
+    assert T.load_weights(model, wrapped) == ["head.bias", "head.weight"]
     assert torch.equal(model.stem[0].weight, other.stem[0].weight)
-    with pytest.raises(T.InputError, match="another model"):
-        T.load_weights(model, {"a": torch.zeros(1)})
+    partly = secvit.SecViT(num_classes=3, drop_path_rate=0, **{**TINY, "depths": (1, 1, 1, 3)})     # one block more
+    for state in ({"a": torch.zeros(1)}, partly.state_dict(), {"model": None, 3: 4}):
+        with pytest.raises(T.InputError, match="do not fit SecViT.*another model's"):
+            T.load_weights(model, state)
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
@@ -295,6 +297,26 @@ def test_resume_in_mid_epoch_equals_an_uninterrupted_run(tiny, folder, tmp_path)
     assert [r["step"] for r in records[1:]] == [1, 2, 3, 3, 4, 5, 6, 6] and {"top1", "top5", "ema_top1"} <= records[-1].keys()
     assert all({"lr", "loss", "images_per_s", "time"} <= r.keys() for r in records[1:] if "lr" in r)
     assert Image.open(tmp_path / "a" / "curves.png").size == (1000, 380)
+
+
+def test_resume_takes_over_every_flag(tiny, folder, tmp_path):
+    common = ["--model", "secvit_t", "--data", str(folder), *FAST, *FULL, "--frozen-bn", "--channels-last", "--released"]
+    T.main([*common, "--output", str(tmp_path / "a"), "--max-steps", "4"])
+    T.main([*common, "--output", str(tmp_path / "b"), "--max-steps", "2"])
+    last = str(tmp_path / "b" / "last.pt")
+    T.main(["--resume", last, "--max-steps", "1"])                                               # already further: nothing to do
+    T.main(["--resume", last, "--max-steps", "4"])
+    assert_same_state(last_state(tmp_path / "a"), last_state(tmp_path / "b"))
+    with pytest.raises(T.InputError, match="epochs of the checkpoint have 3 updates, of this run 7"):
+        T.main(["--resume", last, "--batch-size", "2"])
+
+
+def test_files_with_a_namespace_load(tiny, folder, tmp_path, capsys):
+    """The authors' scripts save argparse's namespace beside the model."""
+    model = T.MODELS["secvit_t"](num_classes=2)
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(model="SecViT_T", lr=5e-4)}, tmp_path / "theirs.pth")
+    T.main(["--eval", "--weights", str(tmp_path / "theirs.pth"), "--model", "secvit_t", "--data", str(folder), "--img-size", "32"])
+    assert json.loads(capsys.readouterr().out)["images"] == 7
 
 
 def test_eval_repeats_the_runs_figures(tiny, folder, tmp_path, capsys):
@@ -354,7 +376,7 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, folder, tmp_path):
-    with pytest.raises(T.InputError, match=r"loss (nan|inf) at update [23], learning rate .*; last finite checkpoint: none yet"):
+    with pytest.raises(T.InputError, match=r"loss (nan|inf) at update [23] not finite, learning rate .*; last finite checkpoint: none yet"):
         T.main(["--model", "secvit_t", "--data", str(folder), *FAST, "--lr", "1e30", "--warmup-epochs", "0", "--output", str(tmp_path)])
 
 
@@ -362,8 +384,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, folder, tmp_path):
 def launch(*arguments, world=0, **environment):
     """train_imagenet.py in a process of its own, under torchrun if `world`."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world else []
-    return subprocess.Popen([sys.executable, *torchrun, str(ROOT / "train_imagenet.py"), *map(str, arguments)], text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    command = [sys.executable, *torchrun, str(ROOT / "train_imagenet.py"), *map(str, arguments)]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 def losses_of(output):
@@ -379,7 +402,7 @@ def test_two_processes_equal_one(folder, tmp_path):
         assert run.wait() == 0, run.stderr.read()
     (one, _), (two, _) = (losses_of(tmp_path / str(world)) for world in (1, 2))
     assert len(one) == 3 and one == pytest.approx(two, rel=2e-5)
-    run = launch("--eval", "--weights", tmp_path / "2" / "last.pt", "--batch-size", 4, "--micro-batch", 2, world=2)
+    run = launch("--eval", "--weights", tmp_path / "2" / "last.pt", world=3)                     # 7 images: 3, 2, 2
     out, err = run.communicate()
     assert run.returncode == 0, err
     evaluated = json.loads(out.splitlines()[-1])
@@ -388,12 +411,12 @@ def test_two_processes_equal_one(folder, tmp_path):
 
 
 def test_sigterm_saves_and_the_resumed_run_is_exact(folder, tmp_path):
-    common = ["--model", "secvit_t", "--data", folder, *FAST, *FULL]
+    common = ["--model", "secvit_t", "--data", folder, *FAST, *FULL, "--workers", 2]
     run = launch(*common, "--output", tmp_path / "stopped")
     log = tmp_path / "stopped" / "log.jsonl"
     while run.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 1):
         time.sleep(0.02)
-    run.send_signal(signal.SIGTERM)
+    os.killpg(run.pid, signal.SIGTERM)                                     # loader workers get it too, as under a scheduler
     out, err = run.communicate()
     assert run.returncode == 0 and "resume with --resume" in out, err
     assert last_state(tmp_path / "stopped")["step"] < 6
@@ -424,9 +447,13 @@ BAD = {  # what is typed -> what the one line says; {d} a good folder, {t} an em
     "--data {t}/differ": r"differ in classes \['cat', 'wolf'\]",
     "--data {d} --batch-size 6 --micro-batch 4": "6 is not a multiple of --micro-batch 4 x 1 processes",
     "--data {d} --batch-size 512": "512 is larger than the 14 training images",
-    "--data {d} --img-size 16": "--img-size 16, expected at least 32",
-    "--data {d} --epochs 0": "--epochs 0, expected at least 1",
-    "--data {d} --drop-path 1.5": "--drop-path 1.5, expected a share",
+    "--data {d} --img-size 16": "--img-size: 16, expected at least 32",
+    "--data {d} --epochs 0": "--epochs: 0, expected at least 1",
+    "--data {d} --micro-batch 0": "--micro-batch: 0, expected at least 1",
+    "--data {d} --drop-path 1.5": "--drop-path: 1.5, expected at least 0, at most 0.99",
+    "--data {d} --lr nan": "--lr: nan, expected at least 0",
+    "--data {d} --clip-grad 0": "--clip-grad: 0, expected above 0",
+    "--data {d} --batch-size 1 --img-size 32": "leaves batch norm a single value",
     "--data {d} --randaug rand-m9": "'rand-m9', expected none or rand-m",
     "--epochs ten": "invalid int value: 'ten'",
     "--no-such-flag": "unrecognized arguments: --no-such-flag",
@@ -435,9 +462,11 @@ BAD = {  # what is typed -> what the one line says; {d} a good folder, {t} an em
     "--resume {t}/none.pt": "no checkpoint .*none.pt",
     "--model secvit_t --weights {t}/cut.pt --data {d} --batch-size 2": "cannot read .*cut.pt",
     "--resume {t}/of_stvit.pt --model secvit_t": "one of stvit_s, --model says secvit_t",
-    "--weights {t}/of_stvit.pt --model secvit_t --data {d} --batch-size 2": "fits SecViT",
-    "--eval --weights {t}/part.pt --model secvit_t --data {d} --batch-size 2": "lacks [0-9]+ tensors of secvit_t",
-    "--model secvit_t --data {t}/broken_train --batch-size 1 --img-size 32 --repeated-aug 1 --workers 0": "ten files in a row cannot be decoded",
+    "--weights {t}/of_stvit.pt --model secvit_t --data {d} --batch-size 2": "do not fit SecViT",
+    "--eval --weights {t}/part.pt --model secvit_t --data {d} --batch-size 2": "do not fit SecViT: [0-9]+ tensors are missing",
+    "--resume {t}/part.pt": "part.pt is no checkpoint of this script",
+    "--model secvit_t --data {d} --batch-size 2 --output {t}/cut.pt": "File exists",
+    "--model secvit_t --data {t}/broken_train --batch-size 1 --repeated-aug 1 --workers 0": "ten files in a row cannot be decoded",
 }
 
 
@@ -455,7 +484,8 @@ def bad(tmp_path_factory, folder):
         (root / "broken_train" / "train" / "x" / f"{i}.png").write_bytes(b"x")
     Image.new("RGB", (8, 8)).save(root / "broken_train" / "val" / "x" / "a.png")
     (root / "cut.pt").write_bytes(b"PK\x03\x04 not all of it")
-    torch.save({"step": 1, "args": {"model": "stvit_s"}, "model": {"stem.0.weightless": torch.zeros(2)}}, root / "of_stvit.pt")
+    state = {"step": 1, "per_epoch": 1, "args": {"model": "stvit_s"}, "model": {"stem.0.weightless": torch.zeros(2)}}
+    torch.save(state, root / "of_stvit.pt")
     torch.save({"stem.0.weight": torch.zeros(8, 3, 3, 3)}, root / "part.pt")
     return root
 
@@ -469,7 +499,7 @@ def test_bad_input_is_one_line_and_status_2(tiny, folder, bad, tmp_path, monkeyp
     monkeypatch.setattr(secvit, "secvit_t", T.MODELS["secvit_t"])
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(str(ROOT / "train_imagenet.py"), run_name="__main__")
-    lines = [line for line in capsys.readouterr().err.splitlines() if "cannot decode" not in line and "img/s" not in line and line.strip()]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "img/s" not in line and "no --data" not in line]
     assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("train_imagenet.py: "), lines
     assert re.search(BAD[typed], lines[0]), lines[0]
 
