@@ -266,7 +266,7 @@ class SecViT(nn.Module):
         for in_dim, out_dim, stride in ((3, half, 2), (half, half, 1), (half, half, 1), (half, dims[0], 2)):
             stem += [*conv_norm(in_dim, out_dim, stride), nn.GELU()]
         self.stem = nn.Sequential(*(stem[:-1] if released else stem))
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
         self.stages = nn.ModuleList(
             nn.Sequential(*(Block(dims[i], heads[i], clusters[i], next(rates), layer_scale[i], released) for _ in range(depths[i])))
             for i in range(4))

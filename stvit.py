@@ -247,7 +247,7 @@ class STViT(nn.Module):
         for in_dim, out_dim, stride in ((3, half, 2), (half, half, 1), (half, dims[0], 2), (dims[0], dims[0], 1)):
             stem += [nn.Conv2d(in_dim, out_dim, 3, stride, padding=1), nn.GELU(), nn.BatchNorm2d(out_dim)]
         self.stem = nn.Sequential(*stem)
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
         self.stages = nn.ModuleList(
             nn.Sequential(*(Block(dims[i], heads[i], (grids[i], grids[i]), iterations, next(rates), layer_scale[i])
                             for _ in range(depths[i])))

@@ -762,8 +762,9 @@ def train(args, procs, checkpoint):
         if procs.reduce(torch.tensor([step], dtype=torch.float64))[0] != step * procs.world:
             raise InputError("the processes found different checkpoints; --output must be on a disk that all of them share")
     net = torch.compile(model) if args.compile else model
-    if procs.world > 1:
+    if procs.world > 1 and args.compile:
         torch._dynamo.config.optimize_ddp = False                           # torch 2.6 cannot split graphs around our gradients
+    if procs.world > 1:
         net = DistributedDataParallel(net, device_ids=[procs.device.index] if procs.device.type == "cuda" else None)
 
     output = Path(args.output)
