@@ -165,23 +165,25 @@ class Processes:
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(local)
+        self.control = self.writing = None
         if self.world > 1:
             timeout = datetime.timedelta(seconds=patience)
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
             self.control = dist.new_group(backend="gloo", timeout=timeout)      # never waits for a GPU
             self.writing = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30))
 
-    def reduce(self, numbers, operation=dist.ReduceOp.SUM):
-        """Element-wise sum (or another reduction) of a float64 tensor over all processes, as a list.
+    def together(self, collective, *args, **options):
+        """Call a collective operation; exit with a message if another process is gone."""
+        if self.world > 1:
+            try:
+                collective(*args, **options)
+            except RuntimeError as error:
+                sys.exit(f"process {self.rank}: another process is gone or silent, stopping ({str(error).splitlines()[0]})")
 
-        Exits with a message if another process is gone.
-        """
+    def reduce(self, numbers, operation=dist.ReduceOp.SUM):
+        """Element-wise sum (or another reduction) of a float64 tensor over all processes, as a list."""
         numbers = numbers.cpu()
-        try:
-            if self.world > 1:
-                dist.all_reduce(numbers, operation, group=self.control)
-        except RuntimeError as error:
-            sys.exit(f"process {self.rank}: another process is gone or silent, stopping ({str(error).splitlines()[0]})")
+        self.together(dist.all_reduce, numbers, operation, group=self.control)
         return numbers.tolist()
 
     def any(self, flag):
@@ -190,16 +192,13 @@ class Processes:
 
     def gather(self, items):
         """All processes' lists in one."""
-        lists = [items]
-        if self.world > 1:
-            lists = [None] * self.world
-            dist.all_gather_object(lists, items, group=self.control)
+        lists = [items] * self.world
+        self.together(dist.all_gather_object, lists, items, group=self.control)
         return [item for part in lists for item in part]
 
     def wait(self):
         """Wait until all processes are here, however long the first one writes."""
-        if self.world > 1:
-            dist.barrier(group=self.writing)
+        self.together(dist.barrier, group=self.writing)
 
     def close(self):
         if self.world > 1:
