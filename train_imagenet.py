@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 8 train_imagenet.py --model stvit_s --data /data/imagenet --output runs/s
     torchrun --nproc-per-node 8 --max-restarts 3 train_imagenet.py ... --output runs/s --resume auto
     python train_imagenet.py --eval --weights runs/s/best.pt --data /data/imagenet
-    torchrun --nproc-per-node 8 train_imagenet.py --model stvit_s --data /data/imagenet --weights runs/s/last.pt --frozen-bn \\
-        --img-size 384 --epochs 30 --batch-size 512 --lr 5e-6 --min-lr 5e-6 --warmup-epochs 0 --weight-decay 1e-8   # STViT at 384
+    torchrun --nproc-per-node 8 train_imagenet.py --model stvit_s --data /data/imagenet --weights runs/s/last.pt --output runs/s384 \\
+        --frozen-bn --img-size 384 --epochs 30 --batch-size 512 --lr 5e-6 --min-lr 5e-6 --warmup-epochs 0 --weight-decay 1e-8   # STViT at 384
 
 Reading order is the order of the run: settings, processes, data, augmentation, schedule, checkpoints, log, evaluation, loop.
 Defaults are the papers' (DeiT's recipe); each model's own values are in RECIPES, those of the built-in data in BUILT_IN.
@@ -117,7 +117,7 @@ def parse_args(argv=None):
     p.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, help="batch statistics over all GPUs; on for SecViT")
     p.add_argument("--frozen-bn", **switch, help="train in eval mode: BN statistics fixed, drop path off (STViT at 384)")
     p.add_argument("--workers", type=number(int, 0), help="loader processes a process; changes speed only; its CPU cores, at most 10")
-    p.add_argument("--seed", type=number(int, 0), help="of weights, order, augmentation; 0")
+    p.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), help="of weights, order, augmentation; 0")
     p.add_argument("--resume", help="checkpoint to go on from exactly, or auto: the newest readable one of --output if any")
     p.add_argument("--weights", help="start from these weights: our checkpoint, a bare state dict or an authors' file")
     p.add_argument("--eval", action="store_true", help="only test --weights (the average too if it holds one), print one JSON line")
@@ -401,8 +401,9 @@ def center_crop(image, _rng=None, *, size, share):
     """Resize the shorter side to size / share and cut the central size x size."""
     W, H = image.size
     if max(W, H) > 8 * min(W, H):  # nothing near the ends is looked at, and a 30000 x 1 image would be enlarged to gigabytes
-        image = ImageOps.fit(image, (min(W, 8 * H), min(H, 8 * W)), Image.Resampling.BICUBIC)
-        W, H = image.size
+        w, h = min(W, 8 * H), min(H, 8 * W)
+        x, y = (W - w) // 2, (H - h) // 2
+        image, W, H = image.crop((x, y, x + w, y + h)), w, h
     short = int(size / share)
     w, h = (short, int(short * H / W)) if W < H else (int(short * W / H), short)
     x, y = round((w - size) / 2), round((h - size) / 2)
@@ -629,9 +630,11 @@ def load_weights(model, state, entry="model"):
 
 # ----------------------------------------------------------------------------------------------------------------- log
 def append(path, **record):
-    """Add one JSON line to a log."""
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
+    """Add one JSON line to a log, on a line of its own even after a write that was cut off."""
+    with open(path, "ab+") as file:
+        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+            file.write(b"\n")
+        file.write(json.dumps(record).encode() + b"\n")
 
 
 def describe_run(args, procs, model):
@@ -649,8 +652,12 @@ def describe_run(args, procs, model):
 
 def draw_curves(output, metrics):
     """Draw curves.png of a run's log: training and validation loss, and the `metrics` of its epochs, over updates."""
-    lines = (output / "log.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines if line.endswith("}")]                # a full disk leaves half a line
+    records = []
+    for line in (output / "log.jsonl").read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:  # a kill or a full disk leaves half a line
+            continue
     steps = {r["step"]: r for r in records if "step" in r and "lr" in r}
     epochs = {r["step"]: r for r in records if "step" in r and "lr" not in r}
     panels = [{"training loss": {s: r["loss"] for s, r in steps.items()}, "validation loss": {s: r["loss"] for s, r in epochs.items()}},
@@ -658,6 +665,7 @@ def draw_curves(output, metrics):
     sheet = Image.new("RGB", (1000, 380), "white")
     draw = ImageDraw.Draw(sheet)
     for left, lines in zip((60, 560), panels):
+        lines = {name: {s: v for s, v in line.items() if math.isfinite(v)} for name, line in lines.items()}
         points = [(s, v) for line in lines.values() for s, v in line.items()]
         if not points:
             continue
@@ -733,13 +741,15 @@ def split_batch(args, world):
 def train(args, procs, checkpoint):
     """The run: data, model, optimizer, then update after update until the last epoch, --max-steps or a signal."""
     train_set, val_set = open_data(args.data)
+    procs.wait()                                                            # listing a million files takes nodes unequal times
     classes = len(train_set.classes)
     split_batch(args, procs.world)
     schedule = dict(images=len(train_set), batch=args.batch_size, micro=args.micro_batch, rank=procs.rank, world=procs.world,
                     seed=args.seed, repeats=args.repeated_aug)
-    per_epoch = StepSampler(**schedule).per_epoch
+    sampler = StepSampler(**schedule)
+    per_epoch = sampler.per_epoch
     if per_epoch == 0:
-        raise InputError(f"--batch-size {args.batch_size} is larger than the {len(train_set)} training images")
+        raise InputError(f"--batch-size {args.batch_size} is larger than the {sampler.used} training images of an epoch")
     total = args.epochs * per_epoch
     last = min(total, args.max_steps or total)
 
@@ -756,10 +766,11 @@ def train(args, procs, checkpoint):
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(procs.device.type, enabled=args.amp == "fp16")
     step, evaluated, best, epoch_loss, unreadable = 0, 0, -1.0, 0.0, 0
-    if checkpoint:
+    resumed = bool(checkpoint)                                              # restore() empties it
+    if resumed:
         step, evaluated, best, epoch_loss, unreadable = restore(checkpoint, model, average, optimizer, scaler, args, per_epoch)
-        if procs.reduce(torch.tensor([step], dtype=torch.float64))[0] != step * procs.world:
-            raise InputError("the processes found different checkpoints; --output must be on a disk that all of them share")
+    if procs.reduce(torch.tensor([step, -step], dtype=torch.float64), dist.ReduceOp.MAX) != [step, -step]:
+        raise InputError("the processes found different checkpoints; --output must be on a disk that all of them share")
     net = torch.compile(model) if args.compile else model
     if procs.world > 1 and args.compile:
         torch._dynamo.config.optimize_ddp = False                           # torch 2.6 cannot split graphs around our gradients
@@ -770,12 +781,12 @@ def train(args, procs, checkpoint):
     log = partial(append, output / "log.jsonl") if procs.rank == 0 else lambda **record: None
     if procs.rank == 0:
         output.mkdir(parents=True, exist_ok=True)
-        if not checkpoint:
+        if not resumed:
             (output / "log.jsonl").unlink(missing_ok=True)
         log(**describe_run(args, procs, model), resumed_at=step)
         print(f"{args.model}: batch {args.batch_size}, {args.micro_batch} at once on each of {procs.world} processes, "
               f"peak rate {args.lr:g}, {total} updates in {args.epochs} epochs of {per_epoch}, on {procs.device.type}, amp {args.amp}")
-    saved_at = step if checkpoint else None
+    saved_at = step if resumed else None
 
     def save(name):
         nonlocal saved_at
@@ -806,7 +817,9 @@ def train(args, procs, checkpoint):
                 values = [v / procs.world for v in procs.reduce(torch.stack(losses).double())]
                 for i, value in enumerate(values):
                     if not math.isfinite(value):
-                        raise InputError(not_finite(f"loss {value}", step - len(values) + i + 1, lr, output, saved_at))
+                        failed = step - len(values) + i
+                        rate = lr_at(failed, peak=args.lr, floor=args.min_lr, warmup=args.warmup_epochs * per_epoch, total=total)
+                        raise InputError(not_finite(f"loss {value}", failed + 1, rate, output, saved_at))
                 elapsed = time.perf_counter() - clock
                 seconds, epoch_loss = seconds + elapsed, epoch_loss + sum(values)
                 files = procs.gather(broken)
@@ -853,11 +866,12 @@ def train(args, procs, checkpoint):
     if saved_at != step:
         save("last.pt")
     if procs.rank == 0:
-        if stopping and step < total:
+        if stopping and (step < total or epoch_ends):                       # the last epoch may be untested
             print(f"stopped after update {step}; resume with --resume {output / 'last.pt'}")
         else:
             print(f"update {step}: " + "".join(f"{k} {v:.2f} %, " for k, v in scores.items() if "top" in k)
-                  + f"best {best:.2f} %; see {output}/log.jsonl, last.pt, best.pt, curves.png")
+                  + (f"best {best:.2f} %; see {output}/log.jsonl, last.pt, best.pt, curves.png" if best >= 0
+                     else f"not tested yet; see {output}/log.jsonl, last.pt"))
 
 
 def update(net, optimizer, scaler, batches, step, classes, args, procs):

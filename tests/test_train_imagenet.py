@@ -297,6 +297,19 @@ def test_resume_in_mid_epoch_equals_an_uninterrupted_run(tiny, folder, tmp_path)
     assert [r["step"] for r in records[1:]] == [1, 2, 3, 3, 4, 5, 6, 6] and {"top1", "top5", "ema_top1"} <= records[-1].keys()
     assert all({"lr", "loss", "images_per_s", "time"} <= r.keys() for r in records[1:] if "lr" in r)
     assert Image.open(tmp_path / "a" / "curves.png").size == (1000, 380)
+    resumed = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
+    assert [r["resumed_at"] for r in resumed if "args" in r] == [0, 2, 4]
+    assert [r["step"] for r in resumed if "step" in r] == [1, 2, 3, 3, 4, 5, 6, 6]
+
+
+def test_a_cut_off_log_line_is_passed_over(tmp_path):
+    T.append(tmp_path / "log.jsonl", step=1, lr=0.1, loss=2.0)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 2, "lr": 0.1, "lo')
+    T.append(tmp_path / "log.jsonl", step=2, loss=float("inf"), top1=50.0)
+    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["top1"] == 50
+    T.draw_curves(tmp_path, ["top1"])
+    assert Image.open(tmp_path / "curves.png").size == (1000, 380)
 
 
 def test_resume_takes_over_every_flag(tiny, folder, tmp_path):
