@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 8 train_imagenet.py --model stvit_s --data /data/imagenet --output runs/s
     torchrun --nproc-per-node 8 --max-restarts 3 train_imagenet.py ... --output runs/s --resume auto
     python train_imagenet.py --eval --weights runs/s/best.pt --data /data/imagenet
+    # STViT at 384:
     torchrun --nproc-per-node 8 train_imagenet.py --model stvit_s --data /data/imagenet --weights runs/s/last.pt --output runs/s384 \\
-        --frozen-bn --img-size 384 --epochs 30 --batch-size 512 --lr 5e-6 --min-lr 5e-6 --warmup-epochs 0 --weight-decay 1e-8   # STViT at 384
+        --frozen-bn --img-size 384 --epochs 30 --batch-size 512 --lr 5e-6 --min-lr 5e-6 --warmup-epochs 0 --weight-decay 1e-8
 
 Reading order is the order of the run: settings, processes, data, augmentation, schedule, checkpoints, log, evaluation, loop.
 Defaults are the papers' (DeiT's recipe); each model's own values are in RECIPES, those of the built-in data in BUILT_IN.
@@ -42,10 +43,12 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import clustr
+import linglo
 import secvit
 import stvit
 
-MODELS = {name: getattr(module, name) for module in (secvit, stvit) for name in module.VARIANTS}
+MODELS = {name: getattr(module, name) for module in (clustr, secvit, linglo, stvit) for name in module.VARIANTS}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SAMPLE, BATCH, ORDER, DRAWING = range(4)  # first entry of every seed, so that no two streams share one
 
@@ -53,7 +56,7 @@ SAMPLE, BATCH, ORDER, DRAWING = range(4)  # first entry of every seed, so that n
 DEIT = dict(  # arXiv 2012.12877, as the papers' authors use it; see each flag's help
     epochs=300, batch_size=1024, lr=1e-3, min_lr=1e-5, warmup_epochs=5, weight_decay=0.05, img_size=224, mixup=0.8, cutmix=1.0,
     label_smoothing=0.1, randaug="rand-m9-mstd0.5-inc1", random_erase=0.25, repeated_aug=3, min_crop=0.08, ema=0.0, sync_bn=False)
-RECIPES = {"secvit": dict(lr=2e-3, ema=0.99992, sync_bn=True), "stvit": {}}  # by family: the first part of the model's name
+RECIPES = {"secvit": dict(lr=2e-3, ema=0.99992, sync_bn=True)}  # what differs, by family: the first part of the model's name
 BUILT_IN = dict(epochs=7, batch_size=32, lr=1e-3, warmup_epochs=1, img_size=64, mixup=0.0, cutmix=0.0, randaug="none", random_erase=0.0,
                 repeated_aug=1, min_crop=0.9, test_crop=1.0, ema=0.0, drop_path=0.0)
 OPTIONAL = dict(test_crop=None, drop_path=None, clip_grad=None, micro_batch=None, seed=0, log_every=50, released=False, compile=False,
@@ -138,7 +141,7 @@ def settle(args, checkpoint=None):
     if args.model not in MODELS:
         raise InputError(f"unknown --model {args.model!r}, expected one of {', '.join(MODELS)}")
     args.data, args.output = args.data or saved.get("data"), args.output or saved.get("output") or f"runs/{args.model}"
-    defaults = dict(DEIT, **RECIPES[args.model.split("_")[0]], **OPTIONAL, amp="bf16" if torch.cuda.is_available() else "none")
+    defaults = dict(DEIT, **RECIPES.get(args.model.split("_")[0], {}), **OPTIONAL, amp="bf16" if torch.cuda.is_available() else "none")
     for name, value in {**defaults, **({} if args.data else BUILT_IN), **{k: v for k, v in saved.items() if k in defaults}}.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
