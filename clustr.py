@@ -11,17 +11,17 @@ come last.
 Memory order: every map inside a stage is channels-last, (B, H, W, C), so that linear layers, norms and convolutions share it.
 
 What differs from the paper's text, and why:
-- Distances are divided by sqrt(C), as in TCFormer, whose clustering the paper takes up. Squared distances of LayerNorm-ed tokens
-  are about 2 C, and exp(-x) is 0 in float32 beyond x = 103: undivided densities (Eq. 1) all underflow. For the same reason
-  densities and decision values stay logarithms here.
+- Distances are divided by sqrt(C), as in TCFormer's code, the closest public one. Squared distances of LayerNorm-ed tokens are about
+  2 C, and exp(-x) is 0 in float32 beyond x = 103: undivided densities (Eq. 1) all underflow. For the same reason densities and
+  decision values stay logarithms here.
 - A token is one of its own k neighbours, as in TCFormer's code; equally dense tokens are ordered by their index.
 - Tokens follow their chain of nearest denser tokens, as the text says; TCFormer's code sends them to the nearest centre.
 Where the text is silent:
 - An FFN with a 3x3 depth-wise convolution before its GELU and expansions 8, 8, 4, 4, and K and V of their own for each ratio make
-  all printed sizes come out. Ratio 1 keeps the tokens as they are.
+  the sizes of Table 2 come out (11.68/22.69/40.25 M). Ratio 1 keeps the tokens as they are and has no score.
 - Tokens are aggregated, then projected to K and V: the same as the other way round, since the weights of a cluster sum to one.
-- The rest is PVTv2's, which the paper builds on: 7x7/4 and 3x3/2 patch embeddings with LayerNorm, LayerNorm after each stage,
-  initial weights. Stochastic depth 0.1/0.2/0.3 and the half of the keys that `aggregation="knn"` keeps are our choice.
+- Our choice is PVTv2's: 7x7/4 and 3x3/2 patch embeddings with LayerNorm, LayerNorm after each stage, initial weights. Also ours:
+  stochastic depth 0.1/0.2/0.3, and the half of the keys that `aggregation="knn"` keeps.
 """
 import argparse
 import colorsys
@@ -53,20 +53,30 @@ def smallest(rows, k, group):
     return candidates.flatten(2).topk(k, largest=False, sorted=False).values
 
 
+def squared_distance(without, norm):
+    """d^2 = `without` + norm, where what is within the rounding of the norm counts as 0: a copy of a token has distance 0."""
+    squared = without + norm
+    return squared.masked_fill(squared < 2 * torch.finfo(squared.dtype).eps * norm, 0)
+
+
 @torch.no_grad()
 def density_peaks(x, k=5, chunk=256):
     """k-nearest-neighbour density peaks over all tokens (paper, Eq. 1 and 2; Rodriguez and Laio, Science 2014).
 
     Args: x (B, N, C), tokens; k, neighbours that make a density, the token itself among them; chunk, rows of distances at a time.
-    Returns, without gradient, float32 at least:
+    Returns, without gradient, of type float32 at least (products that TF32 rounds move a few tokens to another cluster):
         log_density (B, N), minus the mean squared distance to the k nearest tokens (all N if there are fewer than k);
         delta (B, N), the distance to the nearest denser token, for the densest token the largest distance from it;
         parent (B, N), that token; the denser one of several equally near, the densest token itself for the densest.
+    Raises: ValueError for k or chunk below 1.
     Denser is a strict order, by density, then by smaller index. Distances are Euclidean over sqrt(C). Two passes over chunks of rows:
-    memory O(chunk * N). The second pass takes the tokens in order of density, so that the denser tokens are the columns before
+    memory O(B * chunk * N). The second pass takes the tokens in order of density, so that the denser tokens are the columns before
     one's own: half the distances, and no mask but in the diagonal block.
     """
+    if k < 1 or chunk < 1:
+        raise ValueError(f"k = {k}, chunk = {chunk}, expected at least 1")
     (B, N, C), group, wide = x.shape, 16, torch.promote_types(x.dtype, torch.float32)
+    chunk = min(chunk, N)
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(wide)
         x = (x - x.mean(1, keepdim=True)) * C ** -0.5       # distances are what they were, their rounding errors smaller
@@ -79,7 +89,7 @@ def density_peaks(x, k=5, chunk=256):
             squared = torch.baddbmm(column_norm, x[:, rows], columns, alpha=-2)         # (B, R, N) but for norm_i
             squared.diagonal(start, 1, 2).copy_(-norm[:, rows])                         # no rounding between a token and itself
             nearest.append(smallest(squared, min(k, N), group))
-        log_density = -(torch.cat(nearest, 1) + norm[..., None]).clamp(min=0).mean(2)   # Eq. 1
+        log_density = -squared_distance(torch.cat(nearest, 1), norm[..., None]).mean(2)                     # Eq. 1
 
         order = log_density.sort(descending=True, stable=True).indices                  # (B, N), densest first
         flat = (order + N * torch.arange(B, device=x.device)[:, None]).flatten()
@@ -96,7 +106,7 @@ def density_peaks(x, k=5, chunk=256):
         delta, place = torch.cat(delta, 1), torch.cat(place, 1)
         delta[:, 0] = torch.baddbmm(norm[:, None], x[:, :1], x.mT, alpha=-2).amax((1, 2))
         place[:, 0] = 0
-        delta = (delta + norm).clamp(min=0).sqrt()                                      # Eq. 2
+        delta = squared_distance(delta, norm).sqrt()                                    # Eq. 2
     parent = torch.empty_like(order).scatter_(1, order, order.gather(1, place))
     return log_density, torch.empty_like(delta).scatter_(1, order, delta), parent
 
@@ -118,7 +128,7 @@ def assign_clusters(log_density, delta, parent, clusters):
     pointer = parent.scatter(1, centres, centres)
     for _ in range((N - 1).bit_length()):                                               # a chain has at most N - 1 links,
         pointer = pointer.gather(1, pointer)                                            # each gather doubles those followed
-    label = torch.empty_like(parent).scatter_(1, centres, own[:, :clusters])            # read at centres only
+    label = torch.zeros_like(parent).scatter_(1, centres, own[:, :clusters])            # else read only where there is NaN
     return label.gather(1, pointer)
 
 
@@ -133,7 +143,7 @@ def cluster_tokens(x: torch.Tensor, k: int, clusters: Sequence[int]) -> torch.Te
 
 
 @cluster_tokens.register_fake
-def _(x, _k, clusters):
+def _(x, _k, clusters):  # what torch.compile knows of it: shape and type
     return x.new_empty((len(clusters), x.shape[0], x.shape[1]), dtype=torch.int64)
 
 
@@ -141,7 +151,7 @@ def aggregate(x, score, index, clusters):
     """One token a cluster: the sum of its tokens weighted by the softmax of their scores within the cluster (paper, Eq. 3).
 
     Args: x (B, N, C), tokens; score (B, N), learned; index (B, N), clusters from `assign_clusters`; clusters M, none of them empty.
-    Returns: (B, M, C) in float32 at least. Deterministic under torch.use_deterministic_algorithms(True).
+    Returns: (B, M, C) in x's type, summed in float32 at least. Deterministic under torch.use_deterministic_algorithms(True).
     """
     B, N, C = x.shape
     score = score.to(torch.promote_types(score.dtype, torch.float32))
@@ -150,11 +160,11 @@ def aggregate(x, score, index, clusters):
     weighted = torch.cat([x * weight, weight], 2).flatten(0, 1)                         # (B*N, C+1)
     rows = (index + clusters * torch.arange(B, device=x.device)[:, None]).flatten()
     total = weighted.new_zeros(B * clusters, C + 1).index_add(0, rows, weighted).view(B, clusters, C + 1)
-    return total[..., :C] / total[..., C:]
+    return (total[..., :C] / total[..., C:]).to(x.dtype)
 
 
 def nearest_keys_attention(q, k, v, keep):
-    """k-NN attention (paper, Table 8; arXiv 2106.00515): each query sees the `keep` keys that it likes best.
+    """k-NN attention (paper, Table 8; arXiv 2106.00515): each query sees the `keep` keys that it likes best, and what ties with them.
 
     Args: q (B, h, N, d); k, v (B, h, M, d); keep, 1 to M. Returns: (B, h, N, d). Holds the N x M map, which top-k needs.
     """
@@ -191,7 +201,7 @@ class DropPath(nn.Module):
 class GridReduction(nn.Module):
     """Spatial reduction (paper, Table 7; PVT): a convolution over cells of `ratio` tokens, LayerNorm; (B, H, W, C) -> (B, M, C).
 
-    Maps are zero-padded right and bottom to whole cells.
+    Maps are zero-padded right and bottom to whole cells. Raises: ValueError for a ratio that is no square.
     """
 
     def __init__(self, dim, ratio):
@@ -213,14 +223,15 @@ class ClusteringGuidedAttention(nn.Module):
 
     `ratios` are the token reductions, each with a score, K and V of its own; one clustering serves them all. `aggregation` is
     "cluster", or for Tables 7 and 8 "grid" (spatial reduction) or "knn" (the same, then k-NN attention to half of the keys).
+    Raises: ValueError for heads that do not divide `dim`, ratios or k below 1, another aggregation.
     """
 
     def __init__(self, dim, heads, ratios, k=5, aggregation="cluster"):
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim = {dim} does not split into {heads} heads")
-        if not ratios or min(ratios) < 1:
-            raise ValueError(f"ratios = {ratios}, expected one or more, each at least 1")
+        if not ratios or min(*ratios, k) < 1:
+            raise ValueError(f"ratios = {ratios}, k = {k}, expected one or more ratios, all at least 1")
         if aggregation not in ("cluster", "grid", "knn"):
             raise ValueError(f"aggregation = {aggregation!r}, expected 'cluster', 'grid' or 'knn'")
         self.heads, self.ratios, self.k, self.aggregation = heads, tuple(ratios), k, aggregation
@@ -230,13 +241,17 @@ class ClusteringGuidedAttention(nn.Module):
         self.reduce = nn.ModuleList(nn.Linear(dim, 1) if aggregation == "cluster" else GridReduction(dim, ratio) for ratio in reduced)
         self.proj = nn.Linear(dim, dim)
 
+    def cluster_counts(self, tokens):
+        """ceil(N / ratio) for each ratio that clusters."""
+        return [-(-tokens // ratio) for ratio in self.ratios if ratio > 1]
+
     def representatives(self, x):
         """The tokens that keys and values are made of, for each ratio: (B, H, W, C) -> [(B, M, C), ...]."""
         tokens = x.flatten(1, 2)
         if self.aggregation != "cluster":
             reduced = [layer(x) for layer in self.reduce]
         elif self.reduce:
-            counts = [-(-tokens.shape[1] // ratio) for ratio in self.ratios if ratio > 1]                   # ceil(N / ratio)
+            counts = self.cluster_counts(tokens.shape[1])
             indices = cluster_tokens(tokens.detach(), self.k, counts)
             scores = [score(tokens).squeeze(2) for score in self.reduce]
             reduced = [aggregate(tokens, *each) for each in zip(scores, indices, counts)]
@@ -450,7 +465,7 @@ def draw_clusters(model, picture):
     panels = [("image", picture)]
     for i, (attn, x) in enumerate(seen.items()):
         hooks[i].remove()
-        counts = [math.ceil(x[0, ..., 0].numel() / ratio) for ratio in attn.ratios if ratio > 1]
+        counts = attn.cluster_counts(x.shape[1] * x.shape[2])
         if attn.aggregation != "cluster" or not counts:
             continue
         for count, index in zip(counts, cluster_tokens(x.flatten(1, 2), attn.k, counts)[:, 0]):

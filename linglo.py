@@ -39,7 +39,10 @@ CPE = {"cpe": (1, False), "r": (1, True), "p": (4, False), "rp": (4, True)}  # T
 
 # ---------------------------------------------------------------------------------------------------------------- core
 def salience(k, saliency):
-    """How salient each token is: k (B, h, N, d), saliency (h, d) -> softmax over the tokens (B, h, N) (paper, Eq. 2)."""
+    """How salient each token is: k (B, h, N, d), saliency (h, d) -> softmax over the tokens (B, h, N) (paper, Eq. 2).
+
+    For looking at it: `key_only_attention` has the same softmax inside its fused kernel.
+    """
     return (k @ saliency[..., None] * k.shape[-1] ** -0.5).squeeze(3).softmax(2)
 
 
@@ -71,7 +74,10 @@ class DropPath(nn.Module):
 
 
 class KeyOnlyAttention(nn.Module):
-    """Key-only attention with its projections (paper, Fig. 1, Eq. 4): (B, H, W, C) -> the same."""
+    """Key-only attention with its projections (paper, Fig. 1, Eq. 4): (B, H, W, C) -> the same.
+
+    Raises: ValueError for heads that do not divide `dim`, like DotProductAttention.
+    """
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -96,6 +102,8 @@ class DotProductAttention(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim = {dim} does not split into {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -130,16 +138,16 @@ class RPCPE(nn.Module):
         """Fold branches, running statistics and skip connection into one convolution with bias; nothing if that is done."""
         if isinstance(self.branches[0], nn.Conv2d):
             return
-        folded = nn.Conv2d(*[self.branches[0][0].in_channels] * 2, 3, padding=1, groups=self.branches[0][0].groups)
-        folded.to(self.branches[0][0].weight).weight.zero_()
-        folded.bias.zero_()
+        first, weight, bias = self.branches[0][0], 0, 0
         for conv, norm in self.branches:
             scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-            folded.weight += conv.weight * scale[:, None, None, None]
-            folded.bias += norm.bias - norm.running_mean * scale
+            weight = weight + conv.weight * scale[:, None, None, None]
+            bias = bias + norm.bias - norm.running_mean * scale
         if self.skip:
-            folded.weight[:, :, 1, 1] += 1
-        self.branches, self.skip = nn.ModuleList([folded]), False
+            weight[:, :, 1, 1] += 1
+        folded = torch.nn.utils.skip_init(nn.Conv2d, len(weight), len(weight), 3, padding=1, groups=len(weight), device=weight.device)
+        folded.weight, folded.bias = (nn.Parameter(t, first.weight.requires_grad) for t in (weight, bias))
+        self.branches, self.skip = nn.ModuleList([folded]).train(self.training), False
 
 
 class FFN(nn.Module):
@@ -281,6 +289,8 @@ class LinGlo(nn.Module):
     def forward_features(self, images):
         """(B, 3, H, W) -> four maps (B, C_i, ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32, channels-last in memory.
 
+        Without hierarchy all strides are 16.
+
         Raises: ValueError unless images are (B, 3, H, W) with both sides at least 32.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
@@ -297,7 +307,10 @@ class LinGlo(nn.Module):
         return self.head(self.forward_features(images)[-1].mean((2, 3)))
 
     def reparameterize(self):
-        """Fold every RP-CPE into one convolution, in place, for deployment: the same outputs in eval mode. Returns the model."""
+        """Fold every RP-CPE into one convolution, in place, for deployment: the same outputs in eval mode. Returns the model.
+
+        Parameters are replaced, so optimizers, weight averages and DistributedDataParallel made before do not know them.
+        """
         for module in self.modules():
             if isinstance(module, RPCPE):
                 module.reparameterize()

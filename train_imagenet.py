@@ -57,7 +57,7 @@ DEIT = dict(  # arXiv 2012.12877, as the papers' authors use it; see each flag's
     epochs=300, batch_size=1024, lr=1e-3, min_lr=1e-5, warmup_epochs=5, weight_decay=0.05, img_size=224, mixup=0.8, cutmix=1.0,
     label_smoothing=0.1, randaug="rand-m9-mstd0.5-inc1", random_erase=0.25, repeated_aug=3, min_crop=0.08, ema=0.0, sync_bn=False)
 RECIPES = {"secvit": dict(lr=2e-3, ema=0.99992, sync_bn=True)}  # what differs, by family: the first part of the model's name
-BUILT_IN = dict(epochs=7, batch_size=32, lr=1e-3, warmup_epochs=1, img_size=64, mixup=0.0, cutmix=0.0, randaug="none", random_erase=0.0,
+BUILT_IN = dict(epochs=12, batch_size=32, lr=1e-3, warmup_epochs=1, img_size=64, mixup=0.0, cutmix=0.0, randaug="none", random_erase=0.0,
                 repeated_aug=1, min_crop=0.9, test_crop=1.0, ema=0.0, drop_path=0.0)
 OPTIONAL = dict(test_crop=None, drop_path=None, clip_grad=None, micro_batch=None, seed=0, log_every=50, released=False, compile=False,
                 channels_last=False, frozen_bn=False, deterministic=False)
@@ -91,7 +91,7 @@ def parse_args(argv=None):
     p.error = refuse
     count, share, size = number(int, 1), number(float, 0, 1), number(float, 0)
     switch = dict(action="store_true", default=None)
-    p.add_argument("--model", help=f"one of {', '.join(MODELS)} (default stvit_s)")
+    p.add_argument("--model", help=f"one of {', '.join(MODELS)} (default linglo_b0)")
     p.add_argument("--released", **switch, help="SecViT as the authors released it, which the paper's accuracies belong to")
     p.add_argument("--data", help="folder with train/<class>/* and val/<class>/*; without it images are drawn")
     p.add_argument("--output", help="folder for log.jsonl, last.pt, best.pt, curves.png (default runs/MODEL)")
@@ -137,7 +137,7 @@ def settle(args, checkpoint=None):
     """
     saved = checkpoint.get("args") if checkpoint else None
     saved = saved if isinstance(saved, dict) and saved.get("model") in MODELS else {}  # authors' files hold other arguments
-    args.model = args.model or saved.get("model") or "stvit_s"
+    args.model = args.model or saved.get("model") or "linglo_b0"
     if args.model not in MODELS:
         raise InputError(f"unknown --model {args.model!r}, expected one of {', '.join(MODELS)}")
     args.data, args.output = args.data or saved.get("data"), args.output or saved.get("output") or f"runs/{args.model}"
@@ -192,6 +192,18 @@ class Processes:
     def any(self, flag):
         """True on every process if `flag` is true on one."""
         return bool(self.reduce(torch.tensor([float(flag)]), dist.ReduceOp.MAX)[0])
+
+    def agree(self, step):
+        """Raise InputError unless all processes go on from the same update."""
+        if self.reduce(torch.tensor([step, -step], dtype=torch.float64), dist.ReduceOp.MAX) != [step, -step]:
+            raise InputError("the processes found different checkpoints; --output must be on a disk that all of them share")
+
+    def share_buffers(self, *models):
+        """Copy the first process's BatchNorm statistics to all."""
+        if self.world > 1:
+            for model in models:
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
 
     def gather(self, items):
         """All processes' lists in one."""
@@ -322,14 +334,20 @@ class Samples(torch.utils.data.Dataset):
         while True:
             try:
                 image = self.source.read(index)
+            except InputError:
+                raise
             except Exception as error:  # broken files make Pillow raise nearly anything
                 unreadable.append(f"{self.source.name(index)}: {error}")
                 if len(unreadable) > self.replace:
                     return None, 0, unreadable
                 index = (index + 1) % len(self.source)
                 continue
-            image = self.transform(image, random.Random(repr((SAMPLE, self.seed, *key))))
-            return np.asarray(image), int(self.source.labels[index]), unreadable
+            return *self.prepare(image, index, key), unreadable
+
+    def prepare(self, image, index, key):
+        """What the loader gets of a decoded image: augmented pixels and label."""
+        image = self.transform(image, random.Random(repr((SAMPLE, self.seed, *key))))
+        return np.asarray(image), int(self.source.labels[index])
 
 
 def collate(items):
@@ -371,7 +389,7 @@ class StepSampler:
                 yield [(epoch, int(i), int(turn)) for i, turn in order[start + j:start + self.batch:self.count]]
 
 
-def loader(samples, batches, workers, device):
+def loader(samples, batches, workers, device, collate=collate):
     """DataLoader over lists of keys."""
     return torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=collate,
                                        pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
@@ -729,12 +747,12 @@ def build_model(args, classes):
     return MODELS[args.model](num_classes=classes, **options, **({"released": True} if args.released else {}))
 
 
-def split_batch(args, world):
-    """Settle --micro-batch: the largest divisor of each process's share up to 128 unless given. Raises InputError if uneven."""
+def split_batch(args, world, most=128):
+    """Settle --micro-batch: the largest divisor of each process's share up to `most` unless given. Raises InputError if uneven."""
     share, rest = divmod(args.batch_size, world)
     if rest:
         raise InputError(f"--batch-size {args.batch_size} does not split over {world} processes")
-    args.micro_batch = args.micro_batch or max(m for m in range(1, min(share, 128) + 1) if share % m == 0)
+    args.micro_batch = args.micro_batch or max(m for m in range(1, min(share, most) + 1) if share % m == 0)
     if share % args.micro_batch:
         raise InputError(f"--batch-size {args.batch_size} is not a multiple of --micro-batch {args.micro_batch} x {world} processes")
     if args.micro_batch == 1 and args.img_size == 32 and not args.frozen_bn:
@@ -772,8 +790,7 @@ def train(args, procs, checkpoint):
     resumed = bool(checkpoint)                                              # restore() empties it
     if resumed:
         step, evaluated, best, epoch_loss, unreadable = restore(checkpoint, model, average, optimizer, scaler, args, per_epoch)
-    if procs.reduce(torch.tensor([step, -step], dtype=torch.float64), dist.ReduceOp.MAX) != [step, -step]:
-        raise InputError("the processes found different checkpoints; --output must be on a disk that all of them share")
+    procs.agree(step)
     net = torch.compile(model) if args.compile else model
     if procs.world > 1 and args.compile:
         torch._dynamo.config.optimize_ddp = False                           # torch 2.6 cannot split graphs around our gradients
@@ -795,10 +812,7 @@ def train(args, procs, checkpoint):
         nonlocal saved_at
         if not math.isfinite(sum(p.detach().double().sum() for p in model.parameters())):
             raise InputError(not_finite("weights", step, lr, output, saved_at))
-        if procs.world > 1:
-            for module in (model, average) if average else (model,):        # the first process's BN statistics count
-                for buffer in module.buffers():
-                    dist.broadcast(buffer, 0)
+        procs.share_buffers(*(m for m in (model, average) if m))
         if procs.rank == 0:
             save_checkpoint(output / name, dict(
                 model=model.state_dict(), ema=average.state_dict() if average else None, optimizer=optimizer.state_dict(),
@@ -965,7 +979,7 @@ def main(argv=None):
             raise InputError("--eval needs --weights FILE")
         checkpoint = read_checkpoint(args.weights)
     elif args.resume:
-        checkpoint = find_checkpoint(args.resume, args.output or f"runs/{args.model or 'stvit_s'}")
+        checkpoint = find_checkpoint(args.resume, args.output or f"runs/{args.model or 'linglo_b0'}")
         if checkpoint and not {"step", "args", "per_epoch"} <= checkpoint.keys():
             raise InputError(f"{args.resume} is no checkpoint of this script; to start from its weights use --weights")
         if checkpoint and args.model and args.model != checkpoint["args"]["model"]:

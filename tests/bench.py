@@ -2,6 +2,7 @@
 
     python tests/bench.py                  time and memory ratios plain / ours: single layers, then whole models
     python tests/bench.py --throughput     images/s of every variant, inference and training step
+    python tests/bench.py --scaling        density peaks and key-only attention against plain ones over the number of tokens
 
 Ratios. "Plain" is written the way the papers' own code is: channels-first maps, linear layers as 1x1 convolutions, explicit
 softmax, expanded gathers or one-hot convolutions. It gets our weights; before timing, outputs and input gradients must agree in
@@ -14,15 +15,22 @@ Throughput. Repeated steps on one fixed batch for --seconds after a warm-up; a t
 AdamW. FLOPs (2 a multiply-add) are counted on one image's forward, three times as many for training; "of matmul" is FLOPs/s over the
 rate of one large matrix product measured in the same run.
 
+Scaling. Density peaks against one full distance matrix with top-k and a masked minimum; a layer of key-only attention against one of
+fused dot-product attention, and LinGlo-b0 with either. "Exponent" is that of the growth from the row above. Memory is the peak of one
+call above what was there before: allocated on a GPU, resident on the CPU (Linux). What would need more than the machine has is left out.
+
 On CUDA: bfloat16 autocast, batch 128, throughput without and with torch.compile. On the CPU: float32, batch 8 for layers and 4 for
 models, throughput of each file's smallest variant only unless --models names others. Where other jobs share the CPU, set
 OMP_WAIT_POLICY=PASSIVE: threads that spin while waiting can make times ten times longer and ratios meaningless.
 """
 import argparse
 import copy
+import ctypes
 import functools
 import gc
 import itertools
+import math
+import os
 import platform
 import re
 import shlex
@@ -41,6 +49,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import clustr
+import linglo
 import secvit
 import stvit
 
@@ -123,6 +133,124 @@ class PlainSTA(nn.Module):
         return y.reshape(B, rows, columns, C, g, g).permute(0, 3, 1, 4, 2, 5).reshape(B, C, H, W)
 
 
+def plain_density_peaks(x, k=5):
+    """Density, distance to the nearest denser token and that token, each (B, N), of x (B, N, C), by one distance matrix."""
+    distance = torch.cdist(x, x) / x.shape[2] ** 0.5                                    # (B, N, N)
+    density = (-distance.topk(k, largest=False).values.square().mean(2)).exp()
+    denser = density[:, None] > density[:, :, None]
+    delta, parent = torch.where(denser, distance, distance.amax(2, keepdim=True)).min(2)
+    return density, delta, parent
+
+
+def plain_assign(density, delta, parent, clusters):
+    """Clusters (B, N) of what `plain_density_peaks` returns."""
+    gamma = (density * delta).scatter(1, density.argmax(1, keepdim=True), torch.inf)
+    centres = gamma.topk(clusters).indices
+    pointer = parent.scatter(1, centres, centres)
+    for _ in range((parent.shape[1] - 1).bit_length()):
+        pointer = pointer.gather(1, pointer)
+    return (pointer[:, :, None] == centres[:, None]).int().argmax(2)
+
+
+def plain_aggregate(x, score, index, clusters):
+    """Softmax within clusters, then two sums: x (B, N, C), score and index (B, N) -> (B, M, C)."""
+    weight = (score - score.amax(1, keepdim=True).detach()).exp()
+    total = weight.new_zeros(len(x), clusters).scatter_add(1, index, weight)
+    share = weight / total.gather(1, index)
+    wide = index[..., None].expand_as(x)
+    return torch.zeros_like(x[:, :clusters]).scatter_add(1, wide, x * share[..., None])
+
+
+class PlainClusteringGuidedAttention(nn.Module):
+    """Multi-scale clustering-guided attention on (B, C, H, W), one clustering a layer."""
+
+    def __init__(self, dim, heads, ratios):
+        super().__init__()
+        self.heads, self.ratios = heads, ratios
+        self.q, self.proj = nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 1)
+        self.kv = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in ratios)
+        self.reduce = nn.ModuleList(nn.Linear(dim, 1) for ratio in ratios if ratio > 1)
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        q = self.q(x).reshape(B, self.heads, -1, H * W).mT                              # (B, h, N, d)
+        tokens, scores, y = x.flatten(2).mT, iter(self.reduce), 0
+        if self.reduce:
+            with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+                peaks = plain_density_peaks(tokens.to(torch.promote_types(x.dtype, torch.float32)))
+        for ratio, kv in zip(self.ratios, self.kv, strict=True):
+            few = tokens
+            if ratio > 1:
+                clusters = -(-H * W // ratio)
+                score = next(scores)(tokens).squeeze(2).to(tokens.dtype)
+                few = plain_aggregate(tokens, score, plain_assign(*peaks, clusters), clusters)
+            k, v = kv(few).reshape(B, -1, 2, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
+            y = y + (q @ k.mT * k.shape[-1] ** -0.5).softmax(-1) @ v
+        return self.proj(y.mT.reshape(B, C, H, W))
+
+
+class PlainKeyOnlyAttention(nn.Module):
+    """Key-only attention on (B, C, H, W)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.k, self.v, self.u1, self.u2 = (nn.Conv2d(dim, dim, 1) for _ in range(4))
+        self.saliency = nn.Parameter(torch.zeros(heads, dim // heads))
+
+    def forward(self, x):
+        B, C, H, W = x.shape
+        heads, d = self.saliency.shape
+        k = self.k(x)
+        keys = k.reshape(B, heads, d, H * W)
+        weights = ((keys * self.saliency[..., None]).sum(2, keepdim=True) * d ** -0.5).softmax(3)           # (B, h, 1, N)
+        context = (weights * keys).sum(3).reshape(B, C, 1, 1)
+        return self.u2(self.u1(context * self.v(x)) + k)
+
+
+class PlainRPCPE(nn.Module):
+    """Skip connection and four convolutions with BatchNorm on (B, C, H, W)."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False), nn.BatchNorm2d(dim)) for _ in range(4))
+
+    def forward(self, x):
+        return x + sum(branch(x) for branch in self.branches)
+
+
+class PlainPyramidBlock(nn.Module):
+    """Attention and FFN behind LayerNorm on (B, C, H, W); `encoding`: (name, module) in front of the GELU."""
+
+    def __init__(self, dim, attn, ratio, encoding):
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = PlainLayerNorm(dim, eps=1e-6), attn, PlainLayerNorm(dim, eps=1e-6)
+        self.encoding, module = encoding
+        self.ffn = nn.ModuleDict({"fc1": nn.Conv2d(dim, ratio * dim, 1), self.encoding: module, "fc2": nn.Conv2d(ratio * dim, dim, 1)})
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.ffn["fc2"](F.gelu(self.ffn[self.encoding](self.ffn["fc1"](self.norm2(x)))))
+
+
+class PlainPyramid(nn.Module):
+    """ClusTR or LinGlo: our embeddings, norms and head, stages of `block(dim, ratio of the FFN, heads, ...)`."""
+
+    def __init__(self, ours, shapes, block):
+        super().__init__()
+        self.embeds, self.norms, self.head = copy.deepcopy((ours.embeds, ours.norms, ours.head))
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(block(dim, ratio, *rest) for _ in stage))
+            for stage, (dim, _, *rest), ratio in zip(ours.stages, shapes, (8, 8, 4, 4), strict=True))
+
+    def forward(self, images):
+        x = images
+        for embed, stage, norm in zip(self.embeds, self.stages, self.norms, strict=True):
+            x = stage(embed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous())
+            x = norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.head(x.mean((2, 3)))
+
+
 class PlainLayerNorm(nn.LayerNorm):
     """LayerNorm over the channels of (B, C, H, W)."""
 
@@ -173,22 +301,33 @@ class Entry(NamedTuple):
     layer: Callable
     plain_layer: Callable
     plain_model: Callable       # (our model, shapes) -> its twin
-    shapes: tuple               # a stage each: channels, side of the map at 224 pixels, heads, clusters or side of a cell
+    shapes: tuple               # a stage each: channels, side of the map at 224 pixels, heads, what else the layer takes
 
 
 MODELS = {
+    "clustr_t": Entry(
+        clustr.clustr_t, clustr.ClusteringGuidedAttention, PlainClusteringGuidedAttention,
+        functools.partial(PlainPyramid, block=lambda dim, ratio, heads, ratios: PlainPyramidBlock(
+            dim, PlainClusteringGuidedAttention(dim, heads, ratios), ratio,
+            ("conv", nn.Conv2d(ratio * dim, ratio * dim, 3, padding=1, groups=ratio * dim)))),
+        ((64, 56, 1, (64, 16)), (128, 28, 2, (16, 4)), (256, 14, 4, (4, 1)), (512, 7, 8, (1,)))),
     "secvit_t": Entry(
         secvit.secvit_t, secvit.SECA, PlainSECA,
         functools.partial(PlainModel, block=lambda dim, heads, clusters: PlainBlock(
             dim, PlainSECA(dim, heads, clusters), PlainLayerNorm(dim, eps=1e-6), ratio=3)),
         ((64, 56, 2, 32), (128, 28, 4, 8), (256, 14, 8, 2), (512, 7, 16, 1))),
+    "linglo_b0": Entry(
+        linglo.linglo_b0, linglo.KeyOnlyAttention, PlainKeyOnlyAttention,
+        functools.partial(PlainPyramid, block=lambda dim, ratio, heads: PlainPyramidBlock(
+            dim, PlainKeyOnlyAttention(dim, heads), ratio, ("cpe", PlainRPCPE(ratio * dim)))),
+        ((32, 56, 1), (64, 28, 2), (160, 14, 5), (256, 7, 8))),
     "stvit_s": Entry(
         stvit.stvit_s, lambda dim, heads, grid: stvit.SuperTokenAttention(dim, heads, (grid, grid)), PlainSTA,
         functools.partial(PlainModel, block=lambda dim, heads, grid: PlainBlock(
             dim, PlainSTA(dim, heads, grid), nn.BatchNorm2d(dim), ratio=4, conv=True)),
         ((64, 56, 1, 8), (128, 28, 2, 4), (320, 14, 5, 1), (512, 7, 8, 1))),
 }
-VARIANTS = {name: getattr(module, name) for module in (secvit, stvit) for name in module.VARIANTS}
+VARIANTS = {name: getattr(module, name) for module in (clustr, secvit, linglo, stvit) for name in module.VARIANTS}
 VARIANTS |= {f"{name}_released": functools.partial(VARIANTS[name], released=True) for name in secvit.VARIANTS}
 
 
@@ -369,6 +508,93 @@ def throughput(names, batch, seconds):
             torch.cuda.empty_cache()                            # nothing without CUDA
 
 
+# -------------------------------------------------------------------------------------------------------------- scaling
+def peak_mib(function):
+    """Peak memory of one call above what was there before."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 1 << 16)                                   # M_MMAP_THRESHOLD: whatever is large goes back when freed
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")               # the peak starts anew
+    status = re.compile(r"VmHWM:\s*(\d+) kB")
+    before = int(status.search(Path("/proc/self/status").read_text())[1])
+    function()
+    return (int(status.search(Path("/proc/self/status").read_text())[1]) - before) / 1024
+
+
+def machine_mib():
+    """Memory of the device."""
+    if CUDA:
+        return torch.cuda.mem_get_info()[1] / 2 ** 20
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 20
+
+
+def scaling_table(title, rows):
+    """Print times and memory of pairs (ours, plain) of functions over growing N; rows (name, N, MiB plain needs, ours, plain)."""
+    print_header(title, "ms", "exponent", "plain", "exponent", "ratio", "MiB", "plain", "ratio")
+    last = (None, None, None)
+    for name, N, need, *pair in rows:
+        pair = pair[:1] if need > machine_mib() else pair
+        repeats = 3 if min(milliseconds(function) for function in pair) > 1000 else LAYER_REPEATS
+        times, memory = race(pair, repeats), [peak_mib(function) for function in pair]
+        grown = [f"{math.log(t / before) / math.log(N / last[0]):.2f}" if before else "" for t, before in zip(times, last[1:])]
+        cells = [f"{times[0]:.1f}", grown[0]]
+        cells += [f"{times[1]:.1f}", grown[1], f"{times[1] / times[0]:.2f}"] if pair[1:] else ["-"] * 3
+        cells += [f"{memory[0]:.1f}"] + ([f"{memory[1]:.1f}", f"{memory[1] / memory[0]:.1f}"] if pair[1:] else ["-"] * 2)
+        print_row(name, *cells)
+        last = N, times[0], times[1] if pair[1:] else None
+
+
+def scaling():
+    """Print how clustering and key-only attention grow with the number of tokens, and what share of training clustering takes."""
+    rows = []
+    for B, N in ((4, 3136), (1, 3136), (1, 12544), (1, 66800)):
+        x = F.layer_norm(torch.randn(B, N, 64, device=DEVICE), (64,))
+        need = 3 * 4 * B * N ** 2 / 2 ** 20                     # distances, those of denser tokens, one copy on the way
+        rows.append((f"{B} x {N}", N, need, *(functools.partial(peaks, x) for peaks in (clustr.density_peaks, plain_density_peaks))))
+    scaling_table("density peaks, 64 ch.", rows[:1])
+    scaling_table("density peaks, 64 ch.", rows[1:])
+    rows = []
+    for side in (56, 80, 112, 160, 256):
+        x = torch.randn(1, side, side, 32, device=DEVICE, requires_grad=True)
+        layers = [layer(32, 1).to(DEVICE) for layer in (linglo.KeyOnlyAttention, linglo.DotProductAttention)]
+        rows.append((f"{side} x {side}", side ** 2, 0, *(functools.partial(run, layer, x, torch.randn_like(x)) for layer in layers)))
+    scaling_table("key-only layer, f+b", rows)
+    images = torch.randn(MODEL_BATCH, 3, PIXELS, PIXELS, device=DEVICE)
+    models = [linglo.linglo_b0(drop_path_rate=0.0, attention=attention).to(DEVICE) for attention in ("key-only", "dot")]
+    grad = torch.randn(MODEL_BATCH, 1000, device=DEVICE)
+    scaling_table(f"linglo_b0, batch {MODEL_BATCH}", [
+        ("forward", PIXELS ** 2, 0, *(functools.partial(run, copy.deepcopy(model).eval(), images) for model in models))])
+    scaling_table(f"linglo_b0, batch {MODEL_BATCH}", [
+        ("forward + backward", PIXELS ** 2, 0, *(functools.partial(run, model, images, grad) for model in models))])
+    print(f"\nclustering takes {clustering_share():.1%} of a training step of clustr_t, batch {MODEL_BATCH}")
+
+
+def clustering_share():
+    """The part of a ClusTR-T training step that `cluster_tokens` takes."""
+    step, spent, cluster_tokens = make_step(clustr.clustr_t, MODEL_BATCH, compiled=False, training=True), [], clustr.cluster_tokens
+
+    def timed(*given):
+        index = None
+
+        def call():
+            nonlocal index
+            index = cluster_tokens(*given)
+        spent.append(milliseconds(call))
+        return index
+    clustr.cluster_tokens = timed
+    race([step], repeats=1)
+    spent.clear()
+    total = sum(milliseconds(step) for _ in range(MODEL_REPEATS))
+    clustr.cluster_tokens = cluster_tokens
+    return sum(spent) / total
+
+
 # --------------------------------------------------------------------------------------------------------------- output
 def print_row(name, *cells):
     print(f"| {name:<20} | " + " | ".join(f"{cell:>10}" for cell in cells) + " |", flush=True)
@@ -390,6 +616,7 @@ def device_name():
 def main():
     parser = argparse.ArgumentParser(description="Compare the models with plain implementations, or measure their throughput.")
     parser.add_argument("--throughput", action="store_true", help="images/s of the variants instead of ratios")
+    parser.add_argument("--scaling", action="store_true", help="growth with the number of tokens instead of ratios")
     parser.add_argument("--models", help="comma-separated names; default: all, for throughput on the CPU the smallest")
     parser.add_argument("--batch", type=int, help="images at once; default: 128 on CUDA, 8 for layers and 4 for models on the CPU")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long each throughput is measured after the warm-up")
@@ -408,6 +635,8 @@ def main():
           f"{'bfloat16 autocast' if CUDA else 'float32'}, `{shlex.join(['python', *sys.argv])}`", flush=True)
     if args.throughput:
         throughput(names, args.batch or MODEL_BATCH, args.seconds)
+    elif args.scaling:
+        scaling()
     else:
         ratios(names, args.batch)
 

@@ -47,10 +47,10 @@ def loop_density_peaks(x, k):
 
 
 def loop_assign(log_density, delta, parent, clusters):
-    """The partition of one sample, following parents one by one; clusters numbered by falling gamma, the densest token's first."""
+    """The partition of one sample, following parents one by one; clusters numbered by falling log gamma, the densest token's first."""
     N = len(parent)
     root = next(i for i in range(N) if parent[i] == i)
-    gamma = [math.inf if i == root else log_density[i].exp() * delta[i] for i in range(N)]
+    gamma = [math.inf if i == root else log_density[i].item() + (math.log(delta[i]) if delta[i] > 0 else -math.inf) for i in range(N)]
     centres = sorted(range(N), key=lambda i: (-gamma[i], i))[:clusters]
 
     def follow(i):
@@ -178,18 +178,44 @@ def test_clusters_match_loops(N, clusters, device):
 
 
 def test_the_longest_chain_is_followed(device):
-    """33 tokens, each the parent of the next: 32 links in one cluster, then cut in the middle."""
-    parent = torch.arange(-1, 32, device=device).clamp(min=0)[None]
-    log_density, delta = -torch.arange(33., device=device)[None], torch.ones(1, 33, device=device)
-    assert assign_clusters(log_density, delta, parent, 1).tolist() == [[0] * 33]
-    delta[0, 20] = 1e30
-    assert assign_clusters(log_density, delta, parent, 2).tolist() == [[0] * 20 + [1] * 13]
+    """35 tokens, each the parent of the next, cut behind the first and in the middle."""
+    parent = torch.arange(-1, 34, device=device).clamp(min=0)[None]
+    log_density = -torch.arange(35., device=device)[None]
+    for cut in (1, 20):
+        delta = torch.ones(1, 35, device=device)
+        delta[0, cut] = 1e30
+        assert assign_clusters(log_density, delta, parent, 2).tolist() == [[0] * cut + [1] * (35 - cut)]
+
+
+def test_equal_gamma_goes_to_the_smaller_index(device):
+    """A star: all hang on token 3, all alike."""
+    ones, parent = torch.ones(1, 300, device=device), torch.full((1, 300), 3, device=device)
+    index = assign_clusters(-ones, ones, parent, 100)[0].tolist()
+    centres = [3, *(i for i in range(101) if i != 3)][:100]
+    assert [index[i] for i in centres] == list(range(100)) and set(index[100:]) == {0}
+
+
+def test_gamma_does_not_underflow(device):
+    """Tokens so far apart that every density is 0 in float32."""
+    x = 10 * F.layer_norm(torch.randn(2, 37, 64, device=device), (64,))
+    log_density, delta, parent = density_peaks(x)
+    assert log_density.exp().max() == 0
+    assert assign_clusters(log_density, delta, parent, 9).tolist() == loop_clusters(x.double().cpu(), 5, 9).tolist()
+
+
+def test_copies_of_a_token_are_no_centres(device):
+    """48 copies among far tokens: gamma 0 but for rounding, which must not lift them over the others."""
+    x = 5 * F.layer_norm(torch.randn(1, 98, 64, device=device), (64,))
+    x[:, 50:] = x[:, :1].clone()
+    index = assign_clusters(*density_peaks(x), 25)
+    assert len(index[0, 50:].unique()) == 1
 
 
 @pytest.mark.parametrize("clusters", [1, 7, 49, 98])
-@pytest.mark.parametrize("fill", ["constant", "half", "pairs", "huge"])
-def test_identical_tokens_give_valid_clusters(fill, clusters, device):
+@pytest.mark.parametrize("fill", ["constant", "half", "pairs", "huge", "nan", "inf", "overflow"])
+def test_identical_and_broken_tokens_give_valid_clusters(fill, clusters, device):
     x = torch.randn(2, 98, 6, device=device)
+    torch.empty(10 ** 6, dtype=torch.int64, device=device).fill_(-1)    # what an uninitialised tensor would hold then
     if fill == "constant":
         x[:] = x[:, :1].clone()
     elif fill == "half":
@@ -197,10 +223,17 @@ def test_identical_tokens_give_valid_clusters(fill, clusters, device):
     elif fill == "pairs":
         x[:, 1::2] = x[:, ::2]
     else:
-        x *= 1e6
+        x[:, ::7] *= {"huge": 1e6, "nan": math.nan, "inf": math.inf, "overflow": 1e20}[fill]
     log_density, delta, parent = density_peaks(x)
-    assert log_density.isfinite().all() and delta.isfinite().all()
+    if fill in ("constant", "half", "pairs", "huge"):
+        assert log_density.isfinite().all() and delta.isfinite().all()
     assert_valid(assign_clusters(log_density, delta, parent, clusters), clusters)
+
+
+@pytest.mark.parametrize("given", [{"k": 0}, {"chunk": 0}])
+def test_density_peaks_raise(given):
+    with pytest.raises(ValueError, match="expected at least 1"):
+        density_peaks(torch.randn(1, 10, 2), **given)
 
 
 @pytest.mark.parametrize("clusters", [0, 11])
@@ -232,9 +265,20 @@ def test_aggregation_survives_extreme_scores(device):
     assert score.grad.isfinite().all()
 
 
-def test_aggregation_is_deterministic_on_request(device):
-    x, score = torch.randn(4, 500, 8, device=device, requires_grad=True), torch.randn(4, 500, device=device, requires_grad=True)
-    index = torch.randint(0, 3, (4, 500), device=device)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_aggregation_of_half_precision_sums_in_float32(dtype, device):
+    """2000 tokens in two clusters: summed in half precision they would stop growing."""
+    x, score = torch.rand(1, 2000, 3, device=device).to(dtype), torch.rand(1, 2000, device=device).to(dtype)
+    index = (torch.arange(2000, device=device) % 2)[None]
+    y = aggregate(x, score, index, 2)
+    assert y.dtype == dtype
+    assert_close(y.float(), aggregate(x.float(), score.float(), index, 2), rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="sums have one order on one CPU thread")
+def test_aggregation_is_deterministic_on_request():
+    x, score = torch.randn(4, 500, 8, device="cuda", requires_grad=True), torch.randn(4, 500, device="cuda", requires_grad=True)
+    index = torch.randint(0, 3, (4, 500), device="cuda")
 
     def run():
         y = aggregate(x, score, index, 3)
@@ -285,6 +329,23 @@ def test_conv_ffn_order():
     assert_same(ffn(x), F.linear(F.gelu(conv), ffn.fc2.weight, ffn.fc2.bias), [x, *ffn.parameters()])
 
 
+def test_block_and_model_order():
+    """Eq. 9, and the classifier on the mean of the last map."""
+    model = clustr_t(num_classes=3, depths=(1, 1, 1, 1), dims=(8, 16, 16, 32), heads=(1, 2, 2, 4)).double().eval()
+    block, x = model.stages[0][0], torch.randn(2, 5, 7, 8, dtype=torch.float64)
+    z = block.attn(block.norm1(x)) + x
+    assert_close(block(x), block.ffn(block.norm2(z)) + z)
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    assert_close(model(images), model.head(model.forward_features(images)[3].flatten(2).mean(2)))
+
+
+def test_initial_weights():
+    model = clustr_t()
+    assert_close(model.embeds[1].conv.weight.std(), torch.tensor(math.sqrt(2 / (9 * 128))), rtol=0.02, atol=0)
+    assert_close(model.stages[0][0].ffn.conv.weight.std(), torch.tensor(math.sqrt(2 / 9)), rtol=0.05, atol=0)      # depth-wise
+    assert_close(model.stages[3][0].attn.q.weight.std(), torch.tensor(0.02), rtol=0.02, atol=0)
+
+
 # ----------------------------------------------------------------------------------------------------------- ablations
 @pytest.mark.parametrize("H, W", [(4, 6), (5, 7), (2, 3)])
 def test_grid_reduction_matches_loops(H, W, device):
@@ -332,7 +393,7 @@ def test_ablations_train_at_any_size(overrides, device):
 
 @pytest.mark.parametrize("given, message", [
     ({"heads": 5}, "dim = 12 does not split into 5 heads"), ({"ratios": ()}, "ratios = "), ({"ratios": (4, 0)}, "ratios = "),
-    ({"aggregation": "mean"}, "aggregation = 'mean'"), ({"aggregation": "grid", "ratios": (8,)}, "ratio = 8")])
+    ({"k": 0}, "k = 0"), ({"aggregation": "mean"}, "aggregation = 'mean'"), ({"aggregation": "grid", "ratios": (8,)}, "ratio = 8")])
 def test_wrong_arguments_raise(given, message):
     with pytest.raises(ValueError, match=message):
         ClusteringGuidedAttention(**{"dim": 12, "heads": 3, "ratios": (4,), **given})

@@ -86,9 +86,9 @@ def test_core_takes_any_strides(device):
 
 
 def test_nothing_is_larger_than_the_token_map(device):
-    k, v, saliency = torch.randn(2, 3, 500, 4, device=device), torch.randn(2, 3, 500, 4, device=device), torch.randn(3, 4, device=device)
-    with torch.no_grad(), LargestTensor() as largest:
-        key_only_attention(k, v, saliency)
+    k, v, saliency = (torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 3, 500, 4), (2, 3, 500, 4), (3, 4)))
+    with LargestTensor() as largest:
+        key_only_attention(k, v, saliency).square().sum().backward()
     assert largest.numel == k.numel()
 
 
@@ -138,6 +138,27 @@ def test_ffn_order():
     assert_same(ffn(x), F.linear(F.gelu(loop_rpcpe(ffn.cpe, wide)), ffn.fc2.weight, ffn.fc2.bias), [x, *ffn.parameters()])
 
 
+def test_block_and_model_order():
+    """Fig. 3b with LayerNorm first, and the classifier on the mean of the last map."""
+    model = linglo_b0(num_classes=3, layout="HHHC", **TINY).double().eval()
+    block, x = model.stages[0][0], torch.randn(2, 5, 7, 8, dtype=torch.float64)
+    z = block.attn(block.norm1(x)) + x
+    assert_close(block(x), block.ffn(block.norm2(z)) + z)
+    conv, x = model.stages[3][0], torch.randn(2, 5, 7, 32, dtype=torch.float64)
+    y = conv.convs(x.permute(0, 3, 1, 2))
+    gate = torch.stack([conv.gate(sample.mean((1, 2))) for sample in y])                                # squeeze, excitation
+    assert_close(conv(x), x + (y * gate[:, :, None, None]).permute(0, 2, 3, 1))
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    assert_close(model(images), model.head(model.forward_features(images)[3].flatten(2).mean(2)))
+
+
+def test_initial_weights():
+    model = linglo_b1()
+    assert_close(model.embeds[1][0].conv.weight.std(), torch.tensor(math.sqrt(2 / (9 * 128))), rtol=0.02, atol=0)
+    assert_close(model.stages[0][0].ffn.cpe.branches[0][0].weight.std(), torch.tensor(math.sqrt(2 / 9)), rtol=0.05, atol=0)
+    assert_close(model.stages[3][0].attn.saliency.std(), torch.tensor(0.02), rtol=0.1, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------------------- deployment
 @pytest.mark.parametrize("cpe", CPE)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -148,7 +169,7 @@ def test_reparameterised_model_is_the_same(cpe, dtype, tolerance, device):
     assert model.reparameterize() is model
     for got, slow in zip((model(images), *model.forward_features(images)), expected, strict=True):
         assert (got - slow).abs().max() <= tolerance * slow.abs().max()
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert not any(isinstance(module, nn.BatchNorm2d) or module.training for module in model.modules())
     folded = {key: value.clone() for key, value in model.state_dict().items()}
     assert_close(model.reparameterize().state_dict(), folded, rtol=0, atol=0)                           # a second time changes nothing
     model(images).sum().backward()                                                                      # and it can be trained on
@@ -210,11 +231,13 @@ def test_every_row_of_the_papers_tables(table, factory, overrides, millions):
         assert round(sum(p.numel() for p in factory(**overrides).reparameterize().parameters()) / 1e6, 2) == millions, table
 
 
-@pytest.mark.parametrize("factory, millions", [(linglo_b0, 3.78), (linglo_b1, 14.09), (linglo_b2, 25.87)])
-def test_training_time_parameters(factory, millions):
-    """The forensics page counts four branches with biases and no BN; ours have a scale and a shift instead of a bias."""
+@pytest.mark.parametrize("factory, cpe, millions", [
+    (linglo_b0, "rp", 3.78), (linglo_b1, "rp", 14.09), (linglo_b2, "rp", 25.87),
+    (linglo_b0, "p", 3.78), (linglo_b0, "r", 3.60), (linglo_b0, "cpe", 3.60)])
+def test_training_time_parameters(factory, cpe, millions):
+    """The forensics page counts branches with biases and no BN; ours have a scale and a shift instead of a bias."""
     with torch.device("meta"):
-        model = factory()
+        model = factory(cpe=cpe)
     scales = sum(norm.weight.numel() for norm in model.modules() if isinstance(norm, nn.BatchNorm2d))
     assert round((sum(p.numel() for p in model.parameters()) - scales) / 1e6, 2) == millions
 
@@ -232,6 +255,7 @@ def test_ablations_train_at_any_size(overrides, device):
 
 @pytest.mark.parametrize("given, message", [
     ({"attention": "query"}, "attention = 'query'"), ({"layout": "HHH"}, "layout = 'HHH'"), ({"layout": "HHHX"}, "layout = 'HHHX'"),
+    ({"attention": "dot", "heads": (1, 2, 3, 4)}, "dim = 16 does not split into 3 heads"),
     ({"cpe": "rpp"}, "cpe = 'rpp'"), ({"heads": (1, 2, 3, 4)}, "dim = 16 does not split into 3 heads"),
     ({"hierarchical": False}, "hierarchical=False needs"), ({"hierarchical": False, "convolutions": False}, "hierarchical=False needs")])
 def test_wrong_arguments_raise(given, message):

@@ -202,7 +202,10 @@ class LargestTensor(TorchDispatchMode):
 
 @each_case
 def test_no_tensor_of_tokens_by_tokens(name):
-    """N = 4096 tokens in stage 1. Maps have N^2 / 64 at most; explicit attention weights of SecViT's 32 clusters have N^2 / 32."""
+    """N = 4096 tokens in stage 1. Maps have N^2 / 64 at most; explicit attention weights of SecViT's 32 clusters have N^2 / 32.
+
+    ClusTR's clustering is one operator, which this cannot look into; test_clustr.py looks at its function.
+    """
     model, images = tiny(name).eval(), torch.randn(1, 3, 256, 256)
     with torch.no_grad(), LargestTensor() as largest:
         model.forward_features(images)
