@@ -45,11 +45,11 @@ VARIANTS = {  # Table 1
 def smallest(rows, k, group):
     """The k smallest values of each row of rows (B, R, N), in any order; `group` divides N.
 
-    They lie in the k groups of neighbouring columns with the smallest minima, so the slow selection sees N / group values only.
+    They lie in the k groups of columns with the smallest minima, so the slow selection sees N / group values only.
     """
-    groups = rows.unflatten(2, (-1, group))                                             # (B, R, N / group, group)
-    best = groups.amin(3).topk(min(k, groups.shape[2]), largest=False, sorted=False).indices
-    candidates = groups.gather(2, best[..., None].expand(-1, -1, -1, group))
+    groups = rows.unflatten(2, (group, -1))                                             # (B, R, group, N / group)
+    best = groups.amin(2).topk(min(k, groups.shape[3]), largest=False, sorted=False).indices
+    candidates = groups.gather(3, best[:, :, None].expand(-1, -1, group, -1))
     return candidates.flatten(2).topk(k, largest=False, sorted=False).values
 
 
@@ -60,7 +60,7 @@ def squared_distance(without, norm):
 
 
 @torch.no_grad()
-def density_peaks(x, k=5, chunk=256):
+def density_peaks(x, k=5, chunk=128):
     """k-nearest-neighbour density peaks over all tokens (paper, Eq. 1 and 2; Rodriguez and Laio, Science 2014).
 
     Args: x (B, N, C), tokens; k, neighbours that make a density, the token itself among them; chunk, rows of distances at a time.
@@ -75,7 +75,7 @@ def density_peaks(x, k=5, chunk=256):
     """
     if k < 1 or chunk < 1:
         raise ValueError(f"k = {k}, chunk = {chunk}, expected at least 1")
-    (B, N, C), group, wide = x.shape, 16, torch.promote_types(x.dtype, torch.float32)
+    (B, N, C), group, wide = x.shape, 32, torch.promote_types(x.dtype, torch.float32)
     chunk = min(chunk, N)
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(wide)

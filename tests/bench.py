@@ -517,9 +517,7 @@ def peak_mib(function):
         function()
         synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 16)                                   # M_MMAP_THRESHOLD: whatever is large goes back when freed
-    libc.malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")               # the peak starts anew
     status = re.compile(r"VmHWM:\s*(\d+) kB")
     before = int(status.search(Path("/proc/self/status").read_text())[1])
@@ -540,8 +538,9 @@ def scaling_table(title, rows):
     last = (None, None, None)
     for name, N, need, *pair in rows:
         pair = pair[:1] if need > machine_mib() else pair
-        repeats = 3 if min(milliseconds(function) for function in pair) > 1000 else LAYER_REPEATS
-        times, memory = race(pair, repeats), [peak_mib(function) for function in pair]
+        slow = sum(milliseconds(function) for function in pair) > 2000
+        times = [milliseconds(function) for function in pair] if slow else race(pair, LAYER_REPEATS)       # slow ones twice, for warmth
+        memory = [peak_mib(function) for function in pair]
         grown = [f"{math.log(t / before) / math.log(N / last[0]):.2f}" if before else "" for t, before in zip(times, last[1:])]
         cells = [f"{times[0]:.1f}", grown[0]]
         cells += [f"{times[1]:.1f}", grown[1], f"{times[1] / times[0]:.2f}"] if pair[1:] else ["-"] * 3
@@ -552,6 +551,8 @@ def scaling_table(title, rows):
 
 def scaling():
     """Print how clustering and key-only attention grow with the number of tokens, and what share of training clustering takes."""
+    if not CUDA:
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)                  # M_MMAP_THRESHOLD: whatever is large goes back when freed
     rows = []
     for B, N in ((4, 3136), (1, 3136), (1, 12544), (1, 66800)):
         x = F.layer_norm(torch.randn(B, N, 64, device=DEVICE), (64,))

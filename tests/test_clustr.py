@@ -143,7 +143,7 @@ def test_density_peaks_hold_no_map_of_tokens_by_tokens(device):
     x = torch.randn(2, 2000, 4, device=device)
     with LargestTensor() as largest:
         density_peaks(x, chunk=10)
-    assert x.numel() < largest.numel <= 2 * 2000 * 10
+    assert x.numel() < largest.numel <= 2 * 2016 * 10           # columns in whole groups of 32
 
 
 def test_near_duplicates_far_from_the_origin(device):
