@@ -60,7 +60,7 @@ def squared_distance(without, norm):
 
 
 @torch.no_grad()
-def density_peaks(x, k=5, chunk=128):
+def density_peaks(x, k=5, chunk=160):
     """k-nearest-neighbour density peaks over all tokens (paper, Eq. 1 and 2; Rodriguez and Laio, Science 2014).
 
     Args: x (B, N, C), tokens; k, neighbours that make a density, the token itself among them; chunk, rows of distances at a time.

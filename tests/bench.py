@@ -532,48 +532,52 @@ def machine_mib():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 20
 
 
-def scaling_table(title, rows):
-    """Print times and memory of pairs (ours, plain) of functions over growing N; rows (name, N, MiB plain needs, ours, plain)."""
+def time_pair(pair):
+    """Milliseconds of functions: medians in turn, or one measurement each after one for warmth where they take seconds."""
+    slow = sum(milliseconds(function) for function in pair) > 2000
+    return [milliseconds(function) for function in pair] if slow else race(pair, LAYER_REPEATS)
+
+
+def print_growth(title, rows, times, memory):
+    """A table of rows (name, N, functions ours and perhaps plain) with their times and memory."""
     print_header(title, "ms", "exponent", "plain", "exponent", "ratio", "MiB", "plain", "ratio")
-    last = (None, None, None)
-    for name, N, need, *pair in rows:
-        pair = pair[:1] if need > machine_mib() else pair
-        slow = sum(milliseconds(function) for function in pair) > 2000
-        times = [milliseconds(function) for function in pair] if slow else race(pair, LAYER_REPEATS)       # slow ones twice, for warmth
-        memory = [peak_mib(function) for function in pair]
-        grown = [f"{math.log(t / before) / math.log(N / last[0]):.2f}" if before else "" for t, before in zip(times, last[1:])]
-        cells = [f"{times[0]:.1f}", grown[0]]
-        cells += [f"{times[1]:.1f}", grown[1], f"{times[1] / times[0]:.2f}"] if pair[1:] else ["-"] * 3
-        cells += [f"{memory[0]:.1f}"] + ([f"{memory[1]:.1f}", f"{memory[1] / memory[0]:.1f}"] if pair[1:] else ["-"] * 2)
-        print_row(name, *cells)
-        last = N, times[0], times[1] if pair[1:] else None
+    for i, ((name, N, _), ms, mib) in enumerate(zip(rows, times, memory, strict=True)):
+        grown = [""] * len(ms)
+        if i:
+            grown = [f"{math.log(now / before) / math.log(N / rows[i - 1][1]):.2f}" for now, before in zip(ms, times[i - 1])]
+        cells = [f"{ms[0]:.1f}", grown[0], *(["-"] * 3 if len(ms) == 1 else [f"{ms[1]:.1f}", grown[1], f"{ms[1] / ms[0]:.2f}"])]
+        print_row(name, *cells, f"{mib[0]:.1f}", *(["-"] * 2 if len(ms) == 1 else [f"{mib[1]:.1f}", f"{mib[1] / mib[0]:.1f}"]))
 
 
 def scaling():
     """Print how clustering and key-only attention grow with the number of tokens, and what share of training clustering takes."""
-    if not CUDA:
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)                  # M_MMAP_THRESHOLD: whatever is large goes back when freed
-    rows = []
+    peaks = []
     for B, N in ((4, 3136), (1, 3136), (1, 12544), (1, 66800)):
         x = F.layer_norm(torch.randn(B, N, 64, device=DEVICE), (64,))
-        need = 3 * 4 * B * N ** 2 / 2 ** 20                     # distances, those of denser tokens, one copy on the way
-        rows.append((f"{B} x {N}", N, need, *(functools.partial(peaks, x) for peaks in (clustr.density_peaks, plain_density_peaks))))
-    scaling_table("density peaks, 64 ch.", rows[:1])
-    scaling_table("density peaks, 64 ch.", rows[1:])
-    rows = []
+        pair = [functools.partial(function, x) for function in (clustr.density_peaks, plain_density_peaks)]
+        need = 3 * 4 * B * N ** 2 / 2 ** 20                     # MiB: distances, those of denser tokens, one copy on the way
+        peaks.append((f"{B} x {N}", N, pair[:1] if need > machine_mib() else pair))
+    layers = []
     for side in (56, 80, 112, 160, 256):
         x = torch.randn(1, side, side, 32, device=DEVICE, requires_grad=True)
-        layers = [layer(32, 1).to(DEVICE) for layer in (linglo.KeyOnlyAttention, linglo.DotProductAttention)]
-        rows.append((f"{side} x {side}", side ** 2, 0, *(functools.partial(run, layer, x, torch.randn_like(x)) for layer in layers)))
-    scaling_table("key-only layer, f+b", rows)
-    images = torch.randn(MODEL_BATCH, 3, PIXELS, PIXELS, device=DEVICE)
+        pair = [functools.partial(run, layer(32, 1).to(DEVICE), x, torch.randn_like(x))
+                for layer in (linglo.KeyOnlyAttention, linglo.DotProductAttention)]
+        layers.append((f"{side} x {side}", side ** 2, pair))
+    images, grad = torch.randn(MODEL_BATCH, 3, PIXELS, PIXELS, device=DEVICE), torch.randn(MODEL_BATCH, 1000, device=DEVICE)
     models = [linglo.linglo_b0(drop_path_rate=0.0, attention=attention).to(DEVICE) for attention in ("key-only", "dot")]
-    grad = torch.randn(MODEL_BATCH, 1000, device=DEVICE)
-    scaling_table(f"linglo_b0, batch {MODEL_BATCH}", [
-        ("forward", PIXELS ** 2, 0, *(functools.partial(run, copy.deepcopy(model).eval(), images) for model in models))])
-    scaling_table(f"linglo_b0, batch {MODEL_BATCH}", [
-        ("forward + backward", PIXELS ** 2, 0, *(functools.partial(run, model, images, grad) for model in models))])
-    print(f"\nclustering takes {clustering_share():.1%} of a training step of clustr_t, batch {MODEL_BATCH}")
+    forward = [functools.partial(run, copy.deepcopy(model).eval(), images) for model in models]
+    both = [functools.partial(run, model, images, grad) for model in models]
+    tables = [("density peaks, batch 4", peaks[:1]), ("density peaks", peaks[1:]), ("key-only layer, f+b", layers),
+              (f"linglo_b0, batch {MODEL_BATCH}", [("forward", 1, forward)]),
+              (f"linglo_b0, batch {MODEL_BATCH}", [("forward + backward", 1, both)])]
+    times = [[time_pair(pair) for _, _, pair in rows] for _, rows in tables]
+    share = clustering_share()
+    if not CUDA:                                                # after all times, since it slows allocation down
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)                  # M_MMAP_THRESHOLD: whatever is large goes back when freed
+    memory = [[[peak_mib(function) for function in pair] for _, _, pair in rows] for _, rows in tables]
+    for (title, rows), ms, mib in zip(tables, times, memory, strict=True):
+        print_growth(title, rows, ms, mib)
+    print(f"\nclustering takes {share:.1%} of a training step of clustr_t, batch {MODEL_BATCH}")
 
 
 def clustering_share():
