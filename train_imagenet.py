@@ -681,7 +681,8 @@ def draw_curves(output, metrics):
             continue
     steps = {r["step"]: r for r in records if "step" in r and "lr" in r}
     epochs = {r["step"]: r for r in records if "step" in r and "lr" not in r}
-    panels = [{"training loss": {s: r["loss"] for s, r in steps.items()}, "validation loss": {s: r["loss"] for s, r in epochs.items()}},
+    panels = [{"training loss": {s: r["loss"] for s, r in steps.items()},
+               "validation loss": {s: r["loss"] for s, r in epochs.items() if "loss" in r}},
               {m: {s: r[m] for s, r in epochs.items() if m in r} for m in metrics}]
     sheet = Image.new("RGB", (1000, 380), "white")
     draw = ImageDraw.Draw(sheet)

@@ -5,11 +5,12 @@
     python tests/bench.py --scaling        density peaks and key-only attention against plain ones over the number of tokens
 
 Ratios. "Plain" is written the way the papers' own code is: channels-first maps, linear layers as 1x1 convolutions, explicit
-softmax, expanded gathers or one-hot convolutions. It gets our weights; before timing, outputs and input gradients must agree in
-float64 (float32 rounding can move a token to the next cluster). Ours and plain are then called in turn, A B A B, after a warm-up,
-and medians compared: "forward" without gradient (models in eval mode), "f+b" forward and backward (train mode, no stochastic depth).
-Layers see the stage shapes of 224-pixel images. Memory is that of f+b: on a GPU the peak above what was allocated before, on the
-CPU what the finished graph keeps for backward (distinct storages without parameters; a deterministic number).
+softmax, expanded gathers or one-hot convolutions; ClusTR's, which is not public, as TCFormer's. It gets our weights; before timing,
+outputs and input gradients must agree in float64 (float32 rounding can move a token to the next cluster). Ours and plain are then
+called in turn, A B A B, after a warm-up, and medians compared: "forward" without gradient (models in eval mode), "f+b" forward and
+backward (train mode, no stochastic depth). Layers see the stage shapes of 224-pixel images. Memory is that of f+b: on a GPU the peak
+above what was allocated before, on the CPU what the finished graph keeps for backward (distinct storages without parameters; a
+deterministic number).
 
 Throughput. Repeated steps on one fixed batch for --seconds after a warm-up; a training step is forward, cross-entropy, backward and
 AdamW. FLOPs (2 a multiply-add) are counted on one image's forward, three times as many for training; "of matmul" is FLOPs/s over the
@@ -24,12 +25,14 @@ models, throughput of each file's smallest variant only unless --models names ot
 OMP_WAIT_POLICY=PASSIVE: threads that spin while waiting can make times ten times longer and ratios meaningless.
 """
 import argparse
+import contextlib
 import copy
 import ctypes
 import functools
 import gc
 import itertools
 import math
+import multiprocessing
 import os
 import platform
 import re
@@ -39,6 +42,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -134,11 +138,12 @@ class PlainSTA(nn.Module):
 
 
 def plain_density_peaks(x, k=5):
-    """Density, distance to the nearest denser token and that token, each (B, N), of x (B, N, C), by one distance matrix."""
+    """Density, distance to the nearest denser token and that token, each (B, N), of x (B, N, C), the way TCFormer's code does it."""
     distance = torch.cdist(x, x) / x.shape[2] ** 0.5                                    # (B, N, N)
     density = (-distance.topk(k, largest=False).values.square().mean(2)).exp()
-    denser = density[:, None] > density[:, :, None]
-    delta, parent = torch.where(denser, distance, distance.amax(2, keepdim=True)).min(2)
+    denser = (density[:, None] > density[:, :, None]).to(x.dtype)
+    largest = distance.flatten(1).amax(1)[:, None, None]
+    delta, parent = (distance * denser + largest * (1 - denser)).min(2)
     return density, delta, parent
 
 
@@ -509,8 +514,14 @@ def throughput(names, batch, seconds):
 
 
 # -------------------------------------------------------------------------------------------------------------- scaling
+def return_memory():
+    """Make the C library give large blocks back when they are freed; it slows allocation down, so not where time is measured."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)                      # M_MMAP_THRESHOLD, bytes
+
+
 def peak_mib(function):
-    """Peak memory of one call above what was there before."""
+    """Peak memory of one call above what was there before, after a call for warmth."""
+    function()
     if CUDA:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -572,9 +583,12 @@ def scaling():
               (f"linglo_b0, batch {MODEL_BATCH}", [("forward + backward", 1, both)])]
     times = [[time_pair(pair) for _, _, pair in rows] for _, rows in tables]
     share = clustering_share()
-    if not CUDA:                                                # after all times, since it slows allocation down
-        ctypes.CDLL(None).mallopt(-3, 1 << 16)                  # M_MMAP_THRESHOLD: whatever is large goes back when freed
-    memory = [[[peak_mib(function) for function in pair] for _, _, pair in rows] for _, rows in tables]
+    with contextlib.ExitStack() as stack:
+        measure = peak_mib
+        if not CUDA:                                            # in a process of its own
+            pool = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), return_memory))
+            measure = lambda function: pool.submit(peak_mib, function).result()  # noqa: E731
+        memory = [[[measure(function) for function in pair] for _, _, pair in rows] for _, rows in tables]
     for (title, rows), ms, mib in zip(tables, times, memory, strict=True):
         print_growth(title, rows, ms, mib)
     print(f"\nclustering takes {share:.1%} of a training step of clustr_t, batch {MODEL_BATCH}")
