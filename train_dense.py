@@ -49,10 +49,10 @@ RECIPES = {  # by task; what the papers leave open is PVT's (Semantic FPN, Retin
     "retinanet": dict(epochs=12, batch_size=16, lr=1e-4, weight_decay=1e-4, warmup_iters=500, img_size=800),
 }
 LINGLO = {"semfpn": dict(iters=40000, batch_size=32)}  # LinGlo's own, paper sec. 4.3
-BUILT_IN = {  # for the scenes drawn here, 144 to 176 pixels wide
-    "semfpn": dict(backbone="linglo_b0", iters=300, batch_size=8, lr=1e-3, img_size=128, warmup_iters=20, drop_path=0.0),
-    "upernet": dict(backbone="linglo_b0", iters=300, batch_size=8, lr=1e-3, img_size=128, warmup_iters=20, drop_path=0.0),
-    "retinanet": dict(backbone="linglo_b0", epochs=8, batch_size=8, lr=1e-3, img_size=128, warmup_iters=50, drop_path=0.0),
+BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
+    "semfpn": dict(backbone="linglo_b0", iters=900, batch_size=4, lr=1e-3, img_size=96, warmup_iters=50, eval_every=225, drop_path=0.0),
+    "upernet": dict(backbone="linglo_b0", iters=300, batch_size=4, lr=1e-3, img_size=80, warmup_iters=50, eval_every=150, drop_path=0.0),
+    "retinanet": dict(backbone="linglo_b0", epochs=8, batch_size=4, lr=1e-3, img_size=128, warmup_iters=100, drop_path=0.0),
 }
 OPTIONAL = dict(min_lr=0.0, clip_grad=None, micro_batch=None, drop_path=None, eval_every=None, released=False, frozen_bn=None, sync_bn=None,
                 compile=False, deterministic=False, seed=0, log_every=50)
@@ -169,7 +169,7 @@ def decay_groups(model, weight_decay):
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 SCENE_CLASSES = ("background", *SHAPES, "person")  # values 1 to 7 of a label PNG; 0 is "other"
 SCENE_CATEGORIES = dict(zip(("person", *SHAPES), (1, 3, 4, 7, 9, 10)))  # ids with gaps, as COCO's
-SCENE_VERSION = 1  # scenes drawn by another version are drawn anew
+SCENE_VERSION = 2  # scenes drawn by another version are drawn anew
 PARTS = {"body": slice(0, 17), "foot": slice(17, 23), "face": slice(23, 91), "lefthand": slice(91, 112), "righthand": slice(112, 133)}
 
 
@@ -202,11 +202,11 @@ def inside(rings, width, height):
     return mask
 
 
-def texture(rng, width, height):
-    """Stripes or dots of two random colours, (height, width, 3)."""
+def texture(rng, kind, width, height):
+    """The pattern of a kind of shape in two random colours, (height, width, 3): dots, stripes, checks, a grid, nothing."""
     xy = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1) @ rotation(rng.uniform(0, 2 * np.pi))
-    u, v = np.moveaxis(np.sin(2 * np.pi / rng.uniform(5, 8) * xy + rng.uniform(0, 2 * np.pi, 2)), -1, 0)
-    lit = u > 0 if rng.random() < 0.5 else (u > 0.1) & (v > 0.1)
+    u, v = np.moveaxis(np.sin(2 * np.pi / rng.uniform(7, 11) * xy + rng.uniform(0, 2 * np.pi, 2)), -1, 0)
+    lit = {"disc": (u > 0) & (v > 0), "square": u > 0, "triangle": (u > 0) ^ (v > 0), "cross": (u > 0) | (v > 0), "ring": u < 2}[kind]
     return np.where(lit[..., None], 255 - rng.uniform(0, 80, 3), rng.uniform(0, 110, 3))
 
 
@@ -227,7 +227,7 @@ def draw_shape(rng, kind, width, height):
     centre = rng.uniform(0.5 * radius, np.array([width, height]) - 0.5 * radius)
     turn = radius * rotation(rng.uniform(0, 2 * np.pi))
     outline = [np.round(ring @ turn + centre, 2) for ring in shape_outline(kind)]  # the mask is of what the file will say
-    return inside(outline, width, height), texture(rng, width, height), outline
+    return inside(outline, width, height), texture(rng, kind, width, height), outline
 
 
 def draw_swarm(rng, width, height):
@@ -235,7 +235,7 @@ def draw_swarm(rng, width, height):
     centre, mask = rng.uniform(35, (width - 35, height - 35)), np.zeros((height, width), bool)
     for _ in range(rng.integers(16, 28)):
         mask |= inside([arc(16, centre + rng.uniform(-28, 28, 2), [rng.uniform(3, 5)] * 2, 2 * np.pi)], width, height)
-    return mask, texture(rng, width, height), []
+    return mask, texture(rng, "disc", width, height), []
 
 
 def face_points():
