@@ -1453,7 +1453,7 @@ class Segmentation:
         """What the score needs of one image: pixels of each class that are right, predicted, true."""
         return count_pixels(prediction, source.truth(index), len(source.names))
 
-    def summary(self, source, records):
+    def summary(self, _source, records):
         return mean_iou(sum(records))
 
     def score_results(self, source, path):
