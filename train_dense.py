@@ -52,7 +52,7 @@ LINGLO = {"semfpn": dict(iters=40000, batch_size=32)}  # LinGlo's own, paper sec
 BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
     "semfpn": dict(backbone="linglo_b0", iters=900, batch_size=4, lr=1e-3, img_size=96, warmup_iters=50, eval_every=225, drop_path=0.0),
     "upernet": dict(backbone="linglo_b0", iters=300, batch_size=4, lr=1e-3, img_size=80, warmup_iters=50, eval_every=150, drop_path=0.0),
-    "retinanet": dict(backbone="linglo_b0", epochs=8, batch_size=4, lr=1e-3, img_size=128, warmup_iters=100, drop_path=0.0),
+    "retinanet": dict(backbone="linglo_b0", epochs=8, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=192, drop_path=0.0),
 }
 OPTIONAL = dict(min_lr=0.0, clip_grad=None, micro_batch=None, drop_path=None, eval_every=None, released=False, frozen_bn=None, sync_bn=None,
                 compile=False, deterministic=False, seed=0, log_every=50)
@@ -1215,7 +1215,8 @@ def polygon_flips(polygon, height, width):
 def polygons_to_mask(polygons, height, width):
     """COCO polygons, lists (x, y, x, y, ...) in pixels -> union of their rasters (H, W) bool, exactly the one of COCO's tools.
 
-    If the first list holds four numbers, all are boxes (x, y, w, h). Raises: ValueError if another does not, or an odd length.
+    If the first list holds four numbers, all are boxes (x, y, w, h). Polygons of fewer than 3 points cover nothing. Raises: ValueError
+    for an odd length, or boxes among polygons.
     """
     if polygons and len(polygons[0]) == 4:
         polygons = [(x, y, x, y + h, x + w, y + h, x + w, y) for x, y, w, h in polygons]

@@ -453,7 +453,7 @@ def test_a_process_that_dies_ends_the_other(folder, tmp_path):
 
 
 BAD = {  # what is typed -> what the one line says; {d} a good folder, {t} an empty one
-    "--model resnet50": "unknown --model 'resnet50', expected one of secvit_t",
+    "--model resnet50": "unknown --model 'resnet50', expected one of clustr_t",
     "--data {t}/nowhere": "nowhere.*is not a folder",
     "--data {t}": "train is not a folder",
     "--data {t}/empty": "holds no image",
