@@ -1096,7 +1096,9 @@ def draw_boxes(image, objects, names, least=0.3):
         if score >= least:
             colour = tuple(colours[label].tolist())
             draw.rectangle(box.tolist(), outline=colour, width=2)
-            draw.text((box[0] + 3, box[1] + 1), f"{names[label]} {score:.2f}", colour, stroke_width=1, stroke_fill="black")
+            place, text = (max(box[0], 0), max(box[1], 0)), f"{names[label]} {score:.2f}"
+            draw.rectangle(draw.textbbox(place, text), colour)
+            draw.text(place, text, "black")
     return picture
 
 
@@ -1487,7 +1489,7 @@ class Detection:
         """[(image, boxes, labels), ...] -> images (B, H, W, 3), boxes (B, G, 4), labels (B, G) padded with -1, sizes (B, 2)."""
         images, boxes, labels = zip(*samples)
         batch, sizes = pad_images(images, 32)
-        most = max(1, *map(len, labels)) if len(labels) > 1 else max(1, len(labels[0]))
+        most = max([1, *map(len, labels)])
         padded, numbers = torch.zeros(len(images), most, 4), torch.full((len(images), most), -1)
         for i, (box, label) in enumerate(zip(boxes, labels)):
             padded[i, :len(box)], numbers[i, :len(label)] = torch.from_numpy(box), torch.from_numpy(label)
@@ -1530,8 +1532,8 @@ TASKS = {"semfpn": Segmentation, "upernet": Segmentation, "retinanet": Detection
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
-def open_data(task, args, procs):
-    """Training and validation data of --data, or scenes drawn into a folder beside --output's."""
+def open_data(task, args, procs, *splits):
+    """The splits ("train", "val") of --data, or of scenes drawn into a folder beside --output's."""
     folder = args.data
     if folder is None:
         folder = Path(args.output).parent / "scenes"
@@ -1539,7 +1541,7 @@ def open_data(task, args, procs):
             print(f"no --data given: scenes drawn here are in {folder}", file=sys.stderr)
             write_scenes(folder)
         procs.wait()
-    return task.data(folder, "train"), task.data(folder, "val")
+    return [task.data(folder, split) for split in splits]
 
 
 @torch.no_grad()
@@ -1575,7 +1577,7 @@ def make_model(args, classes, frozen_bn):
 def train(args, procs, checkpoint):
     """The run: data, model, optimizer, then update after update until the last one, --max-steps or a signal."""
     task = TASKS[args.task](args)
-    train_set, val_set = open_data(task, args, procs)
+    train_set, val_set = open_data(task, args, procs, "train", "val")
     train_imagenet.split_batch(args, procs.world, most=16)
     if args.task == "upernet" and args.micro_batch == 1:
         raise InputError("--micro-batch 1 leaves batch norm a single value a channel of UPerNet's coarsest pool; use 2 or more")
@@ -1747,7 +1749,7 @@ def load_model(args, procs, checkpoint):
 def test(args, procs, checkpoint):
     """--eval: print one JSON line with the scores of the weights."""
     task = TASKS[args.task](args)
-    _, val_set = open_data(task, args, procs)
+    val_set, = open_data(task, args, procs, "val")
     model, names = load_model(args, procs, checkpoint)
     if names != val_set.names:
         known, asked = (f"{len(x)} ({', '.join(x[:5])}, ...)" for x in (names, val_set.names))
@@ -1775,8 +1777,9 @@ def predict(args, procs, checkpoint):
 def score(args, procs):
     """--score: print one JSON line with the scores of a results file or folder."""
     task = TASKS[args.task](args)
-    _, val_set = open_data(task, args, procs)
-    print(json.dumps(task.score_results(val_set, args.score)))
+    val_set, = open_data(task, args, procs, "val")
+    if procs.rank == 0:
+        print(json.dumps(task.score_results(val_set, args.score)))
 
 
 def main(argv=None):
