@@ -50,7 +50,7 @@ RECIPES = {  # by task; what the papers leave open is PVT's (Semantic FPN, Retin
 }
 LINGLO = {"semfpn": dict(iters=40000, batch_size=32)}  # LinGlo's own, paper sec. 4.3
 BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
-    "semfpn": dict(backbone="linglo_b0", iters=900, batch_size=4, lr=1e-3, img_size=96, warmup_iters=50, eval_every=225, drop_path=0.0),
+    "semfpn": dict(backbone="linglo_b0", iters=660, batch_size=4, lr=1e-3, img_size=96, warmup_iters=50, eval_every=220, drop_path=0.0),
     "upernet": dict(backbone="linglo_b0", iters=300, batch_size=4, lr=1e-3, img_size=80, warmup_iters=50, eval_every=150, drop_path=0.0),
     "retinanet": dict(backbone="linglo_b0", epochs=8, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=192, drop_path=0.0),
 }
