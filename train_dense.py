@@ -449,6 +449,8 @@ class Ade20k:
         info = sorted(Path(folder).glob("objectInfo*.txt"))
         rows = [line.split("\t") for line in info[0].read_text().splitlines()[1:] if line] if info else []
         self.names = [row[-1].split(",")[0].strip() for row in rows] or [str(i) for i in range(1, 151)]
+        if len(self.names) > 254:
+            raise InputError(f"{info[0]} names {len(self.names)} classes, label maps of 8 bits hold at most 254")
 
     def __len__(self):
         return len(self.files)
@@ -470,8 +472,11 @@ class Ade20k:
 
     def read_labels(self, path):
         """A label PNG as uint8 (H, W): classes 0 to K - 1, 255 not evaluated."""
-        with Image.open(path) as labels:
-            labels = np.array(labels)
+        try:
+            with Image.open(path) as labels:
+                labels = np.array(labels)
+        except (OSError, ValueError, SyntaxError) as error:                             # SyntaxError: Pillow on broken files
+            raise InputError(f"{path}: {error}") from None
         if labels.ndim != 2 or labels.dtype != np.uint8:
             raise InputError(f"{path}: expected a label map of 8 bits")
         if (labels[labels != IGNORED] > len(self.names)).any():
@@ -489,27 +494,28 @@ class Coco:
 
     def __init__(self, folder, split):
         self.folder, path = Path(folder) / f"{split}2017", Path(folder) / "annotations" / f"instances_{split}2017.json"
-        self.data = read_annotations(path)
-        self.categories = sorted(category["id"] for category in self.data["categories"])
-        names = {category["id"]: category["name"] for category in self.data["categories"]}
+        data = read_annotations(path)
+        self.categories = sorted(category["id"] for category in data["categories"])
+        names = {category["id"]: category["name"] for category in data["categories"]}
         self.names = [names[i] for i in self.categories]
         label = {category: i for i, category in enumerate(self.categories)}
-        images = {image["id"]: image for image in self.data["images"]}
-        self.annotations = {i: [] for i in images}
-        for annotation in self.data["annotations"]:
-            self.annotations[annotation["image_id"]].append(annotation)
+        images = {image["id"]: image for image in data["images"]}
+        annotations = {i: [] for i in images}
+        for annotation in data["annotations"]:
+            annotations[annotation["image_id"]].append(annotation)
+        self.annotations = annotations if split == "val" else {}            # a gigabyte in COCO's training file
         if not self.folder.is_dir():
             raise InputError(f"{self.folder} is not a folder; expected DIR/{{train,val}}2017 and DIR/annotations/*.json")
         self.objects, self.images = [], []
         for i in sorted(images):
             W, H = images[i]["width"], images[i]["height"]
-            if split == "train" and (not self.annotations[i] or min(W, H) < 32):
+            if split == "train" and (not annotations[i] or min(W, H) < 32):
                 continue
             boxes, labels = [], []
-            for annotation in self.annotations[i]:
+            for annotation in annotations[i]:
                 x, y, w, h = annotation["bbox"]
                 overlap = max(0, min(x + w, W) - max(x, 0)) * max(0, min(y + h, H) - max(y, 0))
-                if overlap > 0 and w >= 1 and h >= 1 and annotation["area"] > 0 and not annotation["iscrowd"]:
+                if overlap > 0 and w >= 1 and h >= 1 and annotation["area"] > 0 and not (annotation["iscrowd"] or annotation.get("ignore")):
                     boxes.append((x, y, x + w, y + h))
                     labels.append(label[annotation["category_id"]])
             self.images.append(images[i])
@@ -530,32 +536,39 @@ class Coco:
             return image.convert("RGB"), *self.objects[index]
 
 
+def is_box(box):
+    """Whether something read from a file is four finite numbers."""
+    return isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
+
+
 def read_annotations(path):
     """A COCO annotation file, checked. Raises: InputError that names the file and the offending id."""
     try:
         data = json.loads(Path(path).read_text())
-        images, categories = ({entry["id"] for entry in data[key]} for key in ("images", "categories"))
+        images, categories = ({int(entry["id"]) for entry in data[key]} for key in ("images", "categories"))
+        for category in data["categories"]:
+            if not isinstance(category["name"], str):
+                raise InputError(f"{path}: category {category['id']} has no name")
         for image in data["images"]:
             if not (image["width"] > 0 and image["height"] > 0 and isinstance(image["file_name"], str)):
                 raise InputError(f"{path}: image {image['id']} lacks its size or name")
+        for annotation in data["annotations"]:
+            where = f"{path}: annotation {annotation.get('id')}"
+            if annotation.get("image_id") not in images:
+                raise InputError(f"{where}: unknown image id {annotation.get('image_id')}")
+            if annotation.get("category_id") not in categories:
+                raise InputError(f"{where}: unknown category id {annotation.get('category_id')}")
+            if not is_box(annotation.get("bbox")):
+                raise InputError(f"{where}: bbox {annotation.get('bbox')}, expected x, y, width, height")
+            if not isinstance(annotation.get("area"), (int, float)):
+                raise InputError(f"{where}: no area")
+            annotation.setdefault("iscrowd", 0)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no COCO annotation file ({type(error).__name__}: {error})") from None
-    for annotation in data.get("annotations", ()):
-        where = f"{path}: annotation {annotation.get('id')}"
-        if annotation.get("image_id") not in images:
-            raise InputError(f"{where}: unknown image id {annotation.get('image_id')}")
-        if annotation.get("category_id") not in categories:
-            raise InputError(f"{where}: unknown category id {annotation.get('category_id')}")
-        box = annotation.get("bbox")
-        if not (isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)):
-            raise InputError(f"{where}: bbox {box}, expected x, y, width, height")
-        if not isinstance(annotation.get("area"), (int, float)):
-            raise InputError(f"{where}: no area")
-        annotation.setdefault("iscrowd", 0)
     return data
 
 
@@ -563,7 +576,11 @@ def read_results(path, images, categories):
     """A COCO results file, checked against the sets of known ids. Raises: InputError that names the file and the offending id."""
     try:
         results = json.loads(Path(path).read_text())
+        if not isinstance(results, list):
+            raise InputError(f"{path} is no COCO results file: expected a list of results")
         for result in results:
+            if "segmentation" not in result and not is_box(result["bbox"]):
+                raise InputError(f"{path}: image {result['image_id']}: bbox {result['bbox']}, expected x, y, width, height")
             if result["image_id"] not in images:
                 raise InputError(f"{path}: unknown image id {result['image_id']}")
             if result["category_id"] not in categories:
@@ -617,7 +634,7 @@ class GroupSampler(StepSampler):
 def fit(size, longer, shorter):
     """The size (W, H) scaled to fit into longer x shorter, whichever way it lies."""
     scale = min(longer / max(size), shorter / min(size))
-    return int(size[0] * scale + 0.5), int(size[1] * scale + 0.5)
+    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
 
 def augment_segmentation(raw, rng, *, size):
@@ -649,11 +666,12 @@ def distort(pixels, rng):
     for slot in (True, False):
         if slot == contrast_first and rng.random() < 0.5:
             pixels = linear(pixels, rng.uniform(0.5, 1.5), 0)
-        if slot:
+        saturate, turn = rng.random() < 0.5, rng.random() < 0.5
+        if slot and (saturate or turn):
             hsv = np.array(Image.fromarray(pixels).convert("HSV"))
-            if rng.random() < 0.5:
+            if saturate:
                 hsv[..., 1] = linear(hsv[..., 1], rng.uniform(0.5, 1.5), 0)
-            if rng.random() < 0.5:
+            if turn:
                 hsv[..., 0] += np.uint8(round(rng.randint(-18, 17) * 256 / 180) % 256)  # wraps around
             pixels = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
     return pixels
@@ -667,7 +685,9 @@ def augment_detection(raw, rng, *, size):
     image = image.resize((W, H), Image.Resampling.BILINEAR)
     if rng.random() < 0.5:
         image, boxes = ImageOps.mirror(image), np.stack([W - boxes[:, 2], boxes[:, 1], W - boxes[:, 0], boxes[:, 3]], 1)
-    return np.asarray(image), boxes.clip(0, np.array([W, H, W, H], np.float32)), labels
+    boxes = boxes.clip(0, np.array([W, H, W, H], np.float32))
+    there = (boxes[:, 2:] - boxes[:, :2]).min(1) > 0.01                                 # a sliver's size has no logarithm
+    return np.asarray(image), boxes[there], labels[there]
 
 
 def pad_images(images, multiple, least=0):
@@ -696,16 +716,15 @@ def box_iou(a, b):
     return inter / (area_a[..., :, None] + area_b[..., None, :] - inter).clamp(min=1e-6)
 
 
-def encode(anchors, boxes, stds=(1.0, 1.0, 1.0, 1.0)):
-    """Deltas (..., 4) that move anchors (..., 4) onto boxes (..., 4): shift over size, logarithm of the ratio of sizes, over `stds`."""
+def encode(anchors, boxes):
+    """Deltas (..., 4) that move anchors (..., 4) onto boxes (..., 4): shift over size, logarithm of the ratio of sizes."""
     size, target = anchors[..., 2:] - anchors[..., :2], boxes[..., 2:] - boxes[..., :2]
     shift = (boxes[..., :2] + boxes[..., 2:] - anchors[..., :2] - anchors[..., 2:]) / 2 / size
-    return torch.cat([shift, (target / size).log()], -1) / shift.new_tensor(stds)
+    return torch.cat([shift, (target / size).log()], -1)
 
 
-def decode(anchors, deltas, stds=(1.0, 1.0, 1.0, 1.0)):
+def decode(anchors, deltas):
     """The inverse of `encode`; sizes change by at most a factor of 1000 / 16."""
-    deltas = deltas * deltas.new_tensor(stds)
     size, centre = anchors[..., 2:] - anchors[..., :2], (anchors[..., :2] + anchors[..., 2:]) / 2
     limit = math.log(1000 / 16)
     centre, size = centre + deltas[..., :2] * size, size * deltas[..., 2:].clamp(-limit, limit).exp()
@@ -727,7 +746,7 @@ def assign(boxes, labels, anchors, *, positive, negative, least):
     """
     iou = box_iou(anchors, boxes).masked_fill((labels < 0)[:, None], -1)                # (B, A, G)
     best, index = iou.max(2)
-    index = torch.where(best >= positive, index, torch.where(best < negative, -1, -2))
+    index = index.masked_fill(best < positive, -2).masked_fill(best < negative, -1)     # scalars in torch.where wait for a GPU
     top = iou.amax(1, keepdim=True)                                                     # (B, 1, G)
     number = torch.arange(1, boxes.shape[1] + 1, device=boxes.device)
     own = (((iou == top) & (top >= max(least, 0))) * number).amax(2) - 1                # the last box that ties, -1 if none
@@ -953,9 +972,13 @@ def build_model(task, backbone, num_classes, frozen_bn=True, **overrides):
 
 
 def load_backbone(backbone, args):
-    """Load --backbone-weights into a Backbone. Returns the names of what the file holds and a backbone does not need."""
+    """Load --backbone-weights, averaged ones if the file has them, into a Backbone.
+
+    Returns: what the file holds and a backbone does not need. Raises: InputError if the weights are another model's.
+    """
     whole = MODELS[args.backbone](**({"released": True} if args.released else {}))
-    train_imagenet.load_weights(whole, train_imagenet.read_checkpoint(args.backbone_weights))
+    state = train_imagenet.read_checkpoint(args.backbone_weights)
+    train_imagenet.load_weights(whole, state, "ema" if state.get("ema") else "model")
     state, own = whole.state_dict(), backbone.net.state_dict()
     backbone.net.load_state_dict({name: state[name] for name in own})
     return sorted({name.split(".")[0] for name in state.keys() - own.keys()})
@@ -968,17 +991,17 @@ def segmentation_loss(outputs, labels):
     The mean is over all pixels: those of label 255 add 0 to the sum and still count in the divisor, as in mmsegmentation.
     """
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    losses = [F.cross_entropy(resize(logits.float(), labels.shape[1:]), labels.long(), ignore_index=IGNORED, reduction="sum")
-              for logits in outputs]
+    losses = [F.cross_entropy(resize(logits.float(), labels.shape[1:]).permute(0, 2, 3, 1).flatten(0, 2), labels.flatten().long(),
+                              ignore_index=IGNORED, reduction="sum") for logits in outputs]    # flat: the 2-D kernel is not deterministic
     return sum(weight * loss for weight, loss in zip((1.0, 0.4), losses)) / labels.numel()
 
 
 def focal_loss(logits, targets, gamma=2.0, alpha=0.25):
     """Sigmoid focal loss (arXiv 1708.02002, Eq. 5), element by element; targets are 0 or 1."""
-    p = logits.sigmoid()
-    missed = torch.where(targets, 1 - p, p)
-    weight = torch.where(targets, alpha, 1 - alpha) * missed ** gamma
-    return weight * F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
+    p, targets = logits.sigmoid(), targets.to(logits.dtype)
+    missed = p + targets - 2 * p * targets                                              # 1 - p where the target is 1, else p
+    weight = (1 - alpha + (2 * alpha - 1) * targets) * missed ** gamma
+    return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
 def retinanet_loss(outputs, boxes, labels, sizes, base, strides):
@@ -991,10 +1014,10 @@ def retinanet_loss(outputs, boxes, labels, sizes, base, strides):
     logits, deltas = logits.float(), deltas.float()
     anchors = anchor_boxes(base, levels, strides)                                       # (A, 4)
     index = assign(boxes, labels, anchors, positive=0.5, negative=0.4, least=0.0)       # (B, A)
-    index = torch.where(cells_inside(levels, strides, sizes, base.shape[1]), index, -2)
+    index = index.masked_fill(~cells_inside(levels, strides, sizes, base.shape[1]), -2)
     positive = index >= 0
     matched = index.clamp(min=0)
-    target = torch.where(positive, labels.gather(1, matched), -1)                       # (B, A)
+    target = labels.gather(1, matched).masked_fill(~positive, -1)                       # (B, A)
     hit = target[..., None] == torch.arange(logits.shape[2], device=logits.device)
     classification = (focal_loss(logits, hit) * (index != -2)[..., None]).sum()
     box = boxes.gather(1, matched[..., None].expand(-1, -1, 4))
@@ -1035,7 +1058,10 @@ def segment(model, image, args, device):
             with autocast(args, device):
                 logits = model(x.flip(3) if mirrored else x)
             logits = resize(resize(logits.float(), x.shape[2:]), (image.height, image.width))
-            total = total + (logits.flip(3) if mirrored else logits).softmax(1)
+            if args.ms_test:                                                            # one map needs no softmax for its largest
+                total += (logits.flip(3) if mirrored else logits).softmax(1)
+            else:
+                total = logits
     return total[0].argmax(0).to(torch.uint8).cpu().numpy()
 
 
@@ -1111,9 +1137,11 @@ def count_pixels(prediction, labels, classes):
 
 
 def mean_iou(counts):
-    """{mIoU, mAcc, aAcc}, fractions, of the `count_pixels` (3, K) of a data set: means over the classes that occur."""
+    """{mIoU, mAcc, aAcc}, fractions, of the `count_pixels` (3, K) of a data set: means over the classes that occur; -1 if none does."""
     right, predicted, true = counts.astype(np.float64)
     union = predicted + true - right
+    if not true.any():
+        return dict(mIoU=-1.0, mAcc=-1.0, aAcc=-1.0)
     return dict(mIoU=float((right[union > 0] / union[union > 0]).mean()), mAcc=float((right[true > 0] / true[true > 0]).mean()),
                 aAcc=float(right.sum() / true.sum()))
 
@@ -1560,6 +1588,13 @@ def evaluate(task, model, source, args, procs):
     return task.summary(source, procs.gather(records))
 
 
+def require_images(source):
+    """Raise InputError now rather than at the first test if an image of `source` is missing."""
+    for index in range(len(source)):
+        if not os.path.isfile(source.name(index)):
+            raise InputError(f"validation image {source.name(index)} is missing")
+
+
 def only_image(raw, _rng):
     return raw[0]
 
@@ -1579,15 +1614,19 @@ def train(args, procs, checkpoint):
     task = TASKS[args.task](args)
     train_set, val_set = open_data(task, args, procs, "train", "val")
     train_imagenet.split_batch(args, procs.world, most=16)
-    if args.task == "upernet" and args.micro_batch == 1:
+    shared_bn = args.sync_bn and procs.world > 1 and procs.device.type == "cuda"
+    if args.task == "upernet" and args.micro_batch == 1 and not shared_bn:
         raise InputError("--micro-batch 1 leaves batch norm a single value a channel of UPerNet's coarsest pool; use 2 or more")
+    if args.task == "upernet" and args.deterministic and procs.device.type == "cuda":
+        raise InputError("--deterministic: UPerNet's adaptive pooling has no deterministic gradient on a GPU")
+    require_images(val_set)
     schedule = dict(batch=args.batch_size, micro=args.micro_batch, rank=procs.rank, world=procs.world, seed=args.seed)
     per_epoch = task.sampler(train_set, **schedule).per_epoch
     if per_epoch == 0:
         raise InputError(f"--batch-size {args.batch_size} is larger than the {len(train_set)} training images")
     total = args.iters or args.epochs * per_epoch
     last = min(total, args.max_steps or total)
-    every = args.eval_every or (per_epoch if args.epochs else -(-total // 10))
+    every = args.eval_every = args.eval_every or (per_epoch if args.epochs else -(-total // 10))
 
     torch.manual_seed(args.seed)
     model = make_model(args, len(train_set.names), args.frozen_bn)
@@ -1595,17 +1634,23 @@ def train(args, procs, checkpoint):
         left = load_backbone(model.backbone, args)
         if procs.rank == 0:
             print(f"{args.backbone_weights}: loaded, without {' and '.join(left)}")
-    if args.sync_bn and procs.world > 1 and procs.device.type == "cuda":
+    if shared_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(procs.device)
     optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(procs.device.type, enabled=args.amp == "fp16")
-    step, tested, best, period_loss, unreadable = 0, 0, -1.0, 0.0, 0
+    step, tested, best, period_loss, unreadable = 0, 0, -math.inf, 0.0, 0
     resumed = bool(checkpoint)                                              # restore() empties it
     if resumed:
-        step, tested, best, period_loss, unreadable = train_imagenet.restore(checkpoint, model, None, optimizer, scaler, args, every)
+        if checkpoint["names"] != train_set.names:
+            raise InputError(f"the checkpoint is of a run with {len(checkpoint['names'])} other classes, not of this data")
+        before = checkpoint["args"]["eval_every"]
+        step, tested, best, period_loss, unreadable = train_imagenet.restore(checkpoint, model, None, optimizer, scaler, args, per_epoch)
+        tested = tested * before // every                                   # --eval-every may be another now
     procs.agree(step)
     net = torch.compile(model) if args.compile else model
+    if procs.world > 1 and args.compile:
+        torch._dynamo.config.optimize_ddp = False                           # torch 2.6 cannot split graphs around our gradients
     if procs.world > 1:
         net = DistributedDataParallel(net, device_ids=[procs.device.index] if procs.device.type == "cuda" else None)
 
@@ -1628,7 +1673,7 @@ def train(args, procs, checkpoint):
         if procs.rank == 0:
             train_imagenet.save_checkpoint(output / name, dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, evaluated=tested,
-                best=best, epoch_loss=period_loss, unreadable=unreadable, per_epoch=every, names=train_set.names, args=vars(args)))
+                best=best, epoch_loss=period_loss, unreadable=unreadable, per_epoch=per_epoch, names=train_set.names, args=vars(args)))
         procs.wait()
         saved_at = step
 
@@ -1694,7 +1739,7 @@ def train(args, procs, checkpoint):
             print(f"stopped after update {step}; resume with --resume {output / 'last.pt'}")
         else:
             print(f"update {step}: " + "".join(f"{k} {v:.3f}, " for k, v in scores.items())
-                  + (f"best {task.metric} {best:.3f}; see {output}/log.jsonl, last.pt, best.pt, curves.png" if best >= 0
+                  + (f"best {task.metric} {best:.3f}; see {output}/log.jsonl, last.pt, best.pt, curves.png" if best > -math.inf
                      else f"not tested yet; see {output}/log.jsonl, last.pt"))
 
 
@@ -1750,6 +1795,7 @@ def test(args, procs, checkpoint):
     """--eval: print one JSON line with the scores of the weights."""
     task = TASKS[args.task](args)
     val_set, = open_data(task, args, procs, "val")
+    require_images(val_set)
     model, names = load_model(args, procs, checkpoint)
     if names != val_set.names:
         known, asked = (f"{len(x)} ({', '.join(x[:5])}, ...)" for x in (names, val_set.names))
@@ -1764,12 +1810,14 @@ def predict(args, procs, checkpoint):
     task, output = TASKS[args.task](args), Path(args.output)
     model, names = load_model(args, procs, checkpoint)
     output.mkdir(parents=True, exist_ok=True)
-    for path in args.predict:
+    for i, path in list(enumerate(args.predict))[procs.rank::procs.world]:
+        twin = any(Path(other).stem == Path(path).stem for other in args.predict[:i])
         try:
             image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:   # SyntaxError: Pillow on broken files
             raise InputError(f"{path}: {error}") from None
-        target = output / f"{Path(path).stem}_{args.task}.png"
+        target = output / (f"{Path(path).stem}_{i}" * twin or Path(path).stem)
+        target = target.with_name(f"{target.name}_{args.task}.png")
         task.draw(image, task.predict(model, image, procs.device), names).save(target)
         print(f"wrote {target}")
 
@@ -1786,6 +1834,10 @@ def main(argv=None):
     """Settle the arguments, start the processes, train, test, predict or score."""
     args = parse_args(argv)
     checkpoint = None
+    if sum(map(bool, (args.eval, args.predict, args.score, args.resume))) > 1:
+        raise InputError("--eval, --predict, --score and --resume do different things, give one")
+    if args.weights and not (args.eval or args.predict):
+        raise InputError("--weights is for --eval and --predict; training starts from --backbone-weights or goes on with --resume")
     if args.eval or args.predict:
         if not args.weights:
             raise InputError(f"--{'eval' if args.eval else 'predict'} needs --weights FILE")
@@ -1793,7 +1845,7 @@ def main(argv=None):
     elif args.resume:
         usual = f"runs/{args.task or 'semfpn'}_{args.backbone or ('secvit_s' if args.data else 'linglo_b0')}"
         checkpoint = train_imagenet.find_checkpoint(args.resume, args.output or usual)
-    if checkpoint and not {"step", "args", "names"} <= checkpoint.keys():
+    if checkpoint and not ({"step", "model", "per_epoch", "names"} <= checkpoint.keys() and isinstance(checkpoint.get("args"), dict)):
         raise InputError(f"{args.weights or args.resume} is no checkpoint of this script")
     settle(args, checkpoint)
     if args.deterministic:

@@ -637,7 +637,7 @@ def load_weights(model, state, entry="model"):
     """
     state = state[entry] if isinstance(state.get(entry), dict) else state
     state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-    if "patch_embed.proj.0.weight" in state:
+    if "patch_embed.proj.0.weight" in state and hasattr(model, "convert_released"):
         state = model.convert_released(state)
     own = model.state_dict()
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}

@@ -68,10 +68,8 @@ def test_box_iou_matches_loops(device):
 def test_encode_by_hand_and_back():
     anchors, boxes = torch.tensor([[10., 20., 30., 60.]]), torch.tensor([[15., 10., 55., 20.]])
     assert_close(T.encode(anchors, boxes), torch.tensor([[15 / 20, -25 / 40, math.log(2), math.log(1 / 4)]]))
-    assert_close(T.encode(anchors, boxes, (0.1, 0.1, 0.2, 0.2)), torch.tensor([[7.5, -6.25, 5 * math.log(2), 5 * math.log(1 / 4)]]))
     a, b = random_boxes(50), random_boxes(50)
-    for stds in ((1., 1., 1., 1.), (0.1, 0.1, 0.2, 0.2)):
-        assert_close(T.decode(a, T.encode(a, b, stds), stds), b)
+    assert_close(T.decode(a, T.encode(a, b)), b)
 
 
 def test_decoded_sizes_are_limited():
@@ -308,9 +306,7 @@ def test_pyramid_adds_the_coarser_level():
     neck = T.FPN([3, 5], extra=True)
     fine, coarse = torch.randn(1, 3, 5, 7), torch.randn(1, 5, 3, 4)
     top = neck.laterals[1](coarse)
-    doubled = top.repeat_interleave(2, 2).repeat_interleave(2, 3)
     rows, columns = [int(i * 3 / 5) for i in range(5)], [int(i * 4 / 7) for i in range(7)]              # nearest
-    assert_close(doubled[:, :, :1, :1], top[:, :, :1, :1])
     outputs = neck([fine, coarse])
     assert_close(outputs[0], neck.outputs[0](neck.laterals[0](fine) + top[:, :, rows][..., columns]))
     assert_close(outputs[1], neck.outputs[1](top))
@@ -322,7 +318,8 @@ def test_backbone_keeps_its_statistics_when_frozen(tiny):
     for frozen in (True, False):
         backbone = T.build_model("semfpn", "secvit_t", 3, frozen_bn=frozen).backbone.train()
         norms = [m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)]
-        assert norms and all(norm.training != frozen and norm.weight.requires_grad for norm in norms)
+        backbone(torch.randn(2, 3, 64, 64))
+        assert norms and all(bool(norm.running_mean.any()) != frozen and norm.weight.requires_grad for norm in norms)
     assert all(isinstance(norm, nn.LayerNorm) for norm in backbone.norms)               # SecViT and STViT end their stages without one
     assert all(isinstance(norm, nn.Identity) for norm in T.build_model("semfpn", "clustr_t", 3).backbone.norms)
 
@@ -401,14 +398,29 @@ def test_segmentation_of_a_whole_image(tiny, monkeypatch):
         assert (labels[:, :40] == 0).all() and (labels[:, 50:] == 1).all()
 
 
-def test_multi_scale_test_averages_twelve_maps():
+def test_multi_scale_test_averages_twelve_probabilities():
+    """One scale is very sure of class 1, the other ten maps a little of class 0: probabilities say 0, logits would say 1."""
     seen = []
 
     def model(images):
         seen.append(tuple(images.shape[2:]))
-        return torch.zeros(1, 2, 4, 4)
-    T.segment(model, Image.new("RGB", (200, 100)), argparse.Namespace(img_size=64, ms_test=True, amp="none"), torch.device("cpu"))
+        sure = images.shape[2] == 32
+        return torch.tensor([0. if sure else 1., 100. if sure else 0.]).view(1, 2, 1, 1).expand(1, 2, 4, 4)
+    args = argparse.Namespace(img_size=64, ms_test=True, amp="none")
+    assert (T.segment(model, Image.new("RGB", (200, 100)), args, torch.device("cpu")) == 0).all()
     assert seen == [(side, 2 * side) for side in (32, 48, 64, 80, 96, 112) for _ in range(2)]
+
+
+def test_predict_reads_any_picture_and_keeps_twins_apart(tiny, scenes, tmp_path, capsys):
+    T.main(["--task", "retinanet", "--data", str(scenes), *FAST, "--iters", "1", "--output", str(tmp_path / "run")])
+    for i, (mode, size) in enumerate((("L", (40, 30)), ("P", (3000, 1)), ("RGBA", (5, 90)))):
+        (tmp_path / str(i)).mkdir()
+        Image.new(mode, size).save(tmp_path / str(i) / "picture.png")
+    pictures = [str(tmp_path / str(i) / "picture.png") for i in range(3)]
+    T.main(["--predict", *pictures, "--weights", str(tmp_path / "run" / "last.pt"), "--output", str(tmp_path / "drawn")])
+    names = ["picture_retinanet.png", "picture_1_retinanet.png", "picture_2_retinanet.png"]
+    assert [Image.open(tmp_path / "drawn" / name).size for name in names] == [(40, 30), (3000, 1), (5, 90)]
+    fails(["--predict", str(scenes / "scenes.json"), "--weights", str(tmp_path / "run" / "last.pt")], "scenes.json")
 
 
 # ------------------------------------------------------------------------------------------------------------- metrics
@@ -497,6 +509,34 @@ def test_detection_augmentation_moves_boxes_with_the_image():
     assert flips == {True, False}
 
 
+def test_distortion():
+    """Nothing drawn changes nothing, most draws change something, and brightness is a sum that is clipped."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    seen = [T.distort(pixels, random.Random(seed)) for seed in range(60)]
+    assert sum(np.array_equal(x, pixels) for x in seen) >= 1 and sum(not np.array_equal(x, pixels) for x in seen) > 40
+    assert all(x.dtype == np.uint8 and x.shape == pixels.shape for x in seen)
+
+    class Draws(random.Random):
+        """Only brightness, by +20."""
+        def __init__(self):
+            super().__init__()
+            self.draws = iter([0.0] + [0.9] * 20)
+
+        def random(self):
+            return next(self.draws)
+
+        def uniform(self, _low, _high):
+            return 20.0
+    assert np.array_equal(T.distort(pixels, Draws()), (pixels.astype(int) + 20).clip(0, 255))
+
+
+def test_slivers_left_by_clipping_are_dropped():
+    boxes = np.array([[100 - 1e-6, 5, 120, 20], [10, 10, 30, 30]], np.float32)
+    for seed in range(4):
+        _, kept, labels = T.augment_detection((Image.new("RGB", (100, 60)), boxes, np.array([3, 1])), random.Random(seed), size=64)
+        assert labels.tolist() == [1] and len(kept) == 1
+
+
 def test_padding_is_the_mean_colour(device):
     batch, sizes = T.pad_images([np.full((40, 50, 3), 255, np.uint8), np.full((33, 70, 3), 255, np.uint8)], 32)
     assert batch.shape == (2, 64, 96, 3) and sizes.tolist() == [[40, 50], [33, 70]]
@@ -569,6 +609,27 @@ def test_resume_equals_an_uninterrupted_run(tiny, scenes, tmp_path, task, capsys
         assert drawn.size == image.size
 
 
+def test_resume_refuses_another_run_and_takes_other_tests(tiny, scenes, tmp_path):
+    run = ["--task", "semfpn", "--data", str(scenes), *FAST, "--output", str(tmp_path / "run")]
+    T.main([*run, "--max-steps", "2"])
+    resume = ["--resume", "auto", "--output", str(tmp_path / "run")]
+    fails([*resume, "--batch-size", "2", "--micro-batch", "1"], "epochs of the checkpoint have 3 updates, of this run 6")
+    (tmp_path / "other").mkdir()
+    shutil.copytree(scenes, tmp_path / "other", dirs_exist_ok=True)
+    (tmp_path / "other" / "objectInfo.txt").write_text("Idx\tName\n1\tall\n" * 10)
+    fails([*resume, "--data", str(tmp_path / "other")], "other classes")
+    T.main([*resume, "--eval-every", "1", "--iters", "4"])
+    records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if "mIoU" in r] == [2, 3, 4]
+
+
+def test_released_weights_of_another_family_are_refused(tmp_path):
+    torch.save({"model": {"patch_embed.proj.0.weight": torch.zeros(3), "head.weight": torch.zeros(5, 3)}}, tmp_path / "released.pt")
+    args = argparse.Namespace(backbone="clustr_t", backbone_weights=tmp_path / "released.pt", released=False)
+    with pytest.raises(T.InputError, match="do not fit ClusTR"):
+        T.load_backbone(T.build_model("semfpn", "clustr_t", 3).backbone, args)
+
+
 def test_score_of_the_truth_is_perfect(scenes, tmp_path, capsys):
     T.main(["--task", "semfpn", "--data", str(scenes), "--score", str(scenes / "annotations" / "validation")])
     assert json.loads(capsys.readouterr().out) == dict(mIoU=1, mAcc=1, aAcc=1)
@@ -612,6 +673,10 @@ BROKEN = {  # what happens to instances_val2017.json -> what the message holds
     "no area": (change("annotations", {"area": None}), "no area"),
     "no size": (change("images", {"width": 0}), "lacks its size"),
     "no images": (lambda data: data.pop("images"), "no COCO annotation file"),
+    "no annotations": (lambda data: data.pop("annotations"), "no COCO annotation file"),
+    "a number": (lambda data: data["annotations"].insert(0, 7), "no COCO annotation file"),
+    "a list as id": (change("annotations", {"image_id": [1]}), "no COCO annotation file"),
+    "no name": (change("categories", {"name": None}), "has no name"),
 }
 
 
@@ -660,7 +725,8 @@ def test_malformed_files(broken, tiny, tmp_path):
 
 
 @pytest.mark.parametrize("change, message", [({"image_id": 77}, "unknown image id 77"), ({"category_id": 5}, "unknown category id 5"),
-                                             ({"score": None}, "no COCO results file"), ({"score": math.nan}, "not finite")])
+                                             ({"score": None}, "no COCO results file"), ({"score": math.nan}, "not finite"),
+                                             ({"bbox": [1, 2, 3, math.nan]}, "expected x, y, width, height")])
 def test_broken_results_are_refused(scenes, tmp_path, change, message):
     result = dict(image_id=1, category_id=1, score=0.5, bbox=[1, 2, 3, 4]) | change
     (tmp_path / "results.json").write_text(json.dumps([result]))
@@ -669,11 +735,13 @@ def test_broken_results_are_refused(scenes, tmp_path, change, message):
 
 def test_an_unreadable_training_image_is_replaced_and_a_validation_image_is_an_error(broken, tiny, tmp_path):
     for split in ("train2017", "val2017"):
-        next((broken / split).iterdir()).write_bytes(b"no image")
+        (broken / split / "000000000001.jpg").write_bytes(b"no image")
     flags = ["--task", "retinanet", "--data", str(broken), *FAST, "--output", str(tmp_path / "run")]
     fails([*flags, "--iters", "3", "--eval-every", "3"], "validation image cannot be read")
     records = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert sum("unreadable_file" in r for r in records) == 1
+    (broken / "val2017" / "000000000001.jpg").unlink()
+    fails(flags, "validation image .*000000000001.jpg is missing")
 
 
 BAD = {
@@ -683,6 +751,8 @@ BAD = {
     "--backbone stvit_s --released": "--released is a variant of SecViT",
     "--task retinanet --ms-test": "--ms-test is for segmentation",
     "--eval": "--eval needs --weights",
+    "--weights x.pt": "--weights is for --eval and --predict",
+    "--eval --predict a.jpg --weights x.pt": "do different things",
     "--predict a.jpg": "--predict needs --weights",
     "--data {d} --batch-size 3 --micro-batch 2": "not a multiple of --micro-batch",
     "--data {d} --batch-size 64": "64 is larger than the 12 training images",
