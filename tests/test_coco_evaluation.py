@@ -89,6 +89,13 @@ def some_masks():
     yield from (rng.random(rng.integers(1, 30, 2)) < rng.choice([0.02, 0.5, 0.98]) for _ in range(100))
 
 
+@pytest.mark.parametrize("polygons", [[], [[]], [[1, 2]], [[1, 1, 8, 1, 8, 8], [3, 3]]])
+def test_polygons_of_fewer_than_three_points_cover_nothing(polygons):
+    whole = [polygon for polygon in polygons if len(polygon) >= 6]
+    assert np.array_equal(polygons_to_mask(polygons, 9, 9), polygons_to_mask(whole, 9, 9))
+    assert polygons_to_mask(polygons, 9, 9).any() == bool(whole)
+
+
 def test_codec_equals_loops_and_comes_back():
     for mask in some_masks():
         rle, runs = rle_encode(mask), loop_runs(mask)
