@@ -169,7 +169,7 @@ def nearest_keys_attention(q, k, v, keep):
     Args: q (B, h, N, d); k, v (B, h, M, d); keep, 1 to M. Returns: (B, h, N, d). Holds the N x M map, which top-k needs.
     """
     logits = q @ k.mT * q.shape[-1] ** -0.5
-    weakest = logits.topk(keep, sorted=True).values[..., -1:]
+    weakest = logits.topk(keep).values[..., -1:]
     return logits.masked_fill(logits < weakest, -torch.inf).softmax(-1) @ v
 
 

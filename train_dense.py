@@ -48,7 +48,7 @@ RECIPES = {  # by task; what the papers leave open is PVT's (Semantic FPN, Retin
     "upernet": dict(iters=160000, batch_size=16, lr=6e-5, weight_decay=0.01, warmup_iters=1500, img_size=512),
     "retinanet": dict(epochs=12, batch_size=16, lr=1e-4, weight_decay=1e-4, warmup_iters=500, img_size=800),
 }
-LINGLO = {"semfpn": dict(iters=40000, batch_size=32)}  # LinGlo's own, paper sec. 4.3
+FAMILY_RECIPES = {("linglo", "semfpn"): dict(iters=40000, batch_size=32)}  # what a paper does its own way; LinGlo's sec. 4.3
 BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
     "semfpn": dict(backbone="linglo_b0", iters=660, batch_size=4, lr=1e-3, img_size=96, warmup_iters=50, eval_every=220, drop_path=0.0),
     "upernet": dict(backbone="linglo_b0", iters=300, batch_size=4, lr=1e-3, img_size=80, warmup_iters=50, eval_every=150, drop_path=0.0),
@@ -122,9 +122,8 @@ def settle(args, checkpoint=None):
     if args.iters and args.epochs:
         raise InputError("--iters and --epochs are two names of one length, give one")
     family = args.backbone.split("_")[0]
-    defaults = dict(RECIPES[args.task], **OPTIONAL, iters=None, epochs=None, amp="bf16" if torch.cuda.is_available() else "none",
-                    backbone_weights=None)
-    defaults |= RECIPES[args.task] | (LINGLO.get(args.task, {}) if family == "linglo" else {}) | preset
+    defaults = OPTIONAL | dict(iters=None, epochs=None, amp="bf16" if torch.cuda.is_available() else "none", backbone_weights=None)
+    defaults |= RECIPES[args.task] | FAMILY_RECIPES.get((family, args.task), {}) | preset
     defaults |= {k: v for k, v in saved.items() if k in defaults}
     if args.iters or args.epochs:                                           # a length that is given replaces the recipe's
         defaults |= dict(iters=None, epochs=None)
@@ -662,19 +661,18 @@ def distort(pixels, rng):
         return (pixels * np.float32(scale) + np.float32(shift)).clip(0, 255).astype(np.uint8)
     if rng.random() < 0.5:
         pixels = linear(pixels, 1, rng.uniform(-32, 32))
-    contrast_first = rng.random() < 0.5
-    for slot in (True, False):
-        if slot == contrast_first and rng.random() < 0.5:
-            pixels = linear(pixels, rng.uniform(0.5, 1.5), 0)
-        saturate, turn = rng.random() < 0.5, rng.random() < 0.5
-        if slot and (saturate or turn):
-            hsv = np.array(Image.fromarray(pixels).convert("HSV"))
-            if saturate:
-                hsv[..., 1] = linear(hsv[..., 1], rng.uniform(0.5, 1.5), 0)
-            if turn:
-                hsv[..., 0] += np.uint8(round(rng.randint(-18, 17) * 256 / 180) % 256)  # wraps around
-            pixels = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
-    return pixels
+    contrast_first, contrast = rng.random() < 0.5, rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    if contrast_first:
+        pixels = linear(pixels, contrast, 0)
+    saturate, turn = rng.random() < 0.5, rng.random() < 0.5
+    if saturate or turn:
+        hsv = np.array(Image.fromarray(pixels).convert("HSV"))
+        if saturate:
+            hsv[..., 1] = linear(hsv[..., 1], rng.uniform(0.5, 1.5), 0)
+        if turn:
+            hsv[..., 0] += np.uint8(round(rng.randint(-18, 17) * 256 / 180) % 256)      # wraps around
+        pixels = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    return pixels if contrast_first else linear(pixels, contrast, 0)
 
 
 def augment_detection(raw, rng, *, size):
@@ -737,20 +735,21 @@ def clip_boxes(boxes, size):
                         boxes[..., 2].clamp(0, size[1]), boxes[..., 3].clamp(0, size[0])], -1)
 
 
-def assign(boxes, labels, anchors, *, positive, negative, least):
+def assign(boxes, labels, anchors, there, *, positive, negative, least):
     """Max-IoU assignment (mmdetection): for each anchor the number of its box, -1 negative, -2 neither.
 
-    Args: boxes (B, G, 4) and labels (B, G), -1 where padded; anchors (A, 4); positive, negative: IoU from and below which an anchor is;
-    least: every box also takes the anchors that tie its best IoU if that is at least `least`, later boxes first.
+    Args: boxes (B, G, 4) and labels (B, G), -1 where padded; anchors (A, 4) or (B, A, 4); there (B, A): the anchors that count, others
+    get -2; positive, negative: IoU from and below which an anchor is; least: every box also takes the anchors that tie its best
+    IoU if that is at least `least`, later boxes first (above 1: none does).
     Returns: (B, A).
     """
-    iou = box_iou(anchors, boxes).masked_fill((labels < 0)[:, None], -1)                # (B, A, G)
+    iou = box_iou(anchors, boxes).masked_fill((labels < 0)[:, None] | ~there[..., None], -1)            # (B, A, G)
     best, index = iou.max(2)
     index = index.masked_fill(best < positive, -2).masked_fill(best < negative, -1)     # scalars in torch.where wait for a GPU
     top = iou.amax(1, keepdim=True)                                                     # (B, 1, G)
     number = torch.arange(1, boxes.shape[1] + 1, device=boxes.device)
     own = (((iou == top) & (top >= max(least, 0))) * number).amax(2) - 1                # the last box that ties, -1 if none
-    return torch.where(own >= 0, own, index)
+    return torch.where(own >= 0, own, index).masked_fill(~there, -2)
 
 
 def nms(boxes, scores, iou_threshold, block=1024):
@@ -845,6 +844,7 @@ def init_head(module):
 
 
 def init_classifier(conv, std=0.01, bias=0.0):
+    """Normal weights of a small deviation, one bias, for an output layer."""
     nn.init.normal_(conv.weight, std=std)
     nn.init.constant_(conv.bias, bias)
 
@@ -1013,8 +1013,8 @@ def retinanet_loss(outputs, boxes, labels, sizes, base, strides):
     logits, deltas, levels = outputs
     logits, deltas = logits.float(), deltas.float()
     anchors = anchor_boxes(base, levels, strides)                                       # (A, 4)
-    index = assign(boxes, labels, anchors, positive=0.5, negative=0.4, least=0.0)       # (B, A)
-    index = index.masked_fill(~cells_inside(levels, strides, sizes, base.shape[1]), -2)
+    there = cells_inside(levels, strides, sizes, base.shape[1])                         # (B, A)
+    index = assign(boxes, labels, anchors, there, positive=0.5, negative=0.4, least=0.0)
     positive = index >= 0
     matched = index.clamp(min=0)
     target = labels.gather(1, matched).masked_fill(~positive, -1)                       # (B, A)
@@ -1039,11 +1039,6 @@ def cells_inside(levels, strides, sizes, anchors):
 
 
 # ----------------------------------------------------------------------------------------------------------- inference
-def as_input(image, device):
-    """PIL image -> normalized (1, 3, H, W)."""
-    return normalize(torch.from_numpy(np.array(image))[None].to(device))
-
-
 @torch.no_grad()
 def segment(model, image, args, device):
     """Class of every pixel of a PIL image, uint8 (H, W): the whole image at once, or the mean over scales and mirrorings.
@@ -1053,7 +1048,8 @@ def segment(model, image, args, device):
     total = 0
     for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75) if args.ms_test else (1.0,):
         W, H = fit(image.size, int(4 * args.img_size * ratio), int(args.img_size * ratio))
-        x = as_input(image.resize((max(W, 32), max(H, 32)), Image.Resampling.BILINEAR), device)
+        resized = np.array(image.resize((max(W, 32), max(H, 32)), Image.Resampling.BILINEAR))
+        x = normalize(torch.from_numpy(resized)[None].to(device))                       # (1, 3, H, W)
         for mirrored in (False, True)[:1 + args.ms_test]:
             with autocast(args, device):
                 logits = model(x.flip(3) if mirrored else x)
@@ -1474,15 +1470,16 @@ class Segmentation:
     def loss(self, net, images, labels, sizes):
         return segmentation_loss(net(normalize_padded(images, sizes)), labels)
 
-    def predict(self, model, image, device):
+    def predict(self, model, device, image):
         return segment(model, image, self.args, device)
 
     def draw(self, image, prediction, names):
         return draw_labels(image, prediction, names)
 
-    def record(self, source, index, prediction):
-        """What the score needs of one image: pixels of each class that are right, predicted, true."""
-        return count_pixels(prediction, source.truth(index), len(source.names))
+    def record(self, source, _index, raw, predict):
+        """What the score needs of one image, as read: pixels of each class that are right, predicted, true."""
+        image, labels = raw
+        return count_pixels(predict(image), labels, len(source.names))
 
     def summary(self, _source, records):
         return mean_iou(sum(records))
@@ -1527,15 +1524,15 @@ class Detection:
         model = getattr(net, "module", net)
         return retinanet_loss(net(normalize_padded(images, sizes)), boxes, labels, sizes, model.base, model.strides)
 
-    def predict(self, model, image, device):
+    def predict(self, model, device, image):
         return detect(model, image, self.args, device)
 
     def draw(self, image, prediction, names):
         return draw_boxes(image, prediction, names)
 
-    def record(self, source, index, prediction):
-        """What the score needs of one image: its detections matched with its objects."""
-        boxes, scores, labels = prediction
+    def record(self, source, index, raw, predict):
+        """What the score needs of one image, as read: its detections matched with its objects."""
+        boxes, scores, labels = predict(raw[0])
         boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
         results = [dict(category_id=source.categories[label], bbox=box, score=float(score))
                    for box, score, label in zip(boxes, scores, labels)]
@@ -1580,11 +1577,11 @@ def evaluate(task, model, source, args, procs):
     """
     model.eval()
     share = [[(0, i, 0)] for i in range(procs.rank, len(source), procs.world)]
-    samples, records = Samples(source, only_image, args.seed, replace=0), []
-    for image, index, unreadable in loader(samples, share, args.workers, procs.device, collate=only_item):
+    samples, records = Samples(source, as_read, args.seed, replace=0), []
+    for raw, index, unreadable in loader(samples, share, args.workers, procs.device, collate=only_item):
         if unreadable:
             raise InputError(f"validation image cannot be read: {unreadable[0]}")
-        records.append(task.record(source, index, task.predict(model, image, procs.device)))
+        records.append(task.record(source, index, raw, partial(task.predict, model, procs.device)))
     return task.summary(source, procs.gather(records))
 
 
@@ -1595,11 +1592,13 @@ def require_images(source):
             raise InputError(f"validation image {source.name(index)} is missing")
 
 
-def only_image(raw, _rng):
-    return raw[0]
+def as_read(raw, _rng):
+    """Transform of a validation sample: none."""
+    return raw
 
 
 def only_item(items):
+    """Collate function of batches of one."""
     return items[0]
 
 
@@ -1818,7 +1817,7 @@ def predict(args, procs, checkpoint):
             raise InputError(f"{path}: {error}") from None
         target = output / (f"{Path(path).stem}_{i}" * twin or Path(path).stem)
         target = target.with_name(f"{target.name}_{args.task}.png")
-        task.draw(image, task.predict(model, image, procs.device), names).save(target)
+        task.draw(image, task.predict(model, procs.device, image), names).save(target)
         print(f"wrote {target}")
 
 

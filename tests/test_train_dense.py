@@ -82,32 +82,35 @@ def test_clip_boxes():
     assert T.clip_boxes(torch.tensor([[-5., -5., 50., 50.], [30., 5., 90., 20.]]), (20, 40)).tolist() == [[0, 0, 40, 20], [30, 5, 40, 20]]
 
 
-def loop_assign(boxes, labels, anchors, positive, negative, least):
-    """mmdetection's rule for one image, anchor by anchor, then box by box."""
+def loop_assign(boxes, labels, anchors, there, positive, negative, least):
+    """mmdetection's rule for one image, anchor by anchor, then box by box; anchors that are not there take no part."""
     count = int((labels >= 0).sum())
-    ious = [[loop_iou(anchor, box) for box in boxes[:count].tolist()] for anchor in anchors.tolist()]
-    result = []
-    for row in ious:
+    ious = {a: [loop_iou(anchor, box) for box in boxes[:count].tolist()] for a, anchor in enumerate(anchors.tolist()) if there[a]}
+    result = [-2] * len(anchors)
+    for a, row in ious.items():
         best = max(row, default=-1.)
-        result.append(row.index(best) if best >= positive and row else -1 if best < negative else -2)
+        result[a] = row.index(best) if best >= positive and row else -1 if best < negative else -2
     for g in range(count):
-        top = max(row[g] for row in ious)
+        top = max((row[g] for row in ious.values()), default=-1.)
         if top >= least:
-            for a, row in enumerate(ious):
+            for a, row in ious.items():
                 if row[g] == top:
                     result[a] = g
     return result
 
 
-@pytest.mark.parametrize("positive, negative, least", [(0.5, 0.4, 0.0), (0.7, 0.3, 0.3), (0.5, 0.5, 0.5)])
+@pytest.mark.parametrize("positive, negative, least", [(0.5, 0.4, 0.0), (0.7, 0.3, 0.3), (0.5, 0.5, 0.5), (0.6, 0.6, 2.0)])
 def test_assignment_matches_loops(positive, negative, least, device):
     for trial in range(20):
         torch.manual_seed(trial)
         anchors, boxes = random_boxes(60, side=40, grid=10), random_boxes(3, 4, side=40, grid=10)
         labels = torch.tensor([[0, 1, 2, 0], [1, 2, -1, -1], [-1, -1, -1, -1]])
-        boxes = boxes * (labels >= 0)[..., None]
-        fast = T.assign(boxes.to(device), labels.to(device), anchors.to(device), positive=positive, negative=negative, least=least)
-        assert fast.tolist() == [loop_assign(boxes[i], labels[i], anchors, positive, negative, least) for i in range(3)]
+        boxes, there = boxes * (labels >= 0)[..., None], torch.rand(3, 60) < (0.1, 0.5, 1)[trial % 3]
+        given, rule = [t.to(device) for t in (boxes, labels, anchors, there)], (positive, negative, least)
+        expected = [loop_assign(boxes[i], labels[i], anchors, there[i], *rule) for i in range(3)]
+        assert T.assign(*given, positive=positive, negative=negative, least=least).tolist() == expected
+        given[2] = given[2].expand(3, -1, -1)               # each image's own
+        assert T.assign(*given, positive=positive, negative=negative, least=least).tolist() == expected
 
 
 def loop_nms(boxes, scores, threshold):
@@ -205,18 +208,16 @@ def test_retinanet_loss_matches_loops(device):
     logits, deltas = torch.randn(2, A, 3, dtype=torch.float64), torch.randn(2, A, 4, dtype=torch.float64)
     loss, positives = 0, []
     for b in range(2):
-        index = loop_assign(boxes[b], labels[b], anchors, 0.5, 0.4, 0.0)
         padded = [-(-side // 32) * 32 for side in sizes[b].tolist()]
-        count, a = 0, 0
-        for (h, w), stride in zip(levels, strides):
-            for row, column, _ in product(range(h), range(w), range(base.shape[1])):
-                if row * stride < padded[0] and column * stride < padded[1] and index[a] != -2:
-                    hit = torch.arange(3) == (labels[b, index[a]] if index[a] >= 0 else -1)
-                    loss += T.focal_loss(logits[b, a], hit).sum()
-                    if index[a] >= 0:
-                        count += 1
-                        loss += (deltas[b, a] - T.encode(anchors[a], boxes[b, index[a]])).abs().sum()
-                a += 1
+        there = [row * stride < padded[0] and column * stride < padded[1] for (h, w), stride in zip(levels, strides)
+                 for row, column, _ in product(range(h), range(w), range(base.shape[1]))]
+        count = 0
+        for a, index in enumerate(loop_assign(boxes[b], labels[b], anchors, there, 0.5, 0.4, 0.0)):
+            if index != -2:
+                loss += T.focal_loss(logits[b, a], torch.arange(3) == (labels[b, index] if index >= 0 else -1)).sum()
+                if index >= 0:
+                    count += 1
+                    loss += (deltas[b, a] - T.encode(anchors[a], boxes[b, index])).abs().sum()
         positives.append(count)
     assert positives[0] > 1 and positives[1] == 0
     given = [t.to(device) for t in (boxes, labels, sizes, base)]
