@@ -46,13 +46,25 @@ IGNORED = 255  # label of pixels that are not evaluated
 RECIPES = {  # by task; what the papers leave open is PVT's (Semantic FPN, RetinaNet) or Swin's (UPerNet)
     "semfpn": dict(iters=80000, batch_size=16, lr=1e-4, weight_decay=1e-4, warmup_iters=0, img_size=512),
     "upernet": dict(iters=160000, batch_size=16, lr=6e-5, weight_decay=0.01, warmup_iters=1500, img_size=512),
-    "retinanet": dict(epochs=12, batch_size=16, lr=1e-4, weight_decay=1e-4, warmup_iters=500, img_size=800),
+    "retinanet": dict(epochs=12, schedule="1x", batch_size=16, lr=1e-4, weight_decay=1e-4, warmup_iters=500, img_size=800),
+    "mask_rcnn": dict(epochs=12, schedule="1x", batch_size=16, lr=1e-4, weight_decay=0.05, warmup_iters=500, img_size=800, rois=512),
+    "cascade_mask_rcnn": dict(epochs=36, schedule="3x", batch_size=16, lr=1e-4, weight_decay=0.05, warmup_iters=500, img_size=800, rois=512,
+                              box_head="4conv1fc"),
 }
-FAMILY_RECIPES = {("linglo", "semfpn"): dict(iters=40000, batch_size=32)}  # what a paper does its own way; LinGlo's sec. 4.3
+FAMILY_RECIPES = {  # what a paper does its own way
+    ("linglo", "semfpn"): dict(iters=40000, batch_size=32),                         # its sec. 4.3
+    ("clustr", "mask_rcnn"): dict(lr=2e-4, weight_decay=1e-4),                      # PVTv2's configuration: it uses its defaults
+    ("linglo", "mask_rcnn"): dict(weight_decay=1e-4),                               # PVT's
+}
+SCHEDULES = {"1x": (12, (8, 11)), "3x": (36, (27, 33))}  # of detection: epochs, those after which the rate falls to a tenth
 BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
     "semfpn": dict(backbone="linglo_b0", iters=660, batch_size=4, lr=1e-3, img_size=96, warmup_iters=50, eval_every=220, drop_path=0.0),
     "upernet": dict(backbone="linglo_b0", iters=300, batch_size=4, lr=1e-3, img_size=80, warmup_iters=50, eval_every=150, drop_path=0.0),
     "retinanet": dict(backbone="linglo_b0", epochs=8, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=192, drop_path=0.0),
+    "mask_rcnn": dict(backbone="linglo_b0", epochs=6, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=150, drop_path=0.0,
+                      rois=64, clip_grad=1.0),
+    "cascade_mask_rcnn": dict(backbone="linglo_b0", epochs=6, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=150,
+                              drop_path=0.0, schedule="1x", rois=64, clip_grad=1.0),
 }
 OPTIONAL = dict(min_lr=0.0, clip_grad=None, micro_batch=None, drop_path=None, eval_every=None, released=False, frozen_bn=None, sync_bn=None,
                 compile=False, deterministic=False, seed=0, log_every=50)
@@ -91,6 +103,10 @@ def parse_args(argv=None):
     p.add_argument("--resume", help="checkpoint to go on from exactly, or auto: the newest readable one of --output if any")
     p.add_argument("--weights", help="a checkpoint of this script, to test or to predict with")
     p.add_argument("--eval", action="store_true", help="only test --weights, print one JSON line")
+    p.add_argument("--schedule", choices=list(SCHEDULES), help="detection: 12 epochs at one size, or 36 at many and cropped (default of "
+                   "cascade_mask_rcnn)")
+    p.add_argument("--rois", type=number(int, 4), help="regions of an image that Mask R-CNN's heads learn from; 512")
+    p.add_argument("--box-head", choices=("4conv1fc", "2fc"), help="cascade's: the published figures' one, or mmdetection's base one")
     p.add_argument("--ms-test", action="store_true", help="test segmentation at six scales, each also mirrored")
     p.add_argument("--predict", nargs="+", metavar="IMAGE", help="write overlays of these images to --output")
     p.add_argument("--score", metavar="RESULTS", help="score a COCO results file, or a folder of label PNGs, without a model")
@@ -123,7 +139,10 @@ def settle(args, checkpoint=None):
         raise InputError("--iters and --epochs are two names of one length, give one")
     family = args.backbone.split("_")[0]
     defaults = OPTIONAL | dict(iters=None, epochs=None, amp="bf16" if torch.cuda.is_available() else "none", backbone_weights=None)
-    defaults |= RECIPES[args.task] | FAMILY_RECIPES.get((family, args.task), {}) | preset
+    defaults |= RECIPES[args.task] | FAMILY_RECIPES.get((family, args.task), {})
+    if args.schedule:
+        defaults["epochs"] = SCHEDULES[args.schedule][0]
+    defaults |= preset
     defaults |= {k: v for k, v in saved.items() if k in defaults}
     if args.iters or args.epochs:                                           # a length that is given replaces the recipe's
         defaults |= dict(iters=None, epochs=None)
@@ -135,9 +154,13 @@ def settle(args, checkpoint=None):
     if args.frozen_bn is None:
         args.frozen_bn = bool(args.backbone_weights)
     if args.sync_bn is None:
-        args.sync_bn = args.task in ("semfpn", "upernet")
+        args.sync_bn = args.task in ("semfpn", "upernet", "cascade_mask_rcnn")
     if args.released and family != "secvit":
         raise InputError(f"--released is a variant of SecViT, not of {args.backbone}")
+    for flag, tasks in (("schedule", ("retinanet", "mask_rcnn", "cascade_mask_rcnn")), ("rois", ("mask_rcnn", "cascade_mask_rcnn")),
+                        ("box_head", ("cascade_mask_rcnn",))):
+        if getattr(args, flag) is not None and args.task not in tasks:
+            raise InputError(f"--{flag.replace('_', '-')} is for {' and '.join(tasks)}, not for {args.task}")
     if args.ms_test and args.task not in ("semfpn", "upernet"):
         raise InputError("--ms-test is for segmentation")
     if args.workers is None:
@@ -147,8 +170,9 @@ def settle(args, checkpoint=None):
 
 def rate_at(step, args, total):
     """Learning rate of update `step` of `total`: polynomial decay (segmentation) or steps (detection), after a linear warm-up."""
-    if args.task == "retinanet":
-        rate = args.lr * 0.1 ** sum(step >= total * epoch / 12 for epoch in (8, 11))
+    if args.schedule:
+        epochs, falls = SCHEDULES[args.schedule]
+        rate = args.lr * 0.1 ** sum(step >= total * epoch / epochs for epoch in falls)
         start = 1e-3
     else:
         power, start = (0.9, 1e-6) if args.task == "semfpn" else (1.0, 1e-6)
@@ -487,11 +511,11 @@ class Coco:
     """Images of folder/SPLIT2017 with the objects of folder/annotations/instances_SPLIT2017.json (COCO's layout).
 
     Training keeps what mmdetection keeps (fact sheet, 2.9): boxes of at least 1 x 1 pixels that overlap the image, no crowds, images
-    with annotations and sides of at least 32. Testing keeps all images; `annotations` holds the file's own.
-    Raises: InputError for a file that is no such annotation file, with the offending id.
+    with annotations and sides of at least 32; with `masks` also their segmentations. Testing keeps all images; `annotations` holds the
+    file's own. Raises: InputError for a file that is no such annotation file, with the offending id.
     """
 
-    def __init__(self, folder, split):
+    def __init__(self, folder, split, masks=False):
         self.folder, path = Path(folder) / f"{split}2017", Path(folder) / "annotations" / f"instances_{split}2017.json"
         data = read_annotations(path)
         self.categories = sorted(category["id"] for category in data["categories"])
@@ -505,18 +529,22 @@ class Coco:
         self.annotations = annotations if split == "val" else {}            # a gigabyte in COCO's training file
         if not self.folder.is_dir():
             raise InputError(f"{self.folder} is not a folder; expected DIR/{{train,val}}2017 and DIR/annotations/*.json")
-        self.objects, self.images = [], []
+        self.path, self.objects, self.images, self.segmentations = path, [], [], []
         for i in sorted(images):
             W, H = images[i]["width"], images[i]["height"]
             if split == "train" and (not annotations[i] or min(W, H) < 32):
                 continue
-            boxes, labels = [], []
+            boxes, labels, segmentations = [], [], []
             for annotation in annotations[i]:
                 x, y, w, h = annotation["bbox"]
                 overlap = max(0, min(x + w, W) - max(x, 0)) * max(0, min(y + h, H) - max(y, 0))
                 if overlap > 0 and w >= 1 and h >= 1 and annotation["area"] > 0 and not (annotation["iscrowd"] or annotation.get("ignore")):
                     boxes.append((x, y, x + w, y + h))
                     labels.append(label[annotation["category_id"]])
+                    if masks and split == "train":
+                        segmentations.append((annotation.get("id"), compact(annotation.get("segmentation"))))
+            if masks and split == "train":
+                self.segmentations.append(segmentations)
             self.images.append(images[i])
             self.objects.append((np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64)))
         if not self.images:
@@ -530,9 +558,24 @@ class Coco:
         return str(self.folder / self.images[index]["file_name"])
 
     def read(self, index):
-        """RGB image, boxes (G, 4) and labels (G,)."""
+        """RGB image, boxes (G, 4), labels (G,) and, for training with masks, these (G, H, W) bool."""
         with Image.open(self.name(index)) as image:
-            return image.convert("RGB"), *self.objects[index]
+            image = image.convert("RGB")
+        if not self.segmentations:
+            return image, *self.objects[index]
+        size = dict(self.images[index], height=image.height, width=image.width)
+        masks = np.zeros((len(self.segmentations[index]), image.height, image.width), bool)
+        for mask, (identity, segmentation) in zip(masks, self.segmentations[index]):
+            try:
+                mask[:] = rle_decode(dict(size=mask.shape, counts=segmentation_runs(segmentation, size)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{self.path}: annotation {identity}: segmentation: {type(error).__name__} {error}") from None
+        return image, *self.objects[index], masks
+
+
+def compact(segmentation):
+    """A segmentation as COCO's files have it, its polygons as arrays: lists of numbers take four times the memory."""
+    return [np.array(polygon) for polygon in segmentation] if isinstance(segmentation, list) else segmentation
 
 
 def is_box(box):
@@ -675,17 +718,36 @@ def distort(pixels, rng):
     return pixels if contrast_first else linear(pixels, contrast, 0)
 
 
-def augment_detection(raw, rng, *, size):
-    """Resize to a shorter side of `size` and flip at random: uint8 (H, W, 3), boxes (G, 4) clipped to the image, labels (G,)."""
-    image, boxes, labels = raw
-    W, H = fit(image.size, size * 1333 / 800, size)
-    boxes = boxes * np.array([W / image.width, H / image.height] * 2, np.float32)
-    image = image.resize((W, H), Image.Resampling.BILINEAR)
+def augment_detection(raw, rng, *, size, multi_scale):
+    """Flip and resize at random: uint8 (H, W, 3), boxes (G, 4) clipped to the image, labels (G,), masks (G, H, W) if there are any.
+
+    The shorter side becomes `size`; with `multi_scale` 0.6 to 1 of it, half of the time of a random crop (Swin's recipe; fact sheet, 2.7).
+    """
+    image, boxes, labels, *masks = raw
+    boxes, unit = boxes.copy(), size / 800                  # the recipe's numbers are of images of 800 pixels
+
+    def resize(shorter):
+        nonlocal image, boxes, masks
+        W, H = fit(image.size, size * 1333 / 800, shorter)
+        boxes = boxes * np.array([W / image.width, H / image.height] * 2, np.float32)
+        masks = [np.stack([Image.fromarray(one).resize((W, H), Image.Resampling.NEAREST) for one in mask]) if len(mask)
+                 else np.zeros((0, H, W), bool) for mask in masks]
+        image = image.resize((W, H), Image.Resampling.BILINEAR)
+
     if rng.random() < 0.5:
-        image, boxes = ImageOps.mirror(image), np.stack([W - boxes[:, 2], boxes[:, 1], W - boxes[:, 0], boxes[:, 3]], 1)
-    boxes = boxes.clip(0, np.array([W, H, W, H], np.float32))
-    there = (boxes[:, 2:] - boxes[:, :2]).min(1) > 0.01                                 # a sliver's size has no logarithm
-    return np.asarray(image), boxes[there], labels[there]
+        image, masks = ImageOps.mirror(image), [mask[..., ::-1] for mask in masks]
+        boxes = np.stack([image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], 1)
+    if multi_scale and rng.random() < 0.5:
+        resize(rng.choice((400, 500, 600)) * unit)
+        (W, H), (low, high) = image.size, (round(384 * unit), round(600 * unit))
+        h, w = (rng.randint(min(side, low), min(side, high)) for side in (H, W))
+        y, x = rng.randint(0, H - h), rng.randint(0, W - w)
+        image, masks = image.crop((x, y, x + w, y + h)), [mask[:, y:y + h, x:x + w] for mask in masks]
+        boxes = (boxes - np.array([x, y, x, y], np.float32)).clip(0, np.array([w, h, w, h], np.float32))
+    resize(rng.choice(range(480, 801, 32)) * unit if multi_scale else size)
+    boxes = boxes.clip(0, np.array(image.size * 2, np.float32))
+    there = (boxes[:, 2:] - boxes[:, :2]).min(1) > 0.01     # a sliver's size has no logarithm
+    return np.asarray(image), boxes[there], labels[there], *(mask[there] for mask in masks)
 
 
 def pad_images(images, multiple, least=0):
@@ -730,9 +792,9 @@ def decode(anchors, deltas):
 
 
 def clip_boxes(boxes, size):
-    """Boxes (..., 4) clipped to an image of size (H, W)."""
-    return torch.stack([boxes[..., 0].clamp(0, size[1]), boxes[..., 1].clamp(0, size[0]),
-                        boxes[..., 2].clamp(0, size[1]), boxes[..., 3].clamp(0, size[0])], -1)
+    """Boxes (..., 4) clipped to an image of size (H, W), or each to its own: (..., 2)."""
+    size = torch.as_tensor(size, dtype=boxes.dtype, device=boxes.device)
+    return torch.minimum(boxes.clamp(min=0), torch.stack([size[..., 1], size[..., 0]] * 2, -1))
 
 
 def assign(boxes, labels, anchors, there, *, positive, negative, least):
@@ -750,6 +812,20 @@ def assign(boxes, labels, anchors, there, *, positive, negative, least):
     number = torch.arange(1, boxes.shape[1] + 1, device=boxes.device)
     own = (((iou == top) & (top >= max(least, 0))) * number).amax(2) - 1                # the last box that ties, -1 if none
     return torch.where(own >= 0, own, index).masked_fill(~there, -2)
+
+
+def sample(positive, negative, count, most):
+    """A random choice among candidates: at most `most` positive ones, then negative ones up to `count` in all.
+
+    Args: positive, negative (B, N) bool. Returns: index (B, n) and kind (B, n) of n = min(count, N) places: 1 the positive ones, which
+    come first, 0 the negative ones, -1 unused. Drawn from torch's generator.
+    """
+    key = torch.rand(positive.shape, device=positive.device)                            # below 1
+    drawn = key.masked_fill(~positive, -1).topk(min(most, key.shape[1]))
+    chosen = torch.zeros_like(positive).scatter(1, drawn.indices, drawn.values >= 0)
+    key = key.masked_fill(~negative, -1).masked_fill(chosen, 2)
+    key, index = key.topk(min(count, key.shape[1]))
+    return index, (key >= 0).long() + (key > 1).long() - 1
 
 
 def nms(boxes, scores, iou_threshold, block=1024):
@@ -794,6 +870,121 @@ def base_anchors(strides, scales, ratios=(0.5, 1.0, 2.0)):
     sides = [(stride * scale / math.sqrt(ratio), stride * scale * math.sqrt(ratio))
              for stride in strides for ratio in ratios for scale in scales]
     return torch.tensor([(-w / 2, -h / 2, w / 2, h / 2) for w, h in sides]).view(len(strides), -1, 4)
+
+
+def proposals(scores, deltas, anchors, counts, size, *, per_level, most, iou_threshold=0.7):
+    """Boxes (n, 4), best first, that an RPN proposes for one image of size (H, W) (fact sheet, 2.3).
+
+    Args: scores (A,), any monotone ones; deltas, anchors (A, 4); counts: anchors of each level. The `per_level` best of a level, clipped
+    and not empty, go through NMS of their own; the `most` best of all levels remain.
+    """
+    kept = []
+    for level, (score, delta, anchor) in enumerate(zip(scores.split(counts), deltas.split(counts), anchors.split(counts))):
+        score, best = score.topk(min(per_level, len(score)))
+        kept.append((clip_boxes(decode(anchor[best], delta[best]), size), score, torch.full_like(best, level)))
+    boxes, scores, levels = (torch.cat(parts) for parts in zip(*kept))
+    solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    boxes, scores, levels = boxes[solid], scores[solid], levels[solid]
+    return boxes[nms_by_class(boxes, scores, levels, iou_threshold)[:most]]
+
+
+def refine(boxes, deltas, labels, scores, stds):
+    """Boxes (R, 4) moved by a stage's deltas (R, 4 or K * 4) times `stds`, without gradient (fact sheet, 2.5).
+
+    Of class-specific deltas those of the label (R,) count; where that is K, the background, those of the best class by scores (R, K + 1).
+    """
+    deltas = deltas.detach().unflatten(1, (-1, 4))
+    labels = torch.where(labels < scores.shape[1] - 1, labels, scores[:, :-1].argmax(1)).clamp(max=deltas.shape[1] - 1)
+    return decode(boxes, deltas.take_along_dim(labels[:, None, None], 1)[:, 0] * deltas.new_tensor(stds))
+
+
+# ------------------------------------------------------------------------------------------------- regions of interest
+def align_levels(maps, level, rois, output_size, scales, sampling_ratio):
+    """`roi_align` of each RoI on its own one, level (R,), of several maps (B, C, H, W) with their scales.
+
+    An output is a weighted sum of pixels, four for each sample. Sums of rows of a table in bags are what an embedding bag computes:
+    all maps are the table, no sample is ever stored.
+    """
+    S, C, device = output_size, maps[0].shape[1], rois.device
+    table = torch.cat([x.permute(0, 2, 3, 1).reshape(-1, C) for x in maps]).to(rois.dtype)
+    shapes = torch.tensor([(x.shape[3], x.shape[2], x.shape[0]) for x in maps], device=device)          # (levels, 3): W, H, B
+    side = shapes[level, :2]                                                            # (R, 2)
+    row = (shapes.prod(1).cumsum(0) - shapes.prod(1))[level] + rois[:, 0].long() * side.prod(1)         # where its map begins
+    scale = rois.new_tensor(scales)[level, None]
+    corner, size = rois[:, 1:3] * scale - 0.5, (rois[:, 3:] - rois[:, 1:3]).clamp(min=0) * scale / S    # of the first bin
+    grid = (torch.full_like(size, sampling_ratio) if sampling_ratio else size.ceil()).long()            # samples across, down
+    count = grid.prod(1).repeat_interleave(S * S)                                       # of each bin
+    bag = torch.arange(len(count), device=device).repeat_interleave(count)              # (T,): the bin of each sample
+    place, roi = torch.arange(len(bag), device=device) - (count.cumsum(0) - count)[bag], bag // S ** 2
+    across, down = grid[roi].unbind(1)
+    cell = torch.stack([bag % S + (place % across + 0.5) / across, bag // S % S + (place // across + 0.5) / down], 1)
+    point, side = corner[roi] + cell * size[roi], side[roi]                             # each (T, 2)
+    inside = ((point >= -1) & (point <= side)).all(1)
+    point = torch.minimum(point.clamp(min=0), side - 1)
+    low, part = point.long(), point.frac()
+    (x, y), (x1, y1) = low.unbind(1), torch.minimum(low + 1, side - 1).unbind(1)
+    pixel = row[roi, None] + torch.stack([y * side[:, 0] + x, y * side[:, 0] + x1, y1 * side[:, 0] + x, y1 * side[:, 0] + x1], 1)
+    (u, v), share = part.unbind(1), inside / count[bag]
+    weight = torch.stack([(1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v], 1) * share[:, None]      # (T, 4)
+    bins = F.embedding_bag(pixel.flatten(), table, 4 * (count.cumsum(0) - count), mode="sum", per_sample_weights=weight.flatten())
+    return bins.view(-1, S, S, C).permute(0, 3, 1, 2)
+
+
+def roi_align(features, rois, output_size, spatial_scale, sampling_ratio):
+    """RoIAlign (arXiv 1703.06870), shifted by half a pixel ("aligned"): mean of bilinear samples in S x S equal bins of each RoI.
+
+    Args: features (B, C, H, W); rois (R, 5): number of the image, x1, y1, x2, y2 in its pixels; output_size: S; spatial_scale: map over
+    image; sampling_ratio: samples of a bin along each axis, 0 for as many as it has pixels, rounded up.
+    Returns: (R, C, S, S). Samples more than a pixel outside count as 0, those on the border take the border's value.
+    """
+    return align_levels([features], torch.zeros_like(rois[:, 0], dtype=torch.long), rois, output_size, [spatial_scale], sampling_ratio)
+
+
+def pool_rois(maps, rois, output_size, strides):
+    """`roi_align` of RoIs (R, 5) on the pyramid's map of their size: from 112 pixels a side on the second one, from 224 on the third."""
+    sides = (rois[:, 3:] - rois[:, 1:3]).clamp(min=0).prod(1).sqrt()
+    level = (sides / 56 + 1e-6).log2().floor().clamp(0, len(maps) - 1).long()
+    return align_levels(maps, level, rois, output_size, [1 / stride for stride in strides], 0)
+
+
+def axis_weights(low, high, bins, length):
+    """RoIAlign along one axis as a matrix (R, bins, length), adaptive samples, of intervals low, high (R,) on `length` pixels."""
+    size = (high - low) / bins
+    grid = size.ceil().long()[:, None, None]                                            # samples of a bin
+    i = torch.arange(int(grid.max()), device=low.device)
+    point = low[:, None, None] - 0.5 + (torch.arange(bins, device=low.device)[:, None] + (i + 0.5) / grid) * size[:, None, None]
+    share = ((i < grid) & (point >= -1) & (point <= length)) / grid.clamp(min=1)        # (R, bins, samples)
+    point = point.clamp(0, length - 1)
+    pixel, part = point.long(), point.frac()
+    weights = low.new_zeros(len(low), bins, length).scatter_add_(2, pixel, (1 - part) * share)
+    return weights.scatter_add_(2, (pixel + 1).clamp(max=length - 1), part * share)
+
+
+@torch.no_grad()
+def mask_targets(masks, boxes, index, side):
+    """What mask heads should say of boxes (R, 4), each with the bitmap index (R,) of masks (G, H, W): bool (R, side, side).
+
+    RoIAlign of the bitmap by the box clipped to it, at least 1/2 (fact sheet, 2.4). Its two axes are two matrix products, since large
+    boxes hold too many samples to list; a few boxes at a time, since each takes a float copy of its bitmap.
+    """
+    boxes = clip_boxes(boxes, masks.shape[1:])
+    parts = [masks.new_zeros(0, side, side, dtype=torch.bool)]
+    with torch.autocast(masks.device.type, enabled=False):
+        for box, number in zip(boxes.split(32), index.split(32)):
+            across, down = (axis_weights(box[:, i], box[:, i + 2], side, masks.shape[2 - i]) for i in (0, 1))
+            parts.append(down @ masks[number].to(boxes.dtype) @ across.mT >= 0.5)
+    return torch.cat(parts)
+
+
+def paste_masks(probabilities, boxes, size):
+    """Masks (n, S, S) of boxes (n, 4) on an image of size (H, W): (n, H, W), bilinear at the middles of its pixels, 0 outside."""
+    def tents(low, high, length):
+        """(n, length, S): the weights of a box's S cells in each pixel."""
+        S = probabilities.shape[2]
+        point = (torch.arange(length, device=low.device) + 0.5 - low[:, None]) / (high - low)[:, None] * S - 0.5
+        return (1 - (point[..., None] - torch.arange(S, device=low.device)).abs()).clamp(min=0)
+    (x1, y1, x2, y2), (H, W) = boxes.unbind(1), size
+    return tents(y1, y2, H) @ probabilities @ tents(x1, x2, W).mT
 
 
 # ----------------------------------------------------------------------------------------------------- necks and heads
@@ -961,14 +1152,168 @@ class RetinaNet(nn.Module):
                           for tower, width in ((self.classifier, self.classes), (self.regressor, 4)))
         return torch.cat(logits, 1), torch.cat(deltas, 1), [tuple(x.shape[2:]) for x in maps]
 
+    def objects(self, images, sizes):
+        """Boxes (n, 4), scores (n,), labels (n,) of a batch of one image, best first."""
+        logits, deltas, levels = self(images)
+        return retinanet_objects(logits[0].float(), deltas[0].float(), levels, sizes[0], self.base, self.strides)
 
-ARCHITECTURES = {"semfpn": (SemanticFPN, (0, 1, 2, 3)), "upernet": (UPerNet, (0, 1, 2, 3)), "retinanet": (RetinaNet, (1, 2, 3))}
+
+class RPN(nn.Module):
+    """Region proposal network (arXiv 1506.01497): maps of 256 channels -> scores (B, A), deltas (B, A, 4), level sizes [(h, w)]."""
+
+    def __init__(self, anchors, dim=256):
+        super().__init__()
+        self.conv, self.scores, self.deltas = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, anchors, 1), nn.Conv2d(dim, 4 * anchors, 1)
+        for conv in (self.conv, self.scores, self.deltas):
+            init_classifier(conv)
+
+    def forward(self, maps):
+        hidden = [F.relu(self.conv(x)) for x in maps]
+        scores = torch.cat([self.scores(x).permute(0, 2, 3, 1).flatten(1) for x in hidden], 1)
+        deltas = torch.cat([self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in hidden], 1)
+        return scores, deltas, [tuple(x.shape[2:]) for x in maps]
 
 
-def build_model(task, backbone, num_classes, frozen_bn=True, **overrides):
-    """The model of a task around a backbone named as in train_imagenet.py; `overrides` go to the backbone's factory."""
+class BoxHead(nn.Module):
+    """Pooled RoIs (R, 256, 7, 7) -> class logits (R, K + 1), background last, and deltas (R, 4 or K * 4).
+
+    kind: two linear layers ("2fc"), or four convolutions with BatchNorm and one linear layer ("4conv1fc").
+    """
+
+    def __init__(self, classes, kind, class_specific, dim=256, hidden=1024, side=7):
+        super().__init__()
+        convs = 4 if kind == "4conv1fc" else 0
+        self.convs = nn.Sequential(*(conv_norm(dim, dim, 3) for _ in range(convs)))
+        self.convs.apply(init_head)
+        widths = [dim * side ** 2, hidden] + [hidden] * (not convs)
+        self.linears = nn.Sequential(*(layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.ReLU(inplace=True))))
+        for linear in self.linears[::2]:
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        self.classifier, self.regressor = nn.Linear(hidden, classes + 1), nn.Linear(hidden, 4 * classes if class_specific else 4)
+        init_classifier(self.classifier)
+        init_classifier(self.regressor, std=0.001)
+
+    def forward(self, pooled):
+        x = self.linears(self.convs(pooled).flatten(1))
+        return self.classifier(x), self.regressor(x)
+
+
+def mask_head(classes, dim=256):
+    """Pooled RoIs (R, 256, 14, 14) -> mask logits of every class (R, K, 28, 28)."""
+    layers = [layer for _ in range(4) for layer in (nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(inplace=True))]
+    layers += [nn.ConvTranspose2d(dim, dim, 2, stride=2), nn.ReLU(inplace=True), nn.Conv2d(dim, classes, 1)]
+    for conv in layers[::2]:
+        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.zeros_(conv.bias)
+    return nn.Sequential(*layers)
+
+
+class MaskRCNN(nn.Module):
+    """Mask R-CNN (arXiv 1703.06870) or, with `cascade`, Cascade Mask R-CNN (arXiv 1712.00726); fact sheet, 2.3 to 2.5.
+
+    Train mode: images (B, 3, H, W), sizes (B, 2), boxes (B, G, 4), labels (B, G) padded with -1, masks (objects of all images, H, W)
+    -> the loss. Eval mode: images, sizes -> for each image boxes (n, 4), scores (n,), labels (n,), mask probabilities (n, 28, 28).
+    box_head: "2fc" or "4conv1fc". The cascade's published figures belong to the latter, which regresses for each class, by GIoU; its
+    "2fc" regresses for all classes at once. samples: RoIs of an image that are trained on.
+    """
+
+    strides = (4, 8, 16, 32, 64)
+    stages = ((0.5, (0.1, 0.1, 0.2, 0.2), 1.0),         # IoU of a positive, unit of the deltas, weight of the losses
+              (0.6, (0.05, 0.05, 0.1, 0.1), 0.5), (0.7, (0.033, 0.033, 0.067, 0.067), 0.25))
+
+    def __init__(self, backbone, classes, cascade=False, box_head="2fc", samples=512):
+        super().__init__()
+        if box_head not in ("2fc", "4conv1fc"):
+            raise ValueError(f"unknown box_head {box_head!r}, expected '2fc' or '4conv1fc'")
+        self.backbone, self.neck, self.classes, self.cascade, self.samples = backbone, FPN(backbone.channels), classes, cascade, samples
+        self.stages, self.by_giou = self.stages if cascade else self.stages[:1], box_head == "4conv1fc"
+        self.register_buffer("base", base_anchors(self.strides, [8]), persistent=False)
+        self.rpn = RPN(self.base.shape[1])
+        self.box_heads = nn.ModuleList(BoxHead(classes, box_head, not cascade or self.by_giou) for _ in self.stages)
+        self.mask_heads = nn.ModuleList(mask_head(classes) for _ in self.stages)
+
+    def forward(self, images, sizes, boxes=None, labels=None, masks=None):
+        maps = self.neck(self.backbone(images))
+        scores, deltas, levels = self.rpn([*maps, F.max_pool2d(maps[-1], 1, stride=2)])
+        scores, deltas = scores.float(), deltas.float()
+        anchors = anchor_boxes(self.base, levels, self.strides)
+        counts = [h * w * self.base.shape[1] for h, w in levels]
+        limits = dict(per_level=2000, most=2000 if self.cascade else 1000) if self.training else dict(per_level=1000, most=1000)
+        with torch.no_grad():
+            found = [proposals(*one, anchors, counts, size, **limits) for *one, size in zip(scores, deltas, sizes.tolist())]
+        if not self.training:
+            return [self.find(maps, i, *one) for i, one in enumerate(zip(found, sizes))]
+        there = cells_inside(levels, self.strides, sizes, self.base.shape[1])
+        if self.cascade:                                                                # no anchor sticks out of its image
+            there = there & (clip_boxes(anchors, sizes[:, None]) == anchors).all(2)
+        loss = rpn_loss(scores, deltas, anchors, there, boxes, labels, beta=1 / 9 if self.cascade else 0)
+        return loss + self.train_heads(maps, found, sizes, boxes, labels, masks)
+
+    def objects(self, images, sizes):
+        """Boxes (n, 4), scores (n,), labels (n,), mask probabilities (n, 28, 28) of a batch of one image, best first."""
+        return self(images, sizes)[0]
+
+    def train_heads(self, maps, found, sizes, boxes, labels, masks):
+        """The losses of all stages; each one's boxes are the next one's proposals."""
+        G, number = boxes.shape[1], torch.arange(boxes.shape[1], device=boxes.device)
+        first = (labels >= 0).sum(1).cumsum(0) - (labels >= 0).sum(1)                   # number of an image's first mask
+        candidates = nn.utils.rnn.pad_sequence(found, batch_first=True)                 # (B, P, 4)
+        there = torch.arange(candidates.shape[1], device=boxes.device) < torch.tensor([[len(x)] for x in found], device=boxes.device)
+        total = 0
+        for (iou, stds, weight), head, masker in zip(self.stages, self.box_heads, self.mask_heads):
+            with torch.no_grad():
+                index = assign(boxes, labels, candidates, there, positive=iou, negative=iou, least=2.0 if self.cascade else iou)
+                index = torch.cat([torch.where(labels >= 0, number, -2), index], 1)     # objects are proposals, too
+                candidates = torch.cat([boxes, candidates], 1)
+                pick, kind = sample(index >= 0, index == -1, self.samples, self.samples // 4)           # (B, n)
+                candidates, index = candidates.take_along_dim(pick[..., None], 1), index.gather(1, pick)
+                image, place = (kind >= 0).nonzero().unbind(1)                          # each (R,)
+                kind, index = kind[image, place], index[image, place].clamp(min=0)
+                label = labels[image, index].masked_fill(kind == 0, self.classes)
+                rois = torch.cat([image[:, None], candidates[image, place]], 1)         # (R, 5)
+                positive = kind > 0
+                masked = rois[positive]
+                target = mask_targets(masks, masked[:, 1:], (first[image] + index)[positive], 28)
+            logits, deltas = (x.float() for x in head(pool_rois(maps, rois, 7, self.strides)))
+            drawn = masker(pool_rois(maps, masked, 14, self.strides)).float()        # (positives, K, 28, 28)
+            drawn = drawn.take_along_dim(label[positive, None, None, None], 1)[:, 0]
+            total = total + weight * (box_loss(logits, deltas, rois[:, 1:], label, boxes[image, index], stds, self.by_giou)
+                                      + F.binary_cross_entropy_with_logits(drawn, target.float(), reduction="sum") / max(target.numel(), 1))
+            refined = clip_boxes(refine(rois[:, 1:], deltas, label, logits, stds), sizes[image])
+            candidates = candidates.index_put((image, place), refined)
+            there = torch.zeros_like(pick, dtype=torch.bool).index_put((image, place), pick[image, place] >= G)
+        return total
+
+    def find(self, maps, image, boxes, size):
+        """Objects of one image of a batch, from its proposals (n, 4)."""
+        def pool(boxes, side):
+            return pool_rois(maps, F.pad(boxes, (1, 0), value=image), side, self.strides)
+        background, total = torch.full_like(boxes[:, 0], self.classes, dtype=torch.long), 0
+        for (_, stds, _), head in zip(self.stages, self.box_heads):
+            start = boxes
+            logits, deltas = (x.float() for x in head(pool(start, 7)))
+            total, boxes = total + logits, clip_boxes(refine(start, deltas, background, logits, stds), size)
+        moved = decode(start[:, None], deltas.unflatten(1, (-1, 4)) * deltas.new_tensor(stds))          # (n, K or 1, 4)
+        boxes, scores, labels = instances(total / len(self.stages), clip_boxes(moved, size))
+        pooled = pool(boxes, 14)
+        drawn = torch.stack([head(pooled).float().sigmoid() for head in self.mask_heads]).mean(0)
+        return boxes, scores, labels, drawn.take_along_dim(labels[:, None, None, None], 1)[:, 0]
+
+
+ARCHITECTURES = {
+    "semfpn": (SemanticFPN, (0, 1, 2, 3)), "upernet": (UPerNet, (0, 1, 2, 3)), "retinanet": (RetinaNet, (1, 2, 3)),
+    "mask_rcnn": (MaskRCNN, (0, 1, 2, 3)), "cascade_mask_rcnn": (partial(MaskRCNN, cascade=True, box_head="4conv1fc"), (0, 1, 2, 3)),
+}
+
+
+def build_model(task, backbone, num_classes, frozen_bn=True, head=None, **overrides):
+    """The model of a task around a backbone named as in train_imagenet.py.
+
+    head: arguments of the task's own class, such as {"box_head": "2fc"}; `overrides` go to the backbone's factory.
+    """
     architecture, levels = ARCHITECTURES[task]
-    return architecture(Backbone(backbone, levels, frozen_bn, **overrides), num_classes)
+    return architecture(Backbone(backbone, levels, frozen_bn, **overrides), num_classes, **(head or {}))
 
 
 def load_backbone(backbone, args):
@@ -1026,6 +1371,49 @@ def retinanet_loss(outputs, boxes, labels, sizes, base, strides):
     return (classification + regression) / positive.sum(1).clamp(min=1).sum()
 
 
+def rpn_loss(scores, deltas, anchors, there, boxes, labels, *, beta, count=256):
+    """Binary cross-entropy and smooth L1 loss (L1 if beta is 0) of `count` anchors of each image, over their number (fact sheet, 2.3).
+
+    Args: scores (B, A), deltas (B, A, 4), anchors (A, 4), there (B, A): those that count; boxes (B, G, 4), labels (B, G), -1 where padded.
+    """
+    index = assign(boxes, labels, anchors, there, positive=0.7, negative=0.3, least=0.3)                # (B, A)
+    pick, kind = sample(index >= 0, index == -1, count, count // 2)                     # (B, count)
+    positive, start = kind > 0, anchors[pick]
+    box = boxes.take_along_dim(index.gather(1, pick).clamp(min=0)[..., None], 1)
+    box = torch.where(positive[..., None], box, start)                                  # no logarithm of a padded box
+    classification = F.binary_cross_entropy_with_logits(scores.gather(1, pick), positive.to(scores.dtype), reduction="none")
+    regression = F.smooth_l1_loss(deltas.take_along_dim(pick[..., None], 1), encode(start, box), reduction="none", beta=beta)
+    total = (classification * (kind >= 0)).sum() + (regression * positive[..., None]).sum()
+    return total / (kind >= 0).sum().clamp(min=1)
+
+
+def giou_loss(boxes, targets):
+    """1 - generalized IoU (arXiv 1902.09630) of boxes (R, 4) with one target (R, 4) each: (R,), from 0 to 2."""
+    low, high = torch.maximum(boxes[:, :2], targets[:, :2]), torch.minimum(boxes[:, 2:], targets[:, 2:])
+    around = (torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])).prod(1).clamp(min=1e-6)
+    inter = (high - low).clamp(min=0).prod(1)
+    union = ((boxes[:, 2:] - boxes[:, :2]).prod(1) + (targets[:, 2:] - targets[:, :2]).prod(1) - inter).clamp(min=1e-6)
+    return 1 - inter / union + (around - union) / around
+
+
+def box_loss(logits, deltas, rois, labels, boxes, stds, by_giou):
+    """Loss of one stage's sampled RoIs (R, 4): cross-entropy and, of those with an object, that of the deltas (fact sheet, 2.4 and 2.5).
+
+    Args: logits (R, K + 1), deltas (R, 4 or K * 4), labels (R,), K where background, boxes (R, 4) of the objects. Both are divided by R.
+    Class-specific deltas: GIoU loss of the moved boxes, times 10, or L1; others: smooth L1.
+    """
+    positive = labels < logits.shape[1] - 1
+    start, target, label, deltas = rois[positive], boxes[positive], labels[positive], deltas[positive].unflatten(1, (-1, 4))
+    beta = 0.0 if deltas.shape[1] > 1 else 1.0
+    deltas = deltas.take_along_dim(label.clamp(max=deltas.shape[1] - 1)[:, None, None], 1)[:, 0]
+    unit = deltas.new_tensor(stds)
+    if by_giou:
+        regression = 10 * giou_loss(decode(start, deltas * unit), target).sum()
+    else:
+        regression = F.smooth_l1_loss(deltas, encode(start, target) / unit, reduction="sum", beta=beta)
+    return (F.cross_entropy(logits, labels, reduction="sum") + regression) / max(len(labels), 1)
+
+
 def cells_inside(levels, strides, sizes, anchors):
     """(B, A): whether an anchor's cell lies on its image, padded to a multiple of 32."""
     padded = (sizes + 31) // 32 * 32                                                    # (B, 2)
@@ -1063,15 +1451,18 @@ def segment(model, image, args, device):
 
 @torch.no_grad()
 def detect(model, image, args, device):
-    """Objects of a PIL image by RetinaNet: boxes (n, 4) in its pixels, scores (n,), labels (n,), best first (fact sheet, 2.6)."""
+    """Objects of a PIL image: boxes (n, 4) in its pixels, scores (n,), labels (n,), best first (fact sheet, 2.6).
+
+    Mask R-CNN's also have masks (n, H, W) bool.
+    """
     W, H = fit(image.size, args.img_size * 1333 / 800, args.img_size)
-    resized = np.asarray(image.resize((W, H), Image.Resampling.BILINEAR))
-    batch, sizes = pad_images([resized], 32)
+    batch, sizes = (t.to(device) for t in pad_images([np.asarray(image.resize((W, H), Image.Resampling.BILINEAR))], 32))
     with autocast(args, device):
-        logits, deltas, levels = model(normalize_padded(batch.to(device), sizes.to(device)))
-    boxes, scores, labels = retinanet_objects(logits[0].float(), deltas[0].float(), levels, (H, W), model.base, model.strides)
-    scale = boxes.new_tensor([W / image.width, H / image.height] * 2)
-    return (boxes / scale).cpu().numpy(), scores.cpu().numpy(), labels.cpu().numpy()
+        boxes, scores, labels, *masks = model.objects(normalize_padded(batch, sizes), sizes)
+    boxes = boxes / boxes.new_tensor([W / image.width, H / image.height] * 2)
+    few = max(1, 2 ** 24 // (image.width * image.height))                               # are pasted at once
+    masks = [torch.cat([paste_masks(*part, image.size[::-1]) >= 0.5 for part in zip(mask.split(few), boxes.split(few))]) for mask in masks]
+    return tuple(t.cpu().numpy() for t in (boxes, scores, labels, *masks))
 
 
 def retinanet_objects(logits, deltas, levels, size, base, strides, *, candidates=1000, least=0.05, iou_threshold=0.5, most=100):
@@ -1087,6 +1478,18 @@ def retinanet_objects(logits, deltas, levels, size, base, strides, *, candidates
     boxes, scores = (torch.cat(parts) for parts in zip(*kept))
     row, label = (scores > least).nonzero().unbind(1)
     boxes, scores = boxes[row], scores[row, label]
+    keep = nms_by_class(boxes, scores, label, iou_threshold)[:most]
+    return boxes[keep], scores[keep], label[keep]
+
+
+def instances(logits, boxes, *, least=0.05, iou_threshold=0.5, most=100):
+    """Post-processing of one image's RoIs: logits (R, K + 1), background last, boxes (R, K or 1, 4) -> (n, 4), scores (n,), labels (n,).
+
+    All pairs of RoI and class above `least`, NMS in each class, the best ones, best first.
+    """
+    scores = logits.softmax(1)[:, :-1]
+    row, label = (scores > least).nonzero().unbind(1)
+    boxes, scores = boxes.expand(-1, scores.shape[1], -1)[row, label], scores[row, label]
     keep = nms_by_class(boxes, scores, label, iou_threshold)[:most]
     return boxes[keep], scores[keep], label[keep]
 
@@ -1110,13 +1513,15 @@ def draw_labels(image, labels, names):
     return picture
 
 
-def draw_boxes(image, objects, names, least=0.3):
-    """Overlay of the objects of score `least` or more."""
+def draw_objects(image, objects, names, least=0.3):
+    """Overlay of the objects, with masks or without, of score `least` or more."""
     picture, colours = image.copy(), palette(len(names))
     draw = ImageDraw.Draw(picture)
-    for box, score, label in reversed(list(zip(*objects))):
+    for box, score, label, *masks in reversed(list(zip(*objects))):
         if score >= least:
             colour = tuple(colours[label].tolist())
+            for mask in masks:
+                picture.paste(colour, mask=Image.fromarray(mask.astype(np.uint8) * 128))
             draw.rectangle(box.tolist(), outline=colour, width=2)
             place, text = (max(box[0], 0), max(box[1], 0)), f"{names[label]} {score:.2f}"
             draw.rectangle(draw.textbbox(place, text), colour)
@@ -1502,10 +1907,11 @@ class Detection:
     """RetinaNet on COCO's layout."""
 
     metric = "AP"
+    kinds = {"": "bbox"}  # what is evaluated, by the prefix of its figures
 
     def __init__(self, args):
         self.args, self.data = args, Coco
-        self.transform = partial(augment_detection, size=args.img_size)
+        self.transform = partial(augment_detection, size=args.img_size, multi_scale=args.schedule == "3x")
 
     def sampler(self, source, **schedule):
         return GroupSampler(wide=source.wide, repeats=1, **schedule)
@@ -1528,19 +1934,22 @@ class Detection:
         return detect(model, image, self.args, device)
 
     def draw(self, image, prediction, names):
-        return draw_boxes(image, prediction, names)
+        return draw_objects(image, prediction, names)
 
     def record(self, source, index, raw, predict):
         """What the score needs of one image, as read: its detections matched with its objects."""
-        boxes, scores, labels = predict(raw[0])
+        boxes, scores, labels, *masks = predict(raw[0])
         boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
         results = [dict(category_id=source.categories[label], bbox=box, score=float(score))
                    for box, score, label in zip(boxes, scores, labels)]
+        for result, mask in zip(results, masks[0] if masks else ()):
+            result["segmentation"] = dict(size=mask.shape, counts=mask_runs(mask))
         image = source.images[index]
-        return match_image(image, source.annotations[image["id"]], results, "bbox")
+        return [match_image(image, source.annotations[image["id"]], results, kind) for kind in self.kinds.values()]
 
     def summary(self, source, records):
-        return accumulate(records, "bbox", source.categories)
+        return {prefix + name: value for (prefix, kind), matches in zip(self.kinds.items(), zip(*records))
+                for name, value in accumulate(matches, kind, source.categories).items()}
 
     def score_results(self, source, path):
         """The scores of a COCO results file: of its masks if it holds any, else of its boxes."""
@@ -1553,7 +1962,31 @@ class Detection:
             raise InputError(f"{path}, scored as {kind}: {type(error).__name__} {error}") from None
 
 
-TASKS = {"semfpn": Segmentation, "upernet": Segmentation, "retinanet": Detection}
+class InstanceSegmentation(Detection):
+    """Mask R-CNN and Cascade Mask R-CNN on COCO's layout."""
+
+    metric = "mask_AP"
+    kinds = {"box_": "bbox", "mask_": "segm"}
+
+    def __init__(self, args):
+        super().__init__(args)
+        self.data = partial(Coco, masks=True)
+
+    def collate(self, samples):
+        """As for detection, and the masks of all objects, image after image: (objects, H, W) bool."""
+        batch, *others = super().collate([sample[:3] for sample in samples])
+        masks = [mask for *_, group in samples for mask in group]
+        padded = torch.zeros(len(masks), *batch.shape[1:3], dtype=torch.bool)
+        for place, mask in zip(padded, masks):
+            place[:mask.shape[0], :mask.shape[1]] = torch.from_numpy(np.array(mask))
+        return batch, *others, padded
+
+    def loss(self, net, images, boxes, labels, sizes, masks):
+        return net(normalize_padded(images, sizes), sizes, boxes, labels, masks)
+
+
+TASKS = {"semfpn": Segmentation, "upernet": Segmentation, "retinanet": Detection, "mask_rcnn": InstanceSegmentation,
+         "cascade_mask_rcnn": InstanceSegmentation}
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -1605,7 +2038,8 @@ def only_item(items):
 def make_model(args, classes, frozen_bn):
     """The model that the flags name."""
     overrides = {} if args.drop_path is None else {"drop_path_rate": args.drop_path}
-    return build_model(args.task, args.backbone, classes, frozen_bn, **overrides, **({"released": True} if args.released else {}))
+    head = {name: value for name, value in (("samples", args.rois), ("box_head", args.box_head)) if value}
+    return build_model(args.task, args.backbone, classes, frozen_bn, head, **overrides, **({"released": True} if args.released else {}))
 
 
 def train(args, procs, checkpoint):
