@@ -912,8 +912,8 @@ def align_levels(maps, level, rois, output_size, scales, sampling_ratio):
     row = (shapes.prod(1).cumsum(0) - shapes.prod(1))[level] + rois[:, 0].long() * side.prod(1)         # where its map begins
     scale = rois.new_tensor(scales)[level, None]
     corner, size = rois[:, 1:3] * scale - 0.5, (rois[:, 3:] - rois[:, 1:3]).clamp(min=0) * scale / S    # of the first bin
-    grid = (torch.full_like(size, sampling_ratio) if sampling_ratio else size.ceil()).long()            # samples across, down
-    count = grid.prod(1).repeat_interleave(S * S)                                       # of each bin
+    grid = torch.full_like(size, sampling_ratio) if sampling_ratio else size.ceil()     # (R, 2): samples across and down a bin
+    count = grid.prod(1).long().repeat_interleave(S * S)                                # of each bin
     bag = torch.arange(len(count), device=device).repeat_interleave(count)              # (T,): the bin of each sample
     place, roi = torch.arange(len(bag), device=device) - (count.cumsum(0) - count)[bag], bag // S ** 2
     across, down = grid[roi].unbind(1)
@@ -924,7 +924,7 @@ def align_levels(maps, level, rois, output_size, scales, sampling_ratio):
     low, part = point.long(), point.frac()
     (x, y), (x1, y1) = low.unbind(1), torch.minimum(low + 1, side - 1).unbind(1)
     pixel = row[roi, None] + torch.stack([y * side[:, 0] + x, y * side[:, 0] + x1, y1 * side[:, 0] + x, y1 * side[:, 0] + x1], 1)
-    (u, v), share = part.unbind(1), inside / count[bag]
+    (u, v), share = part.unbind(1), inside / (across * down)
     weight = torch.stack([(1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v], 1) * share[:, None]      # (T, 4)
     bins = F.embedding_bag(pixel.flatten(), table, 4 * (count.cumsum(0) - count), mode="sum", per_sample_weights=weight.flatten())
     return bins.view(-1, S, S, C).permute(0, 3, 1, 2)
@@ -950,7 +950,7 @@ def pool_rois(maps, rois, output_size, strides):
 def axis_weights(low, high, bins, length):
     """RoIAlign along one axis as a matrix (R, bins, length), adaptive samples, of intervals low, high (R,) on `length` pixels."""
     size = (high - low) / bins
-    grid = size.ceil().long()[:, None, None]                                            # samples of a bin
+    grid = size.ceil()[:, None, None]                                                   # samples of a bin
     i = torch.arange(int(grid.max()), device=low.device)
     point = low[:, None, None] - 0.5 + (torch.arange(bins, device=low.device)[:, None] + (i + 0.5) / grid) * size[:, None, None]
     share = ((i < grid) & (point >= -1) & (point <= length)) / grid.clamp(min=1)        # (R, bins, samples)
@@ -967,8 +967,9 @@ def mask_targets(masks, boxes, index, side):
     RoIAlign of the bitmap by the box clipped to it, at least 1/2 (fact sheet, 2.4). Its two axes are two matrix products, since large
     boxes hold too many samples to list; a few boxes at a time, since each takes a float copy of its bitmap.
     """
-    boxes = clip_boxes(boxes, masks.shape[1:])
-    parts = [masks.new_zeros(0, side, side, dtype=torch.bool)]
+    if not len(boxes):
+        return masks.new_zeros(0, side, side, dtype=torch.bool)
+    boxes, parts = clip_boxes(boxes, masks.shape[1:]), []
     with torch.autocast(masks.device.type, enabled=False):
         for box, number in zip(boxes.split(32), index.split(32)):
             across, down = (axis_weights(box[:, i], box[:, i + 2], side, masks.shape[2 - i]) for i in (0, 1))
@@ -981,7 +982,7 @@ def paste_masks(probabilities, boxes, size):
     def tents(low, high, length):
         """(n, length, S): the weights of a box's S cells in each pixel."""
         S = probabilities.shape[2]
-        point = (torch.arange(length, device=low.device) + 0.5 - low[:, None]) / (high - low)[:, None] * S - 0.5
+        point = (torch.arange(length, device=low.device) + 0.5 - low[:, None]) / (high - low).clamp(min=1e-6)[:, None] * S - 0.5
         return (1 - (point[..., None] - torch.arange(S, device=low.device)).abs()).clamp(min=0)
     (x1, y1, x2, y2), (H, W) = boxes.unbind(1), size
     return tents(y1, y2, H) @ probabilities @ tents(x1, x2, W).mT

@@ -8,7 +8,6 @@ import math
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 from itertools import product
@@ -22,22 +21,9 @@ from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
-import secvit
 import train_dense as T
 
 ROOT = Path(T.__file__).parent
-TINY = dict(num_classes=7, drop_path_rate=0.1, depths=(1, 1, 1, 2), dims=(16, 16, 32, 32), heads=(2, 2, 2, 2))
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    """secvit_t shrunk; signal handlers put back afterwards."""
-    monkeypatch.setitem(T.MODELS, "secvit_t", lambda **options: secvit.SecViT(**{**TINY, **options}))
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    yield
-    signal.signal(signal.SIGTERM, before[0])
-    signal.signal(signal.SIGINT, before[1])
-    torch.use_deterministic_algorithms(False)
 
 
 # --------------------------------------------------------------------------------------------------------------- boxes
@@ -226,13 +212,26 @@ def test_retinanet_loss_matches_loops(device):
 
 
 # ----------------------------------------------------------------------------------------------------- necks and heads
-HEADS = [   # channels, RetinaNet, Semantic FPN, UPerNet + auxiliary head (fact sheet, 5.1)
-    ("clustr_s", 10233588, 4250262, 30307628), ("secvit_t", 10233588, 4250262, 30307628), ("secvit_b", 10258164, 4278934, 30512428),
-    ("secvit_l", 10634996, 4369046, 31773996), ("linglo_b0", 9537268, 4135574, 28284204), ("linglo_b1", 10249972, 4266646, 30487852),
-    ("stvit_s", 10249972, 4266646, 30487852), ("stvit_b", 10282740, 4307606, 30717228), ("stvit_l", 10626804, 4356758, 31749420),
+HEADS = [   # channels, RetinaNet, Mask R-CNN, Cascade with 2fc and 4conv1fc, Semantic FPN, UPerNet + auxiliary head (fact sheet, 5.1)
+    ("clustr_s", 10233588, 20151024, 53079294, 57986226, 4250262, 30307628),
+    ("secvit_t", 10233588, 20151024, 53079294, 57986226, 4250262, 30307628),
+    ("secvit_b", 10258164, 20179696, 53107966, 58014898, 4278934, 30512428),
+    ("secvit_l", 10634996, 20269808, 53198078, 58105010, 4369046, 31773996),
+    ("linglo_b0", 9537268, 20036336, 52964606, 57871538, 4135574, 28284204),
+    ("linglo_b1", 10249972, 20167408, 53095678, 58002610, 4266646, 30487852),
+    ("stvit_s", 10249972, 20167408, 53095678, 58002610, 4266646, 30487852),
+    ("stvit_b", 10282740, 20208368, 53136638, 58043570, 4307606, 30717228),
+    ("stvit_l", 10626804, 20257520, 53185790, 58092722, 4356758, 31749420),
 ]
 WHOLE = [   # head and backbone in M (fact sheet, 5.3): ClusTR's as the paper prints it, LinGlo's from the description, deployed
     ("clustr_s", "retinanet", {}, "32.4"), ("clustr_s", "semfpn", {}, "26.4"), ("clustr_s", "upernet", {}, "52.5"),
+    ("clustr_s", "mask_rcnn", {}, "42.3"), ("secvit_t", "mask_rcnn", {"released": True}, "33.58"),
+    ("secvit_s", "mask_rcnn", {"released": True}, "45.37"), ("secvit_s", "cascade_mask_rcnn", {"released": True}, "83.21"),
+    ("secvit_s", "cascade_mask_rcnn", {"released": True, "head": {"box_head": "2fc"}}, "78.30"),
+    ("secvit_b", "mask_rcnn", {"released": True}, "73.31"), ("secvit_b", "cascade_mask_rcnn", {"released": True}, "111.15"),
+    ("secvit_l", "mask_rcnn", {"released": True}, "115.08"), ("stvit_s", "mask_rcnn", {}, "44.11"), ("stvit_b", "mask_rcnn", {}, "70.35"),
+    ("stvit_b", "cascade_mask_rcnn", {}, "108.18"), ("stvit_b", "cascade_mask_rcnn", {"head": {"box_head": "2fc"}}, "103.28"),
+    ("stvit_l", "mask_rcnn", {}, "113.55"),
     ("secvit_t", "retinanet", {"released": True}, "23.66"), ("secvit_t", "semfpn", {"released": True}, "17.68"),
     ("secvit_s", "retinanet", {"released": True}, "35.46"), ("secvit_s", "semfpn", {"released": True}, "29.47"),
     ("secvit_s", "upernet", {"released": True}, "55.53"), ("secvit_b", "retinanet", {"released": True}, "63.39"),
@@ -249,25 +248,27 @@ def count(module):
     return sum(p.numel() for p in module.parameters())
 
 
-@pytest.mark.parametrize("backbone, retinanet, semfpn, upernet", HEADS)
-def test_head_parameters(backbone, retinanet, semfpn, upernet):
-    for task, classes, parameters in (("retinanet", 80, retinanet), ("semfpn", 150, semfpn), ("upernet", 150, upernet)):
+@pytest.mark.parametrize("backbone, retinanet, mask, two, four, semfpn, upernet", HEADS)
+def test_head_parameters(backbone, retinanet, mask, two, four, semfpn, upernet):
+    for task, classes, head, parameters in (
+            ("retinanet", 80, None, retinanet), ("mask_rcnn", 80, None, mask), ("cascade_mask_rcnn", 80, {"box_head": "2fc"}, two),
+            ("cascade_mask_rcnn", 80, None, four), ("semfpn", 150, None, semfpn), ("upernet", 150, None, upernet)):
         with torch.device("meta"):
-            model = T.build_model(task, backbone, classes)
+            model = T.build_model(task, backbone, classes, head=head)
         assert count(model) - count(model.backbone) == parameters, task
 
 
 @pytest.mark.parametrize("backbone, task, overrides, millions", WHOLE)
 def test_head_and_backbone_parameters(backbone, task, overrides, millions):
     with torch.device("meta"):
-        model = T.build_model(task, backbone, 80 if task == "retinanet" else 150, **overrides)
+        model = T.build_model(task, backbone, 150 if task in ("semfpn", "upernet") else 80, **overrides)
         if backbone.startswith("linglo"):
             model.backbone.net.reparameterize()
     fresh = count(model.backbone.norms)                                                 # the page counts them nowhere
     assert f"{(count(model) - fresh) / 1e6:.{len(millions.split('.')[1])}f}" == millions
 
 
-@pytest.mark.parametrize("task", T.RECIPES)
+@pytest.mark.parametrize("task", ["semfpn", "upernet", "retinanet"])
 @pytest.mark.parametrize("H, W", [(64, 64), (70, 99)])
 def test_models_take_any_size_and_train_every_parameter(tiny, task, H, W, device):
     model = T.build_model(task, "secvit_t", 5, frozen_bn=False).to(device).train()
@@ -501,13 +502,41 @@ def test_detection_augmentation_moves_boxes_with_the_image():
     image.paste((255, 0, 0), (10, 20, 30, 50))
     for seed in range(8):
         pixels, boxes, labels = T.augment_detection((image, np.array([[10, 20, 30, 50.], [90, 0, 130, 90]], np.float32), np.array([3, 1])),
-                                                    random.Random(seed), size=120)
+                                                    random.Random(seed), size=120, multi_scale=False)
         assert pixels.shape == (120, 200, 3) and labels.tolist() == [3, 1]
         y, x = (pixels[..., 0] > 127).nonzero()
         assert np.abs(boxes[0] - [x.min(), y.min(), x.max() + 1, y.max() + 1]).max() <= 1
         flips.add(boxes[0, 0] > 100)
         assert boxes[1].tolist() == ([0, 0, 20, 120] if boxes[0, 0] > 100 else [180, 0, 200, 120])      # clipped
     assert flips == {True, False}
+
+
+def test_multi_scale_crops_move_boxes_and_masks_with_the_image():
+    """Half of the samples are crops; a box of the picture is its mask's unless the crop cuts it, and what a crop loses is lost in all."""
+    image, whole, sizes, kept = Image.new("RGB", (1000, 600), (0, 0, 255)), np.zeros((2, 600, 1000), bool), [], []
+    image.paste((255, 0, 0), (100, 200, 300, 500))
+    whole[0, 200:500, 100:300], whole[1, 590:, 980:] = True, True
+    raw = image, np.array([[100, 200, 300, 500.], [980, 590, 1000, 600]], np.float32), np.array([3, 1]), whole
+    for seed in range(40):
+        pixels, boxes, labels, masks = T.augment_detection(raw, random.Random(seed), size=200, multi_scale=True)
+        sizes.append(pixels.shape[:2])
+        kept.append(labels.tolist())
+        assert masks.shape == (len(labels), *pixels.shape[:2]) and len(boxes) == len(labels) and masks.dtype == bool
+        for box, label, mask in zip(boxes, labels, masks):
+            y, x = mask.nonzero()
+            if len(x):
+                assert np.abs(box - [x.min(), y.min(), x.max() + 1, y.max() + 1]).max() <= 1.5
+            if label == 3:
+                assert ((pixels[..., 0] > 127) == mask).mean() > 0.96
+    assert {min(size) for size in sizes} <= set(range(120, 201)) and max(max(size) for size in sizes) <= 334
+    assert len({min(size) for size in sizes}) > 8
+    shapes = [round(w / h, 1) for h, w in sizes]
+    assert 8 < shapes.count(1.7) < 32 and len(set(shapes)) > 5                          # uncropped ones keep the image's
+    assert [3, 1] in kept and [3] in kept
+    nothing = image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64), whole[:0]
+    for seed in range(4):
+        pixels, boxes, _, masks = T.augment_detection(nothing, random.Random(seed), size=200, multi_scale=True)
+        assert masks.shape == (0, *pixels.shape[:2]) and boxes.shape == (0, 4)
 
 
 def test_distortion():
@@ -534,7 +563,8 @@ def test_distortion():
 def test_slivers_left_by_clipping_are_dropped():
     boxes = np.array([[100 - 1e-6, 5, 120, 20], [10, 10, 30, 30]], np.float32)
     for seed in range(4):
-        _, kept, labels = T.augment_detection((Image.new("RGB", (100, 60)), boxes, np.array([3, 1])), random.Random(seed), size=64)
+        _, kept, labels = T.augment_detection((Image.new("RGB", (100, 60)), boxes, np.array([3, 1])), random.Random(seed), size=64,
+                                              multi_scale=False)
         assert labels.tolist() == [1] and len(kept) == 1
 
 
@@ -559,15 +589,40 @@ def test_groups_share_an_orientation_and_do_not_depend_on_processes():
 
 
 def test_learning_rates():
-    args = argparse.Namespace(task="semfpn", lr=1e-4, min_lr=1e-6, warmup_iters=0)
+    args = argparse.Namespace(task="semfpn", lr=1e-4, min_lr=1e-6, warmup_iters=0, schedule=None)
     assert T.rate_at(0, args, 100) == pytest.approx(1e-4)
     assert T.rate_at(60, args, 100) == pytest.approx(99e-6 * 0.4 ** 0.9 + 1e-6)
-    args = argparse.Namespace(task="upernet", lr=6e-5, min_lr=0.0, warmup_iters=1500)
+    args = argparse.Namespace(task="upernet", lr=6e-5, min_lr=0.0, warmup_iters=1500, schedule=None)
     assert T.rate_at(0, args, 160000) == pytest.approx(6e-11)
     assert T.rate_at(750, args, 160000) == pytest.approx(6e-5 * (1 - 750 / 160000) * (1 - 0.5 * (1 - 1e-6)))
-    args = argparse.Namespace(task="retinanet", lr=1e-4, warmup_iters=500)
+    args = argparse.Namespace(task="retinanet", lr=1e-4, warmup_iters=500, schedule="1x")
     rates = [T.rate_at(step, args, 12000) for step in (0, 250, 500, 7999, 8000, 10999, 11000)]
     assert rates == pytest.approx([1e-7, 1e-4 * (1 - 0.5 * 0.999), 1e-4, 1e-4, 1e-5, 1e-5, 1e-6])
+    args.schedule = "3x"
+    assert [T.rate_at(step, args, 36000) for step in (26999, 27000, 32999, 33000)] == pytest.approx([1e-4, 1e-5, 1e-5, 1e-6])
+
+
+def settled(*flags):
+    """The arguments as the script settles them."""
+    args = T.parse_args(flags)
+    T.settle(args)
+    return args
+
+
+def test_schedules_and_recipes_of_detection():
+    args = settled("--task", "cascade_mask_rcnn", "--data", "coco")
+    assert (args.schedule, args.epochs, args.box_head, args.rois, args.sync_bn) == ("3x", 36, "4conv1fc", 512, True)
+    args = settled("--task", "cascade_mask_rcnn", "--data", "coco", "--schedule", "1x", "--box-head", "2fc")
+    assert (args.schedule, args.epochs, args.box_head) == ("1x", 12, "2fc")
+    args = settled("--task", "mask_rcnn", "--data", "coco", "--schedule", "3x", "--iters", "9")
+    assert (args.schedule, args.epochs, args.iters, args.weight_decay, args.sync_bn) == ("3x", None, 9, 0.05, False)
+    args = settled("--task", "mask_rcnn", "--data", "coco", "--backbone", "clustr_s")
+    assert (args.lr, args.weight_decay, args.schedule) == (2e-4, 1e-4, "1x")
+    for flags, message in ((["--schedule", "3x"], "--schedule is for retinanet and mask_rcnn and cascade_mask_rcnn, not for semfpn"),
+                           (["--task", "mask_rcnn", "--box-head", "2fc"], "--box-head is for cascade_mask_rcnn, not for mask_rcnn"),
+                           (["--task", "retinanet", "--rois", "64"], "--rois is for mask_rcnn")):
+        with pytest.raises(T.InputError, match=message):
+            settled(*flags)
 
 
 def test_decay_exempts_norms_in_swins_settings_only(tiny):
@@ -583,11 +638,12 @@ def test_decay_exempts_norms_in_swins_settings_only(tiny):
 # ---------------------------------------------------------------------------------------------------------- whole runs
 FAST = "--img-size 64 --batch-size 4 --micro-batch 2 --iters 5 --lr 1e-3 --workers 0 --log-every 1 --eval-every 2 --backbone".split()
 FAST.append("secvit_t")
+EXTRA = {"mask_rcnn": ["--rois", "16"]}
 
 
-@pytest.mark.parametrize("task", T.RECIPES)
+@pytest.mark.parametrize("task", ["semfpn", "upernet", "retinanet", "mask_rcnn"])
 def test_resume_equals_an_uninterrupted_run(tiny, scenes, tmp_path, task, capsys):
-    common = ["--task", task, "--data", str(scenes), *FAST]
+    common = ["--task", task, "--data", str(scenes), *FAST, *EXTRA.get(task, [])]
     T.main([*common, "--output", str(tmp_path / "a")])
     T.main([*common, "--output", str(tmp_path / "b"), "--max-steps", "3"])
     T.main(["--resume", "auto", "--output", str(tmp_path / "b"), "--task", task, "--max-steps", "9", "--workers", "1"])
@@ -608,6 +664,18 @@ def test_resume_equals_an_uninterrupted_run(tiny, scenes, tmp_path, task, capsys
             "--output", str(tmp_path / "drawn")])
     with Image.open(tmp_path / "drawn" / f"000000000001_{task}.png") as drawn, Image.open(scenes / "val2017" / "000000000001.jpg") as image:
         assert drawn.size == image.size
+
+
+def test_cascade_trains_tests_and_draws(tiny, scenes, tmp_path, capsys):
+    run = ["--task", "cascade_mask_rcnn", "--data", str(scenes), *FAST, "--rois", "16", "--iters", "1", "--output", str(tmp_path)]
+    T.main(run)
+    record = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    capsys.readouterr()
+    T.main(["--eval", "--weights", str(tmp_path / "last.pt")])
+    assert json.loads(capsys.readouterr().out) == {k: v for k, v in record.items() if k.startswith(("box_", "mask_"))}
+    assert len([k for k in record if k.startswith("mask_A")]) == 12
+    T.main(["--predict", str(scenes / "val2017" / "000000000001.jpg"), "--weights", str(tmp_path / "last.pt"), "--output", str(tmp_path)])
+    assert (tmp_path / "000000000001_cascade_mask_rcnn.png").exists()
 
 
 def test_resume_refuses_another_run_and_takes_other_tests(tiny, scenes, tmp_path):
