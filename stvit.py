@@ -7,7 +7,7 @@ Mechanism: pool the tokens into super tokens the way superpixels are grown (soft
 Letters: B batch, C channels, H x W the token grid, N = H * W tokens, h heads, d = C / h head width; grid (gh, gw) the size of
 a cell in tokens, H' x W' the cell grid, M = H' * W' super tokens, P = gh * gw tokens a cell.
 Reading order: GatherNeighbours, FoldNeighbours -> sample_super_tokens, upsample_super_tokens -> SuperTokenAttention -> Block ->
-STViT, where a reader of the main model may stop; what only ablations use, drawing and `main` come last.
+STViT -> stvit_s. The main model ends there; behind it come the layers of its ablations, drawing and `main`.
 Memory order: every map inside a stage is channels-last, (B, H, W, C), so that linear layers, norms and convolutions share it.
 
 Where the paper's text is silent, this follows the released code:
@@ -350,7 +350,7 @@ def stvit_l(num_classes=1000, drop_path_rate=0.6, **overrides):
     return STViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["stvit_l"], **overrides})
 
 
-# ----------------------------------------------------------------------------------------------------------- ablations
+# ----------------------------------------------------------------------------------- ablations; the main model ends above
 class PatchEmbedding(nn.Module):
     """4 x 4 patches without overlap, BatchNorm; (B, 3, H, W), zero-padded right and bottom -> (B, C, ceil(H / 4), ceil(W / 4))."""
 
