@@ -342,27 +342,8 @@ MODELS = {
             dim, PlainSTA(dim, heads, grid), nn.BatchNorm2d(dim), ratio=4, conv=True)),
         ((64, 56, 1, 8), (128, 28, 2, 4), (320, 14, 5, 1), (512, 7, 8, 1))),
 }
-VARIANTS = {**train_imagenet.MODELS}
-VARIANTS |= {f"{name}_released": functools.partial(build, released=True) for name, build in VARIANTS.items() if name.startswith("secvit")}
-PAPERS = {  # as printed: parameters (M), multiply-adds (G) at 224 x 224, top-1 (%) on ImageNet-1K
-    "clustr_t": ("11.7", "2.2", "80.2"), "clustr_s": ("22.7", "4.8", "83.2"), "clustr_b": ("40.2", "7.5", "84.1"),
-    "secvit_t": ("15", "2.5", "82.6"), "secvit_s": ("27", "4.4", "84.2"), "secvit_b": ("55", "9.7", "85.0"),
-    "secvit_l": ("96", "18.1", "85.6"),
-    "sec_swin_t": ("29", "4.9", "83.6"), "sec_swin_s": ("50", "9.3", "84.8"),
-    "sec_fastervit_0": ("25", "3.6", "82.6"), "sec_fastervit_1": ("41", "5.6", "83.8"),
-    "linglo_b0": ("3.4", "-", "72.5"), "linglo_b1": ("13.1", "-", "79.7"), "linglo_b2": ("25.4", "-", "82.7"),
-    "stvit_s": ("25", "4.4", "83.6; at 384: 85.0"), "stvit_b": ("52", "9.9", "84.8; at 384: 86.0"),
-    "stvit_l": ("95", "15.6", "85.3; at 384: 86.4"),
-}
-REASONS = {  # of figures that do not match, by a pattern for column and model
-    r"FLOPs of clustr_.": "the paper counts attention products as if all models had the reductions 64, 16, 4, 1",
-    r"(parameters|FLOPs) of secvit_[sb]": "the paper's figure is that of the released model, in the row below",
-    r"FLOPs of secvit_l.*": "18.1 fits neither model, nor the paper's detection table, whose growth from SecViT-B to -L agrees with ours",
-    r"parameters of linglo_.*": "no reading of the text gives the printed sizes, which disagree with the paper's own dense tables",
-    r"parameters of sec_swin_t": "the paper prints 29 for Swin-T, too, which has 28.29 M",
-    r"FLOPs of sec_swin_.": "a plain swap of the attention, as the text has it, costs less than the paper says",
-    r"FLOPs of sec_fastervit_.": "attention swapped and nothing else, as the text has it, costs less than the paper says",
-}
+VARIANTS = {name: getattr(module, name) for module in (clustr, secvit, linglo, stvit) for name in module.VARIANTS}
+VARIANTS |= {f"{name}_released": functools.partial(VARIANTS[name], released=True) for name in secvit.VARIANTS if name.startswith("secvit_")}
 
 
 # --------------------------------------------------------------------------------------------------------------- ratios
@@ -476,6 +457,27 @@ def ratios(names, batch):
 
 
 # ---------------------------------------------------------------------------------------------------------------- table
+PAPERS = {  # as printed: parameters (M), multiply-adds (G) at 224 x 224, top-1 (%) on ImageNet-1K
+    "clustr_t": ("11.7", "2.2", "80.2"), "clustr_s": ("22.7", "4.8", "83.2"), "clustr_b": ("40.2", "7.5", "84.1"),
+    "secvit_t": ("15", "2.5", "82.6"), "secvit_s": ("27", "4.4", "84.2"), "secvit_b": ("55", "9.7", "85.0"),
+    "secvit_l": ("96", "18.1", "85.6"),
+    "sec_swin_t": ("29", "4.9", "83.6"), "sec_swin_s": ("50", "9.3", "84.8"),
+    "sec_fastervit_0": ("25", "3.6", "82.6"), "sec_fastervit_1": ("41", "5.6", "83.8"),
+    "linglo_b0": ("3.4", "-", "72.5"), "linglo_b1": ("13.1", "-", "79.7"), "linglo_b2": ("25.4", "-", "82.7"),
+    "stvit_s": ("25", "4.4", "83.6; at 384: 85.0"), "stvit_b": ("52", "9.9", "84.8; at 384: 86.0"),
+    "stvit_l": ("95", "15.6", "85.3; at 384: 86.4"),
+}
+REASONS = {  # of figures that do not match, by a pattern for column and model
+    r"FLOPs of clustr_.": "the paper counts attention products as if all models had the reductions 64, 16, 4, 1",
+    r"(parameters|FLOPs) of secvit_[sb]": "the paper's figure is that of the released model, in the row below",
+    r"FLOPs of secvit_l.*": "18.1 fits neither model, nor the paper's detection table, whose growth from SecViT-B to -L agrees with ours",
+    r"parameters of linglo_.*": "no reading of the text gives the printed sizes, which disagree with the paper's own dense tables",
+    r"parameters of sec_swin_t": "the paper prints 29 for Swin-T, too, which has 28.29 M",
+    r"FLOPs of sec_swin_.": "a plain swap of the attention, as the text has it, costs less than the paper says",
+    r"FLOPs of sec_fastervit_.": "attention swapped and nothing else, as the text has it, costs less than the paper says",
+}
+
+
 def complexity(build, pixels=PIXELS):
     """Parameters of what `build` returns and the multiply-adds of one image's forward, without and with products outside layers.
 
