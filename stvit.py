@@ -17,6 +17,8 @@ Where the paper's text is silent, this follows the released code:
 - the rows of `qkv` are head-major: each head's q, k and v rows adjacent.
 Our choice in the ablations, where the text is silent (the sizes of Tables 6 and 9 follow from it): patches keep the 3x3 merging
 between stages, norms stay BatchNorm, tables of positions start at N(0, 0.02), belong to 224 x 224 and are resized bilinearly.
+Printed figures that they do not meet: APE has those of "+ conv stem" (here 25.43 M, 4.29 G), grids 4, 2, 1, 1 have 4.15 G (4.11),
+and 25.4 M (25.50) and Table 9's 4.3 G (4.353) are truncated; all others come out, counted as tests/test_stvit.py says.
 Against the released code: layer-scale vectors are exempt from weight decay in train_imagenet.py (there they are 4-D and decayed).
 Faster than the paper's own form (its appendix E names fold and unfold by one-hot convolutions as the bottleneck): neighbours
 are a strided view, folding is nine shifted adds, each is the other's gradient, and the association keeps the nine last but one.
@@ -201,7 +203,7 @@ class SuperTokenAttention(nn.Module):
 class ConvFFN(nn.Module):
     """Linear, GELU, residual 3x3 depth-wise convolution, linear; for Table 6 without the `shortcut` or the whole `conv`."""
 
-    def __init__(self, dim, ratio, conv=True, shortcut=True):
+    def __init__(self, dim, ratio, conv, shortcut):
         super().__init__()
         self.fc1 = nn.Linear(dim, ratio * dim)
         self.conv = DepthwiseConv(ratio * dim, 3) if conv else None
@@ -270,7 +272,7 @@ class STViT(nn.Module):
         for in_dim, out_dim, stride in ((3, half, 2), (half, half, 1), (half, dims[0], 2), (dims[0], dims[0], 1)):
             layers += [nn.Conv2d(in_dim, out_dim, 3, stride, padding=1), nn.GELU(), nn.BatchNorm2d(out_dim)]
         self.stem = nn.Sequential(*layers) if stem == "conv" else PatchEmbedding(dims[0])
-        self.position = PositionMap(dims[0], 56) if position == "ape" else nn.Identity()
+        self.position = PositionTable(dims[0], 56) if position == "ape" else nn.Identity()
         sides = [-(-56 // 2 ** i // grids[i]) if position == "rpe" else None for i in range(4)]     # super tokens at 224 x 224
         rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
         self.stages = nn.ModuleList(
@@ -363,8 +365,8 @@ class PatchEmbedding(nn.Module):
         return self.norm(self.conv(F.pad(images, (0, -images.shape[3] % 4, 0, -images.shape[2] % 4))))
 
 
-class PositionMap(nn.Module):
-    """Adds a learned vector a place, for maps of side x side, interpolated for others; (B, C, H, W) -> the same."""
+class PositionTable(nn.Module):
+    """Adds a learned vector a place, for maps of side x side, interpolated for others (Table 6, APE); (B, C, H, W) -> the same."""
 
     def __init__(self, dim, side):
         super().__init__()
@@ -376,9 +378,9 @@ class PositionMap(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias a head for each offset between two places of a side x side map: H, W -> (1, h, N, N), N = H * W.
+    """A learned bias a head for each offset between two places of a side x side map (Table 6, RPE; Swin): H, W -> (1, h, N, N), N = H * W.
 
-    For other maps the table of offsets is interpolated to theirs, no offset staying in the middle.
+    For other maps the table of offsets is interpolated to theirs; offset 0 stays in its middle. The N x N biases are held in memory.
     """
 
     def __init__(self, heads, side):

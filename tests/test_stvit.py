@@ -20,7 +20,7 @@ from stvit import (
     FoldNeighbours,
     GatherNeighbours,
     PatchEmbedding,
-    PositionMap,
+    PositionTable,
     RelativePositionBias,
     STViT,
     SuperTokenAttention,
@@ -275,8 +275,8 @@ def test_relative_position_bias_of_the_tables_own_side():
 
 
 @pytest.mark.parametrize("H, W", [(4, 4), (3, 7), (1, 2)])
-def test_position_map_matches_loops(H, W, device):
-    module = PositionMap(3, 4).to(device).double()
+def test_position_table_matches_loops(H, W, device):
+    module = PositionTable(3, 4).to(device).double()
     x, = random_leaves((2, 3, H, W), device=device)
     assert_same(module(x), x + loop_resize(module.weight, (H, W)), [x, module.weight])
 
@@ -407,7 +407,7 @@ def test_compiled_ablations_equal_eager(ablation):
 
 
 @pytest.mark.parametrize("build, shapes", [
-    (lambda: nn.Sequential(PatchEmbedding(3), PositionMap(3, 7)), ((2, 3, 5, 6), (2, 3, 7, 4))),
+    (lambda: nn.Sequential(PatchEmbedding(3), PositionTable(3, 7)), ((2, 3, 5, 6), (2, 3, 7, 4))),
     (lambda: SuperTokenAttention(4, 2, (1, 1), bias_side=3), ((2, 5, 6, 4), (2, 7, 4, 4)))], ids=["ape", "rpe"])
 def test_compiled_positions_with_dynamic_sizes_equal_eager(build, shapes):
     """The layers alone: torch's symbolic shapes are slow."""
