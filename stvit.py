@@ -7,7 +7,7 @@ Mechanism: pool the tokens into super tokens the way superpixels are grown (soft
 Letters: B batch, C channels, H x W the token grid, N = H * W tokens, h heads, d = C / h head width; grid (gh, gw) the size of
 a cell in tokens, H' x W' the cell grid, M = H' * W' super tokens, P = gh * gw tokens a cell.
 Reading order: GatherNeighbours, FoldNeighbours -> sample_super_tokens, upsample_super_tokens -> SuperTokenAttention -> Block ->
-STViT; drawing and `main` come last.
+STViT -> stvit_s. The main model ends there; behind it come the layers of its ablations, drawing and `main`.
 Memory order: every map inside a stage is channels-last, (B, H, W, C), so that linear layers, norms and convolutions share it.
 
 Where the paper's text is silent, this follows the released code:
@@ -15,6 +15,10 @@ Where the paper's text is silent, this follows the released code:
 - associations carry no gradient, aggregation does; sides that the grid does not divide are zero-padded right and bottom;
 - SuperTokenAttention sits behind LayerNorm, ConvFFN behind BatchNorm; layer scale 1e-6 in stages 3 and 4 of STViT-B and -L;
 - the rows of `qkv` are head-major: each head's q, k and v rows adjacent.
+Our choice in the ablations, where the text is silent (the sizes of Tables 6 and 9 follow from it): patches keep the 3x3 merging
+between stages, norms stay BatchNorm, tables of positions start at N(0, 0.02), belong to 224 x 224 and are resized bilinearly.
+Printed figures that they do not meet: APE has those of "+ conv stem" (here 25.43 M, 4.29 G), grids 4, 2, 1, 1 have 4.15 G (4.11),
+and 25.4 M (25.50) and Table 9's 4.3 G (4.353) are truncated; all others come out, counted as tests/test_stvit.py says.
 Against the released code: layer-scale vectors are exempt from weight decay in train_imagenet.py (there they are 4-D and decayed).
 Faster than the paper's own form (its appendix E names fold and unfold by one-hot convolutions as the bottleneck): neighbours
 are a strided view, folding is nine shifted adds, each is the other's gradient, and the association keeps the nine last but one.
@@ -166,20 +170,25 @@ class LayerScale(nn.Module):
 
 
 class SuperTokenAttention(nn.Module):
-    """Sample super tokens, attend among them, map back (paper, sec. 3.2): (B, H, W, C) -> the same. Grid (1, 1) is plain attention."""
+    """Sample super tokens, attend among them, map back (paper, sec. 3.2): (B, H, W, C) -> the same. Grid (1, 1) is plain attention.
 
-    def __init__(self, dim, heads, grid, iterations=1):
+    `bias_side`: side of the learned RelativePositionBias among the super tokens (Table 6), None without one.
+    """
+
+    def __init__(self, dim, heads, grid, iterations=1, bias_side=None):
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim = {dim} does not split into {heads} heads")
         self.heads, self.grid, self.iterations = heads, tuple(grid), iterations
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
+        self.bias = RelativePositionBias(heads, bias_side) if bias_side else None
 
     def attend(self, x):
         """Multi-head self-attention over all positions of x (B, H, W, C), Eq. 9 and 10."""
         qkv = self.qkv(x).flatten(1, 2).unflatten(2, (self.heads, 3, -1))               # (B, N, h, 3, d)
-        y = F.scaled_dot_product_attention(*qkv.permute(3, 0, 2, 1, 4))                 # (B, h, N, d)
+        bias = None if self.bias is None else self.bias(*x.shape[1:3])                  # (1, h, N, N)
+        y = F.scaled_dot_product_attention(*qkv.permute(3, 0, 2, 1, 4), attn_mask=bias)     # (B, h, N, d)
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
     def forward(self, x):
@@ -192,35 +201,39 @@ class SuperTokenAttention(nn.Module):
 
 
 class ConvFFN(nn.Module):
-    """Linear, GELU, residual 3x3 depth-wise convolution, linear."""
+    """Linear, GELU, residual 3x3 depth-wise convolution, linear; for Table 6 without the `shortcut` or the whole `conv`."""
 
-    def __init__(self, dim, ratio):
+    def __init__(self, dim, ratio, conv, shortcut):
         super().__init__()
         self.fc1 = nn.Linear(dim, ratio * dim)
-        self.conv = DepthwiseConv(ratio * dim, 3)
+        self.conv = DepthwiseConv(ratio * dim, 3) if conv else None
+        self.shortcut = shortcut
         self.fc2 = nn.Linear(ratio * dim, dim)
 
     def forward(self, x):
         x = F.gelu(self.fc1(x))
-        return self.fc2(x + self.conv(x))
+        if self.conv is not None:
+            x = x + self.conv(x) if self.shortcut else self.conv(x)
+        return self.fc2(x)
 
 
 class Block(nn.Module):
     """Eq. 1 to 3: convolutional position embedding, super token attention, ConvFFN, each with a shortcut; (B, H, W, C) -> the same."""
 
-    def __init__(self, dim, heads, grid, iterations, drop_path, layer_scale):
+    def __init__(self, dim, heads, grid, iterations, drop_path, layer_scale, cpe, bias_side, conv_ffn, ffn_shortcut):
         super().__init__()
-        self.cpe = DepthwiseConv(dim, 3)
+        self.cpe = DepthwiseConv(dim, 3) if cpe else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SuperTokenAttention(dim, heads, grid, iterations)
+        self.attn = SuperTokenAttention(dim, heads, grid, iterations, bias_side)
         self.norm2 = nn.BatchNorm2d(dim)
-        self.ffn = ConvFFN(dim, ratio=4)
+        self.ffn = ConvFFN(dim, ratio=4, conv=conv_ffn, shortcut=ffn_shortcut)
         self.scale1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.scale2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        x = x + self.cpe(x)
+        if self.cpe is not None:
+            x = x + self.cpe(x)
         x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
         y = self.norm2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return x + self.drop_path(self.scale2(self.ffn(y)))
@@ -234,28 +247,43 @@ class STViT(nn.Module):
         num_classes: width of the classifier.
         drop_path_rate: stochastic depth of the last block; the first block's rate is 0, linear between.
         depths, dims, heads, grids, layer_scale: one entry a stage; a grid is the side of a cell in tokens.
-        iterations: sampling steps.
+        iterations: sampling steps; 0 for averages of the cells and bilinear up-sampling (Table 7).
+        stem: "conv", or "patch" for 4 x 4 patches without overlap (Tables 6, 7 and 9).
+        projection: False for a classifier on the last map's BatchNorm (Tables 6, 7 and 9).
+        position: "cpe"; "ape", a learned map after the stem; "rpe", a learned bias in every attention; or None (Tables 6 and 9).
+        conv_ffn, ffn_shortcut: False for an FFN without its convolution, or without the shortcut around that (Table 6).
     `channels` holds the four map widths. Weights start as the released code's do: torch's defaults, classifier N(0, 0.02).
+    Raises: ValueError for values outside these.
     """
 
     def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, grids=(8, 4, 1, 1), iterations=1,
-                 layer_scale=(None, None, None, None)):
+                 layer_scale=(None, None, None, None), stem="conv", projection=True, position="cpe", conv_ffn=True, ffn_shortcut=True):
         super().__init__()
+        if min(grids) < 1 or iterations < 0:
+            raise ValueError(f"grids = {grids}, iterations = {iterations}, expected grids of at least 1 and iterations of at least 0")
+        if stem not in ("conv", "patch"):
+            raise ValueError(f"stem = {stem!r}, expected 'conv' or 'patch'")
+        if position not in ("cpe", "ape", "rpe", None):
+            raise ValueError(f"position = {position!r}, expected 'cpe', 'ape', 'rpe' or None")
+        if not conv_ffn and not ffn_shortcut:
+            raise ValueError("ffn_shortcut = False, expected True where conv_ffn = False leaves nothing to go around")
         self.channels = tuple(dims)
-        half = dims[0] // 2
-        stem = []
+        half, layers = dims[0] // 2, []
         for in_dim, out_dim, stride in ((3, half, 2), (half, half, 1), (half, dims[0], 2), (dims[0], dims[0], 1)):
-            stem += [nn.Conv2d(in_dim, out_dim, 3, stride, padding=1), nn.GELU(), nn.BatchNorm2d(out_dim)]
-        self.stem = nn.Sequential(*stem)
+            layers += [nn.Conv2d(in_dim, out_dim, 3, stride, padding=1), nn.GELU(), nn.BatchNorm2d(out_dim)]
+        self.stem = nn.Sequential(*layers) if stem == "conv" else PatchEmbedding(dims[0])
+        self.position = PositionTable(dims[0], 56) if position == "ape" else nn.Identity()
+        sides = [-(-56 // 2 ** i // grids[i]) if position == "rpe" else None for i in range(4)]     # super tokens at 224 x 224
         rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dims[i], heads[i], (grids[i], grids[i]), iterations, next(rates), layer_scale[i])
+            nn.Sequential(*(Block(dims[i], heads[i], (grids[i], grids[i]), iterations, next(rates), layer_scale[i],
+                                  position == "cpe", sides[i], conv_ffn, ffn_shortcut)
                             for _ in range(depths[i])))
             for i in range(4))
         self.downsamples = nn.ModuleList(
             nn.Sequential(nn.Conv2d(dims[i], dims[i + 1], 3, stride=2, padding=1), nn.BatchNorm2d(dims[i + 1])) for i in range(3))
-        self.proj = nn.Sequential(nn.Conv2d(dims[3], 1024, 1), nn.BatchNorm2d(1024), nn.SiLU())
-        self.head = nn.Linear(1024, num_classes)
+        self.proj = nn.Sequential(nn.Conv2d(dims[3], 1024, 1), nn.BatchNorm2d(1024), nn.SiLU()) if projection else nn.BatchNorm2d(dims[3])
+        self.head = nn.Linear(1024 if projection else dims[3], num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
@@ -266,7 +294,7 @@ class STViT(nn.Module):
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
             raise ValueError(f"images of shape {tuple(images.shape)}, expected (B, 3, H, W) with H and W at least 32")
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+        x = self.position(self.stem(images.contiguous(memory_format=torch.channels_last)))
         maps = []
         for i, stage in enumerate(self.stages):
             if i:
@@ -322,6 +350,49 @@ def stvit_b(num_classes=1000, drop_path_rate=0.4, **overrides):
 def stvit_l(num_classes=1000, drop_path_rate=0.6, **overrides):
     """STViT-L, 94.97 M parameters."""
     return STViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["stvit_l"], **overrides})
+
+
+# ----------------------------------------------------------------------------------- ablations; the main model ends above
+class PatchEmbedding(nn.Module):
+    """4 x 4 patches without overlap, BatchNorm; (B, 3, H, W), zero-padded right and bottom -> (B, C, ceil(H / 4), ceil(W / 4))."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Conv2d(3, dim, 4, stride=4)
+        self.norm = nn.BatchNorm2d(dim)
+
+    def forward(self, images):
+        return self.norm(self.conv(F.pad(images, (0, -images.shape[3] % 4, 0, -images.shape[2] % 4))))
+
+
+class PositionTable(nn.Module):
+    """Adds a learned vector a place, for maps of side x side, interpolated for others (Table 6, APE); (B, C, H, W) -> the same."""
+
+    def __init__(self, dim, side):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, dim, side, side))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, x):
+        return x + F.interpolate(self.weight, size=x.shape[2:], mode="bilinear")
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias a head for each offset between two places of a side x side map (Table 6, RPE; Swin): H, W -> (1, h, N, N), N = H * W.
+
+    For other maps the table of offsets is interpolated to theirs; offset 0 stays in its middle. The N x N biases are held in memory.
+    """
+
+    def __init__(self, heads, side):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(1, heads, 2 * side - 1, 2 * side - 1))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def forward(self, H, W):
+        table = F.interpolate(self.weight, size=(2 * H - 1, 2 * W - 1), mode="bilinear")
+        row, column = (torch.arange(length, device=table.device) for length in (H, W))
+        rows, columns = row[:, None] - row + H - 1, column[:, None] - column + W - 1    # query minus key, from 0
+        return table[:, :, rows[:, None, :, None], columns[:, None]].flatten(4).flatten(2, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing

@@ -1,8 +1,9 @@
-"""Speed of this repository's models, measured beside plain implementations of the same papers; a script, not a test.
+"""Speed and size of this repository's models, measured beside plain implementations and the papers' figures; a script, not a test.
 
     python tests/bench.py                  time and memory ratios plain / ours: single layers, then whole models
     python tests/bench.py --throughput     images/s of every variant, inference and training step
     python tests/bench.py --scaling        density peaks and key-only attention against plain ones over the number of tokens
+    python tests/bench.py --table          parameters and FLOPs of every model beside the papers' figures
 
 Ratios. "Plain" is written the way the papers' own code is: channels-first maps, linear layers as 1x1 convolutions, explicit
 softmax, expanded gathers or one-hot convolutions; ClusTR's, which is not public, as TCFormer's. It gets our weights; before timing,
@@ -15,6 +16,14 @@ deterministic number).
 Throughput. Repeated steps on one fixed batch for --seconds after a warm-up; a training step is forward, cross-entropy, backward and
 AdamW. FLOPs (2 a multiply-add) are counted on one image's forward, three times as many for training; "of matmul" is FLOPs/s over the
 rate of one large matrix product measured in the same run.
+
+Table. Multiply-adds of one 224-pixel image's forward in eval mode. "No products" is what runs inside convolutions, linear layers and
+norms, where a norm costs what fvcore, the usual counter of the papers, says: 5 an element of LayerNorm, 2 of BatchNorm. "All" adds
+every matrix product outside layers that torch's flop counter sees, halved since it counts 2 a multiply-add: attention, STViT's
+association, LinGlo's sum of keys. Seen by neither: ClusTR's clustering (distances, 1.5 N^2 C a layer that clusters, selection, pointer
+doubling) and aggregation, SecViT's similarities, sorts and gathers, STViT's gathering and folding of neighbours, averages, softmax,
+activations, element-wise products and sums. A figure matches if rounding ours to the digits that the paper prints gives the paper's,
+FLOPs if either of ours does.
 
 Scaling. Density peaks against one full distance matrix with top-k and a masked minimum; a layer of key-only attention against one of
 fused dot-product attention, and LinGlo-b0 with either. "Exponent" is that of the growth from the row above. Memory is the peak of one
@@ -57,6 +66,7 @@ import clustr
 import linglo
 import secvit
 import stvit
+import train_imagenet
 
 CUDA = torch.cuda.is_available()
 DEVICE, synchronize = (torch.device("cuda"), torch.cuda.synchronize) if CUDA else (torch.device("cpu"), lambda: None)
@@ -333,7 +343,7 @@ MODELS = {
         ((64, 56, 1, 8), (128, 28, 2, 4), (320, 14, 5, 1), (512, 7, 8, 1))),
 }
 VARIANTS = {name: getattr(module, name) for module in (clustr, secvit, linglo, stvit) for name in module.VARIANTS}
-VARIANTS |= {f"{name}_released": functools.partial(VARIANTS[name], released=True) for name in secvit.VARIANTS}
+VARIANTS |= {f"{name}_released": functools.partial(VARIANTS[name], released=True) for name in secvit.VARIANTS if name.startswith("secvit_")}
 
 
 # --------------------------------------------------------------------------------------------------------------- ratios
@@ -446,14 +456,76 @@ def ratios(names, batch):
         compare(name, ours, MODELS[name].plain_model(ours, MODELS[name].shapes), images, MODEL_REPEATS)
 
 
+# ---------------------------------------------------------------------------------------------------------------- table
+PAPERS = {  # as printed: parameters (M), multiply-adds (G) at 224 x 224, top-1 (%) on ImageNet-1K
+    "clustr_t": ("11.7", "2.2", "80.2"), "clustr_s": ("22.7", "4.8", "83.2"), "clustr_b": ("40.2", "7.5", "84.1"),
+    "secvit_t": ("15", "2.5", "82.6"), "secvit_s": ("27", "4.4", "84.2"), "secvit_b": ("55", "9.7", "85.0"),
+    "secvit_l": ("96", "18.1", "85.6"),
+    "sec_swin_t": ("29", "4.9", "83.6"), "sec_swin_s": ("50", "9.3", "84.8"),
+    "sec_fastervit_0": ("25", "3.6", "82.6"), "sec_fastervit_1": ("41", "5.6", "83.8"),
+    "linglo_b0": ("3.4", "-", "72.5"), "linglo_b1": ("13.1", "-", "79.7"), "linglo_b2": ("25.4", "-", "82.7"),
+    "stvit_s": ("25", "4.4", "83.6; at 384: 85.0"), "stvit_b": ("52", "9.9", "84.8; at 384: 86.0"),
+    "stvit_l": ("95", "15.6", "85.3; at 384: 86.4"),
+}
+REASONS = {  # of figures that do not match, by a pattern for column and model
+    r"FLOPs of clustr_.": "the paper counts attention products as if all models had the reductions 64, 16, 4, 1",
+    r"(parameters|FLOPs) of secvit_[sb]": "the paper's figure is that of the released model, in the row below",
+    r"FLOPs of secvit_l.*": "18.1 fits neither model, nor the paper's detection table, whose growth from SecViT-B to -L agrees with ours",
+    r"parameters of linglo_.*": "no reading of the text gives the printed sizes, which disagree with the paper's own dense tables",
+    r"parameters of sec_swin_t": "the paper prints 29 for Swin-T, too, which has 28.29 M",
+    r"FLOPs of sec_swin_.": "a plain swap of the attention, as the text has it, costs less than the paper says",
+    r"FLOPs of sec_fastervit_.": "attention swapped and nothing else, as the text has it, costs less than the paper says",
+}
+
+
+def complexity(build, pixels=PIXELS):
+    """Parameters of what `build` returns and the multiply-adds of one image's forward, without and with products outside layers.
+
+    Nothing is computed. Attention is decomposed, since torch's counter does not know every fused kernel.
+    """
+    layers, norms = [], []
+
+    def count(module, _inputs, output):
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            layers.append(output.numel() * module.weight[0].numel())
+        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+            norms.append(output.numel() * (5 if isinstance(module, nn.LayerNorm) else 2))
+
+    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model = build().eval()
+        for module in model.modules():
+            module.register_forward_hook(count)
+        model(torch.empty(1, 3, pixels, pixels))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters, sum(layers + norms), counter.get_total_flops() // 2 + sum(norms)
+
+
+def table():
+    """Print papers' figures and ours for every model, SecViT also as released and LinGlo also deployed, and why some do not match."""
+    print_header("model", "paper, M", "ours, M", "paper, G", "ours, no products", "ours, all", "paper's top-1", "our ImageNet-1K run")
+    unequal = {}                                                # reason -> columns and models
+    for name, build in train_imagenet.MODELS.items():
+        forms = {name: build}
+        if name.startswith("secvit"):
+            forms[f"{name}, released"] = VARIANTS[f"{name}_released"]
+        elif name.startswith("linglo"):
+            forms[f"{name}, deployed"] = lambda build=build: build().reparameterize()
+        parameters, flops, accuracy = PAPERS[name]
+        for form, build in forms.items():
+            millions, *billions = (count / scale for count, scale in zip(complexity(build), (1e6, 1e9, 1e9)))
+            print_row(form, parameters, f"{millions:.2f}", flops, *(f"{count:.2f}" for count in billions), accuracy, "not run")
+            for column, printed, ours in (("parameters", parameters, [millions]), ("FLOPs", flops, billions)):
+                digits = len(printed.partition(".")[2])
+                if printed != "-" and printed not in [f"{count:.{digits}f}" for count in ours]:
+                    cell = f"{column} of {form}"
+                    reasons = [reason for pattern, reason in REASONS.items() if re.fullmatch(pattern, cell)]
+                    unequal.setdefault(reasons[0] if reasons else "not explained", []).append(cell)
+    print()
+    for reason, cells in unequal.items():
+        print(f"- {'; '.join(cells)}: {reason}.")
+
+
 # ----------------------------------------------------------------------------------------------------------- throughput
-def forward_flops(build):
-    """FLOPs of one image's forward; attention is decomposed for it, since the counter does not know the CPU's fused kernel."""
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        build().eval()(torch.randn(1, 3, PIXELS, PIXELS))
-    return counter.get_total_flops()
-
-
 def matmul_rate():
     """FLOPs/s of a large square matrix product in the type that the models run in."""
     size = 8192 if CUDA else 2048
@@ -499,7 +571,7 @@ def throughput(names, batch, seconds):
     print(f"matrix product: {rate / 1e12:.3g} TFLOP/s")
     print_header(f"variant, batch {batch}", "GFLOPs", "step", "compiled", "images/s", "peak GiB", "of matmul")
     for name in names:
-        flops = forward_flops(VARIANTS[name])
+        flops = 2 * complexity(VARIANTS[name])[2]
         for compiled, training in itertools.product((False, True) if CUDA else (False,), (False, True)):
             try:
                 speed = batch * steps_per_second(make_step(VARIANTS[name], batch, compiled, training), seconds)
@@ -636,6 +708,7 @@ def main():
     parser = argparse.ArgumentParser(description="Compare the models with plain implementations, or measure their throughput.")
     parser.add_argument("--throughput", action="store_true", help="images/s of the variants instead of ratios")
     parser.add_argument("--scaling", action="store_true", help="growth with the number of tokens instead of ratios")
+    parser.add_argument("--table", action="store_true", help="parameters and FLOPs beside the papers' figures instead of ratios")
     parser.add_argument("--models", help="comma-separated names; default: all, for throughput on the CPU the smallest")
     parser.add_argument("--batch", type=int, help="images at once; default: 128 on CUDA, 8 for layers and 4 for models on the CPU")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long each throughput is measured after the warm-up")
@@ -646,6 +719,8 @@ def main():
     names = args.models.split(",") if args.models else usual
     if not set(names) <= known.keys():
         parser.error(f"--models {args.models}, expected some of {','.join(known)}")
+    if args.table:
+        return table()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -1,7 +1,7 @@
 """STViT's core, layers and released checkpoints against slow references written from the paper and the released code's description.
 
 Equivalence tests run in float64 with B > 1 and compare outputs and the gradients of all inputs. Order as in stvit.py, and as in
-test_secvit.py: references, core, layers, released checkpoints. Letters as in stvit.py.
+test_secvit.py: references, core, layers, ablations, released checkpoints. Letters as in stvit.py.
 """
 import math
 from functools import partial
@@ -10,13 +10,18 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from bench import complexity
 from PIL import Image
 from torch import nn
 from torch.testing import assert_close
 
 from stvit import (
+    ConvFFN,
     FoldNeighbours,
     GatherNeighbours,
+    PatchEmbedding,
+    PositionTable,
+    RelativePositionBias,
     STViT,
     SuperTokenAttention,
     draw_super_tokens,
@@ -24,6 +29,9 @@ from stvit import (
     gather_neighbours,
     load_weights,
     sample_super_tokens,
+    stvit_b,
+    stvit_l,
+    stvit_s,
     upsample_super_tokens,
 )
 
@@ -68,11 +76,23 @@ def loop_sample(x, grid, iterations):
     return supers, association
 
 
+def loop_resize(table, size):
+    """Bilinear interpolation of (..., H, W) to `size`, one value at a time; values sit in the middle of their cells."""
+    def neighbours_and_weights(i, old, new):
+        at = min(max((i + 0.5) * old / new - 0.5, 0), old - 1)
+        return [(math.floor(at), 1 - at % 1), (math.ceil(at), at % 1)]
+
+    values = [sum(a * b * table[..., r, c] for (r, a), (c, b) in product(neighbours_and_weights(i, table.shape[-2], size[0]),
+                                                                       neighbours_and_weights(j, table.shape[-1], size[1])))
+              for i, j in product(*map(range, size))]
+    return torch.stack(values, -1).unflatten(-1, size)
+
+
 def loop_upsample(supers, association, grid, size):
     """Eq. 11, one token at a time: super tokens (B, C, H', W') -> (B, C, H, W)."""
     (gh, gw), (B, C, rows, columns) = grid, supers.shape
     if association is None:
-        return F.interpolate(supers, size=(rows * gh, columns * gw), mode="bilinear")[:, :, :size[0], :size[1]]
+        return loop_resize(supers, (rows * gh, columns * gw))[:, :, :size[0], :size[1]]
     tokens = []
     for b, r, c in product(range(B), range(size[0]), range(size[1])):
         weights = association[b, (r // gh) * columns + c // gw, (r % gh) * gw + c % gw]                     # (9,)
@@ -80,14 +100,22 @@ def loop_upsample(supers, association, grid, size):
     return torch.stack(tokens, -1).view(C, B, *size).transpose(0, 1)
 
 
+def loop_bias(weight, H, W):
+    """(1, h, N, N) of a table (1, h, 2s-1, 2s-1) of offsets, one pair of query and key at a time."""
+    table, places = loop_resize(weight[0], (2 * H - 1, 2 * W - 1)), list(product(range(H), range(W)))
+    pairs = [table[:, i - a + H - 1, j - b + W - 1] for (i, j), (a, b) in product(places, places)]
+    return torch.stack(pairs, -1).view(1, -1, H * W, H * W)
+
+
 def loop_attend(module, x):
     """Multi-head self-attention on x (B, C, H, W), head by head; each head's q, k and v rows are adjacent in `qkv`."""
+    bias = torch.zeros(1, module.heads, 1, 1).to(x) if module.bias is None else loop_bias(module.bias.weight, *x.shape[2:])
     B, C, H, W = x.shape
     d, heads = C // module.heads, []
     for i in range(module.heads):
         rows = slice(3 * d * i, 3 * d * (i + 1))
         q, k, v = (F.linear(x.flatten(2).mT, module.qkv.weight[rows], module.qkv.bias[rows])).split(d, -1)  # (B, N, d)
-        heads.append((q @ k.mT / math.sqrt(d)).softmax(-1) @ v)
+        heads.append((q @ k.mT / math.sqrt(d) + bias[:, i]).softmax(-1) @ v)
     return F.linear(torch.cat(heads, -1), module.proj.weight, module.proj.bias).mT.reshape(B, C, H, W)
 
 
@@ -202,10 +230,11 @@ def test_half_precision_stays_close(dtype, device):
 
 
 # -------------------------------------------------------------------------------------------------------------- layers
+@pytest.mark.parametrize("bias_side", [None, 2])
 @pytest.mark.parametrize("iterations", [0, 1, 2])
 @pytest.mark.parametrize("H, W, grid", SIZES[:-1])
-def test_super_token_attention_matches_loops(H, W, grid, iterations, device):
-    module = SuperTokenAttention(12, 3, grid, iterations).to(device).double()
+def test_super_token_attention_matches_loops(H, W, grid, iterations, bias_side, device):
+    module = SuperTokenAttention(12, 3, grid, iterations, bias_side).to(device).double()
     x, = random_leaves((2, H, W, 12), device=device)
     supers, association = loop_sample(x.permute(0, 3, 1, 2), grid, iterations)
     slow = loop_upsample(loop_attend(module, supers), association, grid, (H, W)).permute(0, 2, 3, 1)
@@ -219,9 +248,184 @@ def test_grid_one_is_plain_attention(grid, device):
     assert_same(module(x), loop_attend(module, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), [x, *module.parameters()])
 
 
+def test_grid_one_with_bias_matches_loops(device):
+    module = SuperTokenAttention(12, 3, (1, 1), bias_side=4).to(device).double()
+    x, = random_leaves((2, 4, 5, 12), device=device)
+    assert_same(module(x), loop_attend(module, x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), [x, *module.parameters()])
+
+
 def test_super_token_attention_raises_when_heads_do_not_divide():
     with pytest.raises(ValueError, match="dim = 10 does not split into 4 heads"):
         SuperTokenAttention(10, 4, (2, 2))
+
+
+# ----------------------------------------------------------------------------------------------------------- ablations
+@pytest.mark.parametrize("H, W", [(3, 3), (2, 5), (5, 7), (1, 4), (1, 1)])
+def test_relative_position_bias_matches_loops(H, W, device):
+    module = RelativePositionBias(2, 3).to(device).double()
+    assert_same(module(H, W), loop_bias(module.weight, H, W), [module.weight])
+
+
+def test_relative_position_bias_of_the_tables_own_side():
+    """Nothing is interpolated: query (2, 0) and key (0, 1) are two rows and minus one column apart, the middle of 5 x 5 is no offset."""
+    module = RelativePositionBias(2, 3)
+    bias = module(3, 3).unflatten(2, (3, 3)).unflatten(4, (3, 3))       # (1, h, H, W, H, W)
+    assert bias[0, :, 2, 0, 0, 1].equal(module.weight[0, :, 4, 1])
+    assert bias[0, :, 1, 2, 1, 2].equal(module.weight[0, :, 2, 2])
+
+
+@pytest.mark.parametrize("H, W", [(4, 4), (3, 7), (1, 2)])
+def test_position_table_matches_loops(H, W, device):
+    module = PositionTable(3, 4).to(device).double()
+    x, = random_leaves((2, 3, H, W), device=device)
+    assert_same(module(x), x + loop_resize(module.weight, (H, W)), [x, module.weight])
+
+
+@pytest.mark.parametrize("H, W", [(8, 12), (9, 14)])
+def test_patch_embedding_matches_loops(H, W, device):
+    module = PatchEmbedding(5).to(device).double().eval()
+    images, = random_leaves((2, 3, H, W), device=device)
+    rows, columns = math.ceil(H / 4), math.ceil(W / 4)
+    padded = F.pad(images, (0, 4 * columns - W, 0, 4 * rows - H))
+    patches = [padded[:, :, 4 * i:4 * i + 4, 4 * j:4 * j + 4].flatten(1) for i, j in product(range(rows), range(columns))]
+    slow = torch.stack([F.linear(patch, module.conv.weight.flatten(1), module.conv.bias) for patch in patches], -1)
+    slow = slow.unflatten(-1, (rows, columns)) / math.sqrt(1 + module.norm.eps)         # BatchNorm as it starts
+    assert_same(module(images), slow, [images, *module.conv.parameters()])
+
+
+@pytest.mark.parametrize("conv, shortcut", [(True, True), (True, False), (False, True)])
+def test_conv_ffn_matches_loops(conv, shortcut, device):
+    module = ConvFFN(3, 2, conv, shortcut).to(device).double()
+    x, = random_leaves((2, 4, 5, 3), device=device)
+    hidden = F.gelu(F.linear(x, module.fc1.weight, module.fc1.bias))                    # (B, H, W, 2 C)
+    if conv:
+        padded = F.pad(hidden, (0, 0, 1, 1, 1, 1))
+        mixed = module.conv.bias + sum(padded[:, i:i + 4, j:j + 5] * module.conv.weight[:, 0, i, j] for i, j in product(range(3), range(3)))
+        hidden = hidden + mixed if shortcut else mixed
+    assert_same(module(x), F.linear(hidden, module.fc2.weight, module.fc2.bias), [x, *module.parameters()])
+
+
+TINY = {"depths": (1, 2, 1, 1), "dims": (16, 32, 24, 32), "heads": (1, 2, 3, 4), "grids": (4, 3, 1, 1),
+        "layer_scale": (None, None, 0.5, 0.5)}
+BARE = {"stem": "patch", "projection": False, "position": None, "conv_ffn": False}      # STA-4stage
+SWIN = {"depths": (2, 2, 6, 2), "dims": (96, 192, 384, 768), "heads": (3, 6, 12, 24)}
+ROWS = {    # overrides of STViT-S; parameters (M) and multiply-adds (G), exact and as the paper prints them
+    "Table 6, STA-4stage": (BARE, "24.13", "3.970", "24.1", "3.97"),
+    "Table 6, + conv stem": ({**BARE, "stem": "conv"}, "24.19", "4.262", "24.2", "4.26"),
+    "Table 6, + projection": ({"position": None, "conv_ffn": False}, "25.23", "4.288", "25.2", "4.29"),
+    "Table 6, + CPE": ({"conv_ffn": False}, "25.29", "4.304", "25.3", "4.30"),
+    "Table 6, w/o CPE, + APE": ({"position": "ape", "conv_ffn": False}, "25.43", "4.288", "24.2", "4.26"),
+    "Table 6, w/o CPE, + RPE": ({"position": "rpe", "conv_ffn": False}, "25.27", "4.288", "25.3", "4.29"),
+    "Table 6, + ConvFFN": ({}, "25.50", "4.367", "25.4", "4.37"),
+    "Table 6, w/o shortcut": ({"ffn_shortcut": False}, "25.50", "4.367", "25.4", "4.37"),
+    "Table 7, grids 8,1,1,1": ({**BARE, "grids": (8, 1, 1, 1)}, "24.13", "4.972", None, "4.97"),
+    "Table 7, grids 8,4,2,1": ({**BARE, "grids": (8, 4, 2, 1)}, "24.13", "3.270", None, "3.27"),
+    "Table 7, grids 4,2,1,1": ({**BARE, "grids": (4, 2, 1, 1)}, "24.13", "4.115", None, "4.15"),
+    "Table 7, 0 iterations": ({**BARE, "iterations": 0}, "24.13", "3.934", None, "3.93"),
+    "Table 7, 2 iterations": ({**BARE, "iterations": 2}, "24.13", "3.996", None, "4.00"),
+    "Table 9, Swin's size": ({**BARE, **SWIN}, "30.20", "4.353", "30", "4.3"),
+    "Table 9, Swin's size, RPE": ({**BARE, **SWIN, "position": "rpe"}, "30.26", "4.353", "30", "4.3"),
+    "Table 9, STViT-S's size": (BARE, "24.13", "3.970", "24", "4.0"),
+    "Table 9, STViT-S's size, RPE": ({**BARE, "position": "rpe"}, "24.17", "3.970", "24", "4.0"),
+}
+MISPRINTS = {   # what the paper prints, where that is not the exact figure rounded
+    "Table 6, w/o CPE, + APE": ("24.2", "4.26"),    # the figures of + conv stem, without the projection and the map
+    "Table 6, + ConvFFN": ("25.4",), "Table 6, w/o shortcut": ("25.4",),        # truncated
+    "Table 7, grids 4,2,1,1": ("4.15",),            # two iterations would give 4.16
+    "Table 9, Swin's size": ("4.3",), "Table 9, Swin's size, RPE": ("4.3",),    # truncated
+}
+
+
+def unseen_multiply_adds(model, pixels):
+    """What fvcore counts of the authors' code and `complexity` does not see: averages of cells and of the last map, one an element;
+    gathering and folding neighbours, there convolutions with nine one-hot 3x3 kernels, so 81 a value; bilinear up-sampling, four."""
+    total = (pixels // 32) ** 2 * model.head.in_features
+    for i, stage in enumerate(model.stages):
+        for attn in (block.attn for block in stage if block.attn.grid != (1, 1)):
+            (side, _), C, tokens = attn.grid, attn.proj.out_features, pixels // 4 >> i
+            cells = math.ceil(tokens / side) ** 2
+            total += cells * side ** 2 * C                                              # averages
+            if attn.iterations == 0:
+                total += 4 * tokens ** 2 * C
+            else:
+                total += 81 * cells * (C + C + 1) * attn.iterations                     # gather super tokens; fold them and their shares
+                total += 81 * cells * C                                                 # gather for up-sampling
+    return total
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_rows_of_the_tables(row):
+    overrides, parameters, flops, *printed = ROWS[row]
+    build = partial(stvit_s, **overrides)
+    counted, _, multiply_adds = complexity(build)
+    with torch.device("meta"):
+        multiply_adds += unseen_multiply_adds(build(), 224)
+    exact = counted / 1e6, multiply_adds / 1e9
+    assert (f"{exact[0]:.2f}", f"{exact[1]:.3f}") == (parameters, flops)
+    digits = [len(figure.partition(".")[2]) if figure else 0 for figure in printed]
+    wrong = [figure for figure, value, n in zip(printed, exact, digits) if figure and figure != f"{value:.{n}f}"]
+    assert wrong == list(MISPRINTS.get(row, ()))
+
+
+@pytest.mark.parametrize("factory, pixels, flops", [(stvit_s, 224, "4.37"), (stvit_b, 224, "9.87"), (stvit_l, 224, "15.60"),
+                                                    (stvit_s, 384, "14.16"), (stvit_b, 384, "31.49"), (stvit_l, 384, "49.75")])
+def test_flops_of_the_variants(factory, pixels, flops):
+    with torch.device("meta"):
+        unseen = unseen_multiply_adds(factory(), pixels)
+    assert f"{(complexity(factory, pixels)[2] + unseen) / 1e9:.2f}" == flops
+
+
+ABLATIONS = {"ape": {"stem": "patch", "position": "ape", "ffn_shortcut": False}, "rpe": {"position": "rpe", "iterations": 2},
+             "bare": {**BARE, "iterations": 0}}
+each_ablation = pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS)
+
+
+@each_ablation
+@pytest.mark.parametrize("H, W", [(33, 47), (50, 100)])
+def test_ablations_take_any_size_and_use_every_parameter(ablation, H, W, device):
+    model = STViT(num_classes=5, drop_path_rate=0., **TINY, **ablation).to(device)
+    images = torch.randn(2, 3, H, W, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        assert model.eval()(images).isfinite().all()
+        assert model(images[..., :32, :32]).isfinite().all()
+    maps = model.train().forward_features(images)
+    assert [m.shape[2:] for m in maps] == [(math.ceil(H / s), math.ceil(W / s)) for s in (4, 8, 16, 32)]
+    logits = model(images)
+    (logits * torch.randn_like(logits)).sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), key
+        if parameter.ndim > 1:      # biases in front of a norm have none in exact arithmetic
+            assert parameter.grad.count_nonzero() > 0, key
+
+
+@each_ablation
+def test_compiled_ablations_equal_eager(ablation):
+    torch._dynamo.reset()
+    model, images = STViT(num_classes=5, drop_path_rate=0., **TINY, **ablation).double(), torch.randn(2, 3, 50, 64, dtype=torch.float64)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert_same(compiled(images), model(images), [*model.parameters()])
+
+
+@pytest.mark.parametrize("build, shapes", [
+    (lambda: nn.Sequential(PatchEmbedding(3), PositionTable(3, 7)), ((2, 3, 5, 6), (2, 3, 7, 4))),
+    (lambda: SuperTokenAttention(4, 2, (1, 1), bias_side=3), ((2, 5, 6, 4), (2, 7, 4, 4)))], ids=["ape", "rpe"])
+def test_compiled_positions_with_dynamic_sizes_equal_eager(build, shapes):
+    """The layers alone: torch's symbolic shapes are slow."""
+    torch._dynamo.reset()
+    layer = build().double()
+    compiled = torch.compile(layer, fullgraph=True, backend="eager", dynamic=True)
+    for x in random_leaves(*shapes):
+        assert_same(compiled(x), layer(x), [x, *layer.parameters()])
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"stem": "swin"}, "stem = 'swin', expected 'conv' or 'patch'"),
+    ({"position": "rope"}, "position = 'rope', expected 'cpe', 'ape', 'rpe' or None"),
+    ({"conv_ffn": False, "ffn_shortcut": False}, "ffn_shortcut = False, expected True"),
+    ({"iterations": -1}, "iterations = -1, expected"), ({"grids": (8, 0, 1, 1)}, r"grids = \(8, 0, 1, 1\)")])
+def test_unknown_ablations_raise(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        STViT(num_classes=5, drop_path_rate=0., **{**TINY, **wrong})
 
 
 # ------------------------------------------------------------------------------------------------- released checkpoints
@@ -342,10 +546,6 @@ class TheirSTViT(nn.Module):
             if "downsample" in layer:
                 x = layer["downsample"]["proj"](x)
         return self.head(F.silu(self.norm(self.proj(x))).mean((2, 3)))
-
-
-TINY = {"depths": (1, 2, 1, 1), "dims": (16, 32, 24, 32), "heads": (1, 2, 3, 4), "grids": (4, 3, 1, 1),
-        "layer_scale": (None, None, 0.5, 0.5)}
 
 
 @pytest.fixture(scope="module", params=["identity", "shortcut"])

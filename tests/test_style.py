@@ -1,11 +1,16 @@
-"""Every top-level file: no unused import or parameter, only allowed packages, every flag read (style page, habits 11 and 12)."""
+"""Every top-level file: no unused import or parameter, only allowed packages, every flag read (style page, habits 11 and 12).
+
+README: its table of sizes is what tests/bench.py prints.
+"""
 import ast
 import sys
 from pathlib import Path
 
+import bench
 import pytest
 
-FILES = sorted(Path(__file__).resolve().parent.parent.glob("*.py"))
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted(ROOT.glob("*.py"))
 PACKAGES = {"torch", "numpy", "PIL", "tqdm"} | sys.stdlib_module_names
 MODELS = {"clustr", "secvit", "linglo", "stvit"}
 each_file = pytest.mark.parametrize("tree", [pytest.param(ast.parse(path.read_text()), id=path.stem) for path in FILES])
@@ -75,6 +80,13 @@ def test_parameters_are_used(tree):
 def test_flags_are_read(tree):
     read = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "args"}
     assert set(flags(tree)) - read == set()
+
+
+def test_readme_has_the_generated_table(capsys):
+    bench.table()
+    generated = capsys.readouterr().out.strip()
+    assert generated in (ROOT / "README.md").read_text(), "replace README's table by what `python tests/bench.py --table` prints"
+    assert "not explained" not in generated
 
 
 def test_the_checks_find_what_they_look_for():
