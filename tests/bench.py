@@ -333,7 +333,7 @@ MODELS = {
         ((64, 56, 1, 8), (128, 28, 2, 4), (320, 14, 5, 1), (512, 7, 8, 1))),
 }
 VARIANTS = {name: getattr(module, name) for module in (clustr, secvit, linglo, stvit) for name in module.VARIANTS}
-VARIANTS |= {f"{name}_released": functools.partial(VARIANTS[name], released=True) for name in secvit.VARIANTS}
+VARIANTS |= {f"{name}_released": functools.partial(VARIANTS[name], released=True) for name in secvit.VARIANTS if name.startswith("secvit_")}
 
 
 # --------------------------------------------------------------------------------------------------------------- ratios
