@@ -417,14 +417,16 @@ class MapNorm(nn.LayerNorm):
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
-class PatchEmbedding(nn.Sequential):
+class PatchEmbedding(nn.Module):
     """Swin's: images (B, 3, H, W), zero-padded right and bottom to whole 4 x 4 patches, -> (B, C, ceil(H / 4), ceil(W / 4))."""
 
     def __init__(self, dim):
-        super().__init__(nn.Conv2d(3, dim, 4, 4), MapNorm(dim))
+        super().__init__()
+        self.conv = nn.Conv2d(3, dim, 4, 4)
+        self.norm = MapNorm(dim)
 
     def forward(self, x):
-        return super().forward(F.pad(x, (0, 3, 0, 3)))                                  # stride 4 leaves out zeros that no patch needs
+        return self.norm(self.conv(F.pad(x, (0, 3, 0, 3))))                             # stride 4 leaves out zeros that no patch needs
 
 
 class PatchMerging(nn.Module):

@@ -457,7 +457,7 @@ def test_patch_embedding_and_merging_match_loops(H, W, device):
     """Patch by patch, tokens row by row; what lies outside the map is zero."""
     embed, merge = PatchEmbedding(6).to(device).double(), PatchMerging(3, 5).to(device).double()
     x, = random_leaves((2, 3, H, W), device=device)
-    for module, size, weight in ((embed, 4, embed[0].weight.permute(0, 2, 3, 1).flatten(1)), (merge, 2, merge.reduction.weight)):
+    for module, size, weight in ((embed, 4, embed.conv.weight.permute(0, 2, 3, 1).flatten(1)), (merge, 2, merge.reduction.weight)):
         slow = x.new_zeros(2, len(weight), math.ceil(H / size), math.ceil(W / size))
         for i in range(slow.shape[2]):
             for j in range(slow.shape[3]):
@@ -466,7 +466,7 @@ def test_patch_embedding_and_merging_match_loops(H, W, device):
                 if size == 2:
                     slow[:, :, i, j] = F.layer_norm(patch, (12,), merge.norm.weight, merge.norm.bias, 1e-6) @ weight.T
                 else:
-                    slow[:, :, i, j] = F.layer_norm(patch @ weight.T + embed[0].bias, (6,), embed[1].weight, embed[1].bias, 1e-6)
+                    slow[:, :, i, j] = F.layer_norm(patch @ weight.T + embed.conv.bias, (6,), embed.norm.weight, embed.norm.bias, 1e-6)
         assert_same(module(x), slow, [x, *module.parameters()])
 
 

@@ -228,6 +228,7 @@ def test_retinanet_loss_matches_loops(device):
 HEADS = [   # channels, RetinaNet, Semantic FPN, UPerNet + auxiliary head (fact sheet, 5.1)
     ("clustr_s", 10233588, 4250262, 30307628), ("secvit_t", 10233588, 4250262, 30307628), ("secvit_b", 10258164, 4278934, 30512428),
     ("secvit_l", 10634996, 4369046, 31773996), ("linglo_b0", 9537268, 4135574, 28284204), ("linglo_b1", 10249972, 4266646, 30487852),
+    ("sec_fastervit_0", 10233588, 4250262, 30307628),
     ("stvit_s", 10249972, 4266646, 30487852), ("stvit_b", 10282740, 4307606, 30717228), ("stvit_l", 10626804, 4356758, 31749420),
 ]
 WHOLE = [   # head and backbone in M (fact sheet, 5.3): ClusTR's as the paper prints it, LinGlo's from the description, deployed
@@ -321,6 +322,10 @@ def test_backbone_keeps_its_statistics_when_frozen(tiny):
         backbone(torch.randn(2, 3, 64, 64))
         assert norms and all(bool(norm.running_mean.any()) != frozen and norm.weight.requires_grad for norm in norms)
     assert all(isinstance(norm, nn.LayerNorm) for norm in backbone.norms)               # SecViT and STViT end their stages without one
+    for name in ("sec_swin_t", "sec_fastervit_0"):                                      # and so do these
+        with torch.device("meta"):
+            backbone = T.build_model("semfpn", name, 3).backbone
+        assert all(isinstance(norm, nn.LayerNorm) for norm in backbone.norms) and isinstance(backbone.net.proj, nn.Identity)
     assert all(isinstance(norm, nn.Identity) for norm in T.build_model("semfpn", "clustr_t", 3).backbone.norms)
 
 
@@ -577,6 +582,15 @@ def test_decay_exempts_norms_in_swins_settings_only(tiny):
         assert (id(model.backbone.net.stages[0][0].norm1.weight) in ids) == exempt
         assert id(model.bottleneck[1].weight) not in ids and groups[1]["weight_decay"] == 0
         assert len(ids) + len(groups[0]["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("backbone, rate", [
+    ("secvit_t", None), ("sec_swin_s", None), ("sec_fastervit_0", None), ("stvit_b", 0.3), ("clustr_t", 0.1)])
+def test_drop_path_of_the_family(backbone, rate):
+    """None: the factory's, as in classification."""
+    args = T.parse_args(["--task", "retinanet", "--backbone", backbone, "--data", "images"])
+    T.settle(args)
+    assert args.drop_path == rate
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs
