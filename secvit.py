@@ -16,6 +16,7 @@ What differs from the paper's text, and why:
 - `released=True` is the model that the authors trained: rotary embedding of q and k, a residual 3x3 depth-wise convolution in
   the FFN, no GELU after the stem's last BN, ascending sort. Their training logs carry its parameter count exactly, so **the
   paper's accuracies belong to `released=True`**; the default is the paper's text (14.87 M against 14.98 M for SecViT-T).
+- Without convolutional stem SecViT has Swin's patch embedding and patch merging: Table 6's 14 M and 2.1 G need both.
 - SEC-FasterViT has SECA in stage 3 only, though the text says "the latter two stages": with FasterViT's global attention kept in
   stage 4 it has the printed 25 and 41 M, without it 23.7 and 39.2 M. Drop path of SEC-Swin and SEC-FasterViT is the baselines'.
 """
@@ -265,7 +266,7 @@ class SecViT(nn.Module):
         depths, dims, heads, clusters, layer_scale: one entry a stage.
         released: the model of the authors' checkpoints, see the file's header.
         lce, cpe: False leaves the convolution of V, or the position encoding, out of every block (Table 6).
-        conv_stem: False for Swin's patch embedding and patch merging instead of all convolutions between stages (Table 6).
+        conv_stem: False for Swin's patch embedding and patch merging instead of the convolutions before and between stages (Table 6).
         attention: "sec", or "csw" for cross-shaped windows instead of clusters (Table 6).
     `channels` holds the four map widths.
     Raises: ValueError for another `attention`.
@@ -286,8 +287,8 @@ class SecViT(nn.Module):
 
         def block(i):
             layer, size = (SECA, clusters[i]) if attention == "sec" else (CSWA, STRIPES[i])
-            return Block(dims[i], DepthwiseConv(dims[i], 3) if cpe else None, layer(dims[i], heads[i], size, lce, released), 3,
-                         next(rates), layer_scale[i], ffn_conv=released)
+            return Block(dims[i], DepthwiseConv(dims[i], 3) if cpe else None, layer(dims[i], heads[i], size, lce, released), ratio=3,
+                         drop_path=next(rates), layer_scale=layer_scale[i], ffn_conv=released)
         self.stages = nn.ModuleList(nn.Sequential(*(block(i) for _ in range(depths[i]))) for i in range(4))
         self.downsamples = nn.ModuleList(
             nn.Sequential(*conv_norm(dims[i], dims[i + 1], 2)) if conv_stem else PatchMerging(dims[i], dims[i + 1]) for i in range(3))
@@ -464,7 +465,8 @@ class SECSwin(nn.Module):
         self.stem = PatchEmbedding(dims[0])
         rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dims[i], None, SECA(dims[i], heads[i], clusters[i]), 4, next(rates)) for _ in range(depths[i])))
+            nn.Sequential(*(Block(dims[i], None, SECA(dims[i], heads[i], clusters[i]), ratio=4, drop_path=next(rates))
+                            for _ in range(depths[i])))
             for i in range(4))
         self.downsamples = nn.ModuleList(PatchMerging(dims[i], dims[i + 1]) for i in range(3))
         self.proj = MapNorm(dims[3])
@@ -536,7 +538,7 @@ class GlobalAttention(SECA):
         rows, columns = (torch.arange(side, device=device) for side in (H, W))
         rows = rows[:, None] - rows + H - 1                                             # (H, H), of query and key
         columns = columns[:, None] - columns + W - 1                                    # (W, W)
-        bias = table.permute(2, 0, 1)[:, rows[:, None, :, None], columns[None, :, None]]                    # (h, H, W, H, W)
+        bias = table.permute(2, 0, 1)[:, rows[:, None, :, None], columns[None, :, None]]  # (h, H, W, H, W)
         return bias.flatten(3, 4).flatten(1, 2).contiguous()
 
     def forward(self, x):
@@ -567,8 +569,8 @@ class SECFasterViT(nn.Module):
             if i < 2:
                 return ConvBlock(dims[i], next(rates))
             if i == 2:
-                return Block(dims[2], None, SECA(dims[2], heads[2], clusters), 4, next(rates))
-            return Block(dims[3], TokenPosition(dims[3]), GlobalAttention(dims[3], heads[3]), 4, next(rates))
+                return Block(dims[2], None, SECA(dims[2], heads[2], clusters), ratio=4, drop_path=next(rates))
+            return Block(dims[3], TokenPosition(dims[3]), GlobalAttention(dims[3], heads[3]), ratio=4, drop_path=next(rates))
         self.stages = nn.ModuleList(nn.Sequential(*(block(i) for _ in range(depths[i]))) for i in range(4))
         self.downsamples = nn.ModuleList(
             nn.Sequential(MapNorm(dims[i]), nn.Conv2d(dims[i], dims[i + 1], 3, 2, padding=1, bias=False)) for i in range(3))
