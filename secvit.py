@@ -5,7 +5,8 @@ Mechanism: sort the tokens by the similarity of their keys to the mean key, cut 
 equally long clusters, and attend inside each cluster. One sort, no iterations, no ragged groups.
 
 Letters: B batch, C channels, H x W the token grid, N = H * W tokens, h heads, d = C / h head width, K clusters, M = N / K.
-Reading order: cluster_order, cut_runs -> equitable_cluster_attention -> SECA -> Block -> SecViT; drawing and `main` come last.
+Reading order: cluster_order, cut_runs, run_attention -> equitable_cluster_attention -> SECA -> Block -> SecViT -> secvit_t. The main
+model ends there; behind it come the layers of its ablations, then SEC-Swin, SEC-FasterViT, drawing and `main`.
 Memory order: every map inside a stage is channels-last, (B, H, W, C), so that linear layers, norms and convolutions share it.
 
 What differs from the paper's text, and why:
@@ -15,6 +16,9 @@ What differs from the paper's text, and why:
 - `released=True` is the model that the authors trained: rotary embedding of q and k, a residual 3x3 depth-wise convolution in
   the FFN, no GELU after the stem's last BN, ascending sort. Their training logs carry its parameter count exactly, so **the
   paper's accuracies belong to `released=True`**; the default is the paper's text (14.87 M against 14.98 M for SecViT-T).
+- Without convolutional stem SecViT has Swin's patch embedding and patch merging: Table 6's 14 M and 2.1 G need both.
+- SEC-FasterViT has SECA in stage 3 only, though the text says "the latter two stages": with FasterViT's global attention kept in
+  stage 4 it has the printed 25 and 41 M, without it 23.7 and 39.2 M. Drop path of SEC-Swin and SEC-FasterViT is the baselines'.
 """
 import argparse
 import colorsys
@@ -73,6 +77,17 @@ def cut_runs(tokens, clusters):
     return [(count, size) for count, size in ((longer, length + 1), (clusters - longer, length)) if count]
 
 
+def run_attention(q, k, v, runs):
+    """Attention inside consecutive runs of tokens: q, k, v (G, N, d), runs as from `cut_runs` -> (G, N, d)."""
+    outputs, start = [], 0
+    for count, length in runs:
+        part = slice(start, start + count * length)
+        qi, ki, vi = (t[:, part].unflatten(1, (count, length)) for t in (q, k, v))      # (G, K, M, d)
+        outputs.append(F.scaled_dot_product_attention(qi, ki, vi).flatten(1, 2))        # (G, K*M, d)
+        start += count * length
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+
+
 def equitable_cluster_attention(q, k, v, clusters, descending=True):
     """Attention inside equally large clusters of tokens (paper, Eq. 2 to 5).
 
@@ -96,13 +111,7 @@ def equitable_cluster_attention(q, k, v, clusters, descending=True):
     gather = ((batch * N + order) * h + head).flatten()                                 # rows (B, N, h) -> (B, h, N sorted)
     scatter = ((batch * h + head) * N + place).mT.flatten()                             # and back
     q, k, v = (PermuteRows.apply(t.transpose(1, 2).reshape(B * N * h, d), gather, scatter).view(B * h, N, d) for t in (q, k, v))
-    runs, start = [], 0
-    for count, length in cut_runs(N, clusters):
-        part = slice(start, start + count * length)
-        qi, ki, vi = (t[:, part].unflatten(1, (count, length)) for t in (q, k, v))      # (B*h, K, M, d)
-        runs.append(F.scaled_dot_product_attention(qi, ki, vi).flatten(1, 2))           # (B*h, K*M, d), Eq. 5
-        start += count * length
-    y = torch.cat(runs, 1) if len(runs) > 1 else runs[0]
+    y = run_attention(q, k, v, cut_runs(N, clusters))                                   # (B*h, N, d) sorted, Eq. 5
     return PermuteRows.apply(y.reshape(B * h * N, d), scatter, gather).view(B, N, h, d).transpose(1, 2)
 
 
@@ -212,21 +221,22 @@ class FFN(nn.Module):
 
 
 class Block(nn.Module):
-    """Eq. 1: convolutional position encoding, SECA, FFN, each with a shortcut; (B, H, W, C) -> the same."""
+    """Eq. 1: position encoding `cpe` (a module or None), attention `attn`, FFN, each with a shortcut; (B, H, W, C) -> the same."""
 
-    def __init__(self, dim, heads, clusters, drop_path, layer_scale, released):
+    def __init__(self, dim, cpe, attn, ratio, drop_path, layer_scale=None, ffn_conv=False):
         super().__init__()
-        self.cpe = DepthwiseConv(dim, 3)
+        self.cpe = cpe
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = SECA(dim, heads, clusters, rope=released)
+        self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.ffn = FFN(dim, ratio=3, conv=released)
+        self.ffn = FFN(dim, ratio, ffn_conv)
         self.scale1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.scale2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        x = x + self.cpe(x)
+        if self.cpe is not None:
+            x = x + self.cpe(x)
         x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
         return x + self.drop_path(self.scale2(self.ffn(self.norm2(x))))
 
@@ -240,7 +250,8 @@ def init_weights(module):
     """One rule for every parameter: weights N(0, 0.02) truncated, biases 0, norms and layer scales as constructed."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif list(module.parameters(recurse=False)) and not isinstance(module, (nn.LayerNorm, nn.BatchNorm2d, LayerScale)):
         raise TypeError(f"no initialization rule for {type(module).__name__}")
 
@@ -254,23 +265,33 @@ class SecViT(nn.Module):
         drop_path_rate: stochastic depth of the last block; the first block's rate is 0, linear between.
         depths, dims, heads, clusters, layer_scale: one entry a stage.
         released: the model of the authors' checkpoints, see the file's header.
+        lce, cpe: False leaves the convolution of V, or the position encoding, out of every block (Table 6).
+        conv_stem: False for Swin's patch embedding and patch merging instead of the convolutions before and between stages (Table 6).
+        attention: "sec", or "csw" for cross-shaped windows instead of clusters (Table 6).
     `channels` holds the four map widths.
+    Raises: ValueError for another `attention`.
     """
 
     def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, clusters=(32, 8, 2, 1),
-                 layer_scale=(None, None, None, None), released=False):
+                 layer_scale=(None, None, None, None), released=False, lce=True, cpe=True, conv_stem=True, attention="sec"):
         super().__init__()
+        if attention not in ("sec", "csw"):
+            raise ValueError(f"attention = {attention!r}, expected 'sec' or 'csw'")
         self.channels = tuple(dims)
         half = dims[0] // 2
         stem = []
         for in_dim, out_dim, stride in ((3, half, 2), (half, half, 1), (half, half, 1), (half, dims[0], 2)):
             stem += [*conv_norm(in_dim, out_dim, stride), nn.GELU()]
-        self.stem = nn.Sequential(*(stem[:-1] if released else stem))
+        self.stem = nn.Sequential(*(stem[:-1] if released else stem)) if conv_stem else PatchEmbedding(dims[0])
         rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dims[i], heads[i], clusters[i], next(rates), layer_scale[i], released) for _ in range(depths[i])))
-            for i in range(4))
-        self.downsamples = nn.ModuleList(nn.Sequential(*conv_norm(dims[i], dims[i + 1], 2)) for i in range(3))
+
+        def block(i):
+            layer, size = (SECA, clusters[i]) if attention == "sec" else (CSWA, STRIPES[i])
+            return Block(dims[i], DepthwiseConv(dims[i], 3) if cpe else None, layer(dims[i], heads[i], size, lce, released), ratio=3,
+                         drop_path=next(rates), layer_scale=layer_scale[i], ffn_conv=released)
+        self.stages = nn.ModuleList(nn.Sequential(*(block(i) for _ in range(depths[i]))) for i in range(4))
+        self.downsamples = nn.ModuleList(
+            nn.Sequential(*conv_norm(dims[i], dims[i + 1], 2)) if conv_stem else PatchMerging(dims[i], dims[i + 1]) for i in range(3))
         self.proj = nn.Sequential(nn.Conv2d(dims[3], 1024, 1), nn.BatchNorm2d(1024), nn.SiLU())
         self.head = nn.Linear(1024, num_classes)
         self.apply(init_weights)
@@ -343,6 +364,231 @@ def secvit_l(num_classes=1000, drop_path_rate=0.5, **overrides):
     return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["secvit_l"], **overrides})
 
 
+# ----------------------------------------------------------------------------------- ablations; the main model ends above
+STRIPES = (1, 2, 7, 7)  # rows or columns a stripe, stage by stage: CSWin, arXiv 2107.00652
+
+
+def stripe_attention(q, k, v, width):
+    """Attention inside stripes of up to `width` rows, as many as needed and as equal as can be: (B, h, H, W, d) -> the same."""
+    H, W = q.shape[2:4]
+    runs = [(count, rows * W) for count, rows in cut_runs(H, (H + width - 1) // width)]
+    return run_attention(*(t.flatten(0, 1).flatten(1, 2) for t in (q, k, v)), runs).view(q.shape)
+
+
+def cross_shaped_attention(q, k, v, H, W, width):
+    """Cross-shaped windows: the first half of the heads attends in horizontal stripes, the second in vertical ones.
+
+    Args: q, k, v (B, h, N, d), an even number of heads; H, W, the map's sides; width, most rows or columns of a stripe.
+    Returns: (B, h, N, d). Where `width` does not divide a side stripes are narrower; no token is padding.
+    """
+    half = q.shape[1] // 2
+    q, k, v = (t.unflatten(2, (H, W)) for t in (q, k, v))                               # (B, h, H, W, d)
+    horizontal = stripe_attention(*(t[:, :half] for t in (q, k, v)), width)
+    vertical = stripe_attention(*(t[:, half:].transpose(2, 3) for t in (q, k, v)), width).transpose(2, 3)
+    return torch.cat((horizontal, vertical), 1).flatten(2, 3)
+
+
+class CSWA(SECA):
+    """SECA with cross-shaped windows of `width` in place of clusters (Table 6): (B, H, W, C) -> the same.
+
+    Raises: ValueError for an odd number of heads.
+    """
+
+    def __init__(self, dim, heads, width, lce=True, rope=False):
+        if heads % 2:
+            raise ValueError(f"heads = {heads} do not split into two halves, one for horizontal and one for vertical stripes")
+        super().__init__(dim, heads, None, lce, rope)
+        self.width = width
+
+    def forward(self, x):
+        q, k = self.queries_keys(x)
+        v = self.v(x)
+        y = cross_shaped_attention(q, k, self.split_heads(v), *x.shape[1:3], self.width)
+        y = y.transpose(1, 2).reshape(x.shape)                                          # (B, h, N, d) -> (B, H, W, C)
+        return self.proj(y if self.lce is None else y + self.lce(v))
+
+
+class MapNorm(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def __init__(self, dim):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PatchEmbedding(nn.Module):
+    """Swin's: images (B, 3, H, W), zero-padded right and bottom to whole 4 x 4 patches, -> (B, C, ceil(H / 4), ceil(W / 4))."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.conv = nn.Conv2d(3, dim, 4, 4)
+        self.norm = MapNorm(dim)
+
+    def forward(self, x):
+        return self.norm(self.conv(F.pad(x, (0, 3, 0, 3))))                             # stride 4 leaves out zeros that no patch needs
+
+
+class PatchMerging(nn.Module):
+    """Swin's: 2 x 2 tokens, zero-padded right and bottom, to one; (B, C, H, W) -> (B, C', ceil(H / 2), ceil(W / 2))."""
+
+    def __init__(self, in_dim, dim):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * in_dim, eps=1e-6)
+        self.reduction = nn.Linear(4 * in_dim, dim, bias=False)
+
+    def forward(self, x):
+        H, W = x.shape[2:]
+        x = F.pad(x, (0, 1, 0, 1)).permute(0, 2, 3, 1)
+        x = torch.cat([x[:, i:H + i:2, j:W + j:2] for i in (0, 1) for j in (0, 1)], -1)  # (B, ceil(H/2), ceil(W/2), 4*C)
+        return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------ SEC-Swin
+VARIANTS |= {
+    "sec_swin_t": dict(depths=(2, 2, 6, 2), dims=(96, 192, 384, 768), heads=(3, 6, 12, 24)),
+    "sec_swin_s": dict(depths=(2, 2, 18, 2), dims=(96, 192, 384, 768), heads=(3, 6, 12, 24)),
+}
+
+
+class SECSwin(nn.Module):
+    """Swin (arXiv 2103.14030) with SECA for its window attention and nothing else changed: no CPE, no convolutional stem (Table 2a).
+
+    Args as SecViT's. `proj`, before averaging, is only Swin's last norm.
+    """
+    forward_features, forward = SecViT.forward_features, SecViT.forward
+
+    def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, clusters=(32, 8, 2, 1)):
+        super().__init__()
+        self.channels = tuple(dims)
+        self.stem = PatchEmbedding(dims[0])
+        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(Block(dims[i], None, SECA(dims[i], heads[i], clusters[i]), ratio=4, drop_path=next(rates))
+                            for _ in range(depths[i])))
+            for i in range(4))
+        self.downsamples = nn.ModuleList(PatchMerging(dims[i], dims[i + 1]) for i in range(3))
+        self.proj = MapNorm(dims[3])
+        self.head = nn.Linear(dims[3], num_classes)
+        self.apply(init_weights)
+
+
+def sec_swin_t(num_classes=1000, drop_path_rate=0.2, **overrides):
+    """SEC-Swin-T, 28.38 M parameters."""
+    return SECSwin(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["sec_swin_t"], **overrides})
+
+
+def sec_swin_s(num_classes=1000, drop_path_rate=0.3, **overrides):
+    """SEC-Swin-S, 49.79 M parameters."""
+    return SECSwin(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["sec_swin_s"], **overrides})
+
+
+# ------------------------------------------------------------------------------------------------------- SEC-FasterViT
+VARIANTS |= {
+    "sec_fastervit_0": dict(depths=(2, 3, 6, 5), dims=(64, 128, 256, 512), heads=(None, None, 8, 16), stem_dim=64),
+    "sec_fastervit_1": dict(depths=(1, 3, 8, 5), dims=(80, 160, 320, 640), heads=(None, None, 8, 16), stem_dim=32),
+}
+
+
+class ConvBlock(nn.Module):
+    """FasterViT's first two stages: two 3x3 convolutions with BN, GELU between, with a shortcut; (B, H, W, C) -> the same."""
+
+    def __init__(self, dim, drop_path):
+        super().__init__()
+        self.convs = nn.Sequential(*conv_norm(dim, dim, 1), nn.GELU(), *conv_norm(dim, dim, 1))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        return x + self.drop_path(self.convs(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class PositionMLP(nn.Sequential):
+    """A learned function of row and column: coordinates (R,) and (S,) -> (R, S, dim), at all pairs of them."""
+
+    def __init__(self, dim):
+        super().__init__(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, dim, bias=False))
+
+    def forward(self, rows, columns):
+        return super().forward(torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).to(self[0].weight.dtype))
+
+
+class TokenPosition(PositionMLP):
+    """FasterViT's position encoding of a map (B, H, W, C): the MLP at the tokens' places, from -1 to 1 along each side -> (H, W, C)."""
+
+    def forward(self, x):
+        return super().forward(*((2 * torch.arange(side, device=x.device) - (side - 1)) / max(side - 1, 1) for side in x.shape[1:3]))
+
+
+class GlobalAttention(SECA):
+    """FasterViT's attention in the last stage, one window over the whole map, with a position bias: (B, H, W, C) -> the same.
+
+    The bias of a pair of tokens is 16 sigmoid(MLP(offset)); offsets are relative to the map's sides and on a logarithmic scale
+    (Swin V2, arXiv 2111.09883, Eq. 4), which FasterViT evaluates for windows of 7 x 7 and this for whatever map comes.
+    """
+
+    def __init__(self, dim, heads):
+        super().__init__(dim, heads, clusters=1, lce=False)
+        self.bias = PositionMLP(heads)
+
+    def position_bias(self, H, W, device):
+        """(h, N, N), queries by keys, for a map of H x W."""
+        offsets = [8 * torch.arange(1 - side, side, device=device) / max(side - 1, 1) for side in (H, W)]   # -8 to 8, Eq. 4
+        table = 16 * self.bias(*(t.sign() * (t.abs() + 1).log2() / 3 for t in offsets)).sigmoid()           # (2H-1, 2W-1, h)
+        rows, columns = (torch.arange(side, device=device) for side in (H, W))
+        rows = rows[:, None] - rows + H - 1                                             # (H, H), of query and key
+        columns = columns[:, None] - columns + W - 1                                    # (W, W)
+        bias = table.permute(2, 0, 1)[:, rows[:, None, :, None], columns[None, :, None]]  # (h, H, W, H, W)
+        return bias.flatten(3, 4).flatten(1, 2).contiguous()
+
+    def forward(self, x):
+        q, k = self.queries_keys(x)
+        bias = self.position_bias(*x.shape[1:3], x.device).to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, self.split_heads(self.v(x)), attn_mask=bias)
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
+
+
+class SECFasterViT(nn.Module):
+    """FasterViT (arXiv 2306.06189) with SECA for the hierarchical attention of stage 3 (Table 2b).
+
+    Args as SecViT's; of heads the last two are used; clusters, of stage 3; stem_dim, channels between the stem's convolutions.
+    `proj`, before averaging, is only FasterViT's last norm.
+    """
+    forward_features, forward = SecViT.forward_features, SecViT.forward
+
+    def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, stem_dim, clusters=2):
+        super().__init__()
+        self.channels = tuple(dims)
+        stem = []
+        for in_dim, out_dim in ((3, stem_dim), (stem_dim, dims[0])):
+            stem += [nn.Conv2d(in_dim, out_dim, 3, 2, padding=1, bias=False), nn.BatchNorm2d(out_dim, eps=1e-4), nn.ReLU()]
+        self.stem = nn.Sequential(*stem)
+        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
+
+        def block(i):
+            if i < 2:
+                return ConvBlock(dims[i], next(rates))
+            if i == 2:
+                return Block(dims[2], None, SECA(dims[2], heads[2], clusters), ratio=4, drop_path=next(rates))
+            return Block(dims[3], TokenPosition(dims[3]), GlobalAttention(dims[3], heads[3]), ratio=4, drop_path=next(rates))
+        self.stages = nn.ModuleList(nn.Sequential(*(block(i) for _ in range(depths[i]))) for i in range(4))
+        self.downsamples = nn.ModuleList(
+            nn.Sequential(MapNorm(dims[i]), nn.Conv2d(dims[i], dims[i + 1], 3, 2, padding=1, bias=False)) for i in range(3))
+        self.proj = nn.BatchNorm2d(dims[3])
+        self.head = nn.Linear(dims[3], num_classes)
+        self.apply(init_weights)
+
+
+def sec_fastervit_0(num_classes=1000, drop_path_rate=0.2, **overrides):
+    """SEC-FasterViT-0, 25.04 M parameters."""
+    return SECFasterViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["sec_fastervit_0"], **overrides})
+
+
+def sec_fastervit_1(num_classes=1000, drop_path_rate=0.2, **overrides):
+    """SEC-FasterViT-1, 40.83 M parameters."""
+    return SECFasterViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["sec_fastervit_1"], **overrides})
+
+
 # ------------------------------------------------------------------------------------------------------------- drawing
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what trained weights expect
 
@@ -394,10 +640,11 @@ def load_weights(factory, path):
         except Exception as error:  # torch.load raises half a dozen types for files that are not its own
             raise ValueError(f"no weights in it ({type(error).__name__})") from None
     released = "patch_embed.proj.0.weight" in state
-    model = factory(num_classes=classes, released=released or "stages.0.0.ffn.conv.weight" in state)
+    options = {"released": True} if released or "stages.0.0.ffn.conv.weight" in state else {}
     try:
+        model = factory(num_classes=classes, **options)
         (model.load_released if released else model.load_state_dict)(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:  # TypeError: SEC-Swin and SEC-FasterViT have no `released`
         raise ValueError(f"weights of another model ({' '.join(str(error).split())[:200]})") from None
     return model.eval()
 
@@ -419,23 +666,25 @@ def draw_clusters(model, picture):
     Clusters differ from head to head; the first head is drawn. Colours run from the most to the least similar cluster.
     """
     seen = {}
-    hooks = [stage[-1].attn.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0]})) for stage in model.stages]
+    layers = {i: stage[-1].attn for i, stage in enumerate(model.stages, 1) if not isinstance(stage[-1], ConvBlock)}
+    hooks = [attn.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0]})) for attn in layers.values()]
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
     model.forward_features((x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])
     panels = [("image", picture)]
-    for i, (attn, x) in enumerate(seen.items()):
-        hooks[i].remove()
-        _, H, W, _ = x.shape
+    for hook in hooks:
+        hook.remove()
+    for i, attn in layers.items():
+        _, H, W, _ = seen[attn].shape
         clusters = min(attn.clusters, H * W)
         if clusters == 1:
             continue
-        order = cluster_order(attn.queries_keys(x)[1], descending=not attn.rope)[0, 0]  # (N,)
+        order = cluster_order(attn.queries_keys(seen[attn])[1], descending=not attn.rope)[0, 0]  # (N,)
         lengths = [length for count, length in cut_runs(H * W, clusters) for _ in range(count)]
         colours = torch.tensor([colorsys.hsv_to_rgb(0.8 * c / clusters, 0.75, 0.95 - 0.3 * (c % 2)) for c in range(clusters)])
         colours = (255 * colours).byte().repeat_interleave(torch.tensor(lengths), 0)    # (N, 3), by sorted place
         drawn = torch.empty_like(colours).index_copy_(0, order, colours).view(H, W, 3)
         drawn = Image.fromarray(drawn.numpy()).resize(picture.size, Image.Resampling.NEAREST)
-        panels.append((f"stage {i + 1}: {clusters} clusters", Image.blend(picture.convert("L").convert("RGB"), drawn, 0.7)))
+        panels.append((f"stage {i}: {clusters} clusters", Image.blend(picture.convert("L").convert("RGB"), drawn, 0.7)))
     return tile(panels)
 
 

@@ -149,7 +149,7 @@ def settle(args, checkpoint=None):
     for name, value in defaults.items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if args.drop_path is None and family != "secvit":                       # SecViT repeats the rates of classification
+    if args.drop_path is None and family not in ("secvit", "sec"):          # these repeat the rates of classification
         args.drop_path = 0.3 if args.task == "upernet" or args.backbone in ("stvit_b", "stvit_l") else 0.1
     if args.frozen_bn is None:
         args.frozen_bn = bool(args.backbone_weights)
@@ -992,7 +992,7 @@ def paste_masks(probabilities, boxes, size):
 class Backbone(nn.Module):
     """A classification model without its classifier: images (B, 3, H, W) -> the maps of `levels` (0 to 3), finest first.
 
-    SecViT and STViT, which end their stages without one, get a LayerNorm on each map. `frozen_bn` keeps the statistics of
+    SecViT, SEC-* and STViT, which end their stages without one, get a LayerNorm on each map. `frozen_bn` keeps the statistics of
     its BatchNorms fixed.
     """
 

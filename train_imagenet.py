@@ -56,7 +56,7 @@ SAMPLE, BATCH, ORDER, DRAWING = range(4)  # first entry of every seed, so that n
 DEIT = dict(  # arXiv 2012.12877, as the papers' authors use it; see each flag's help
     epochs=300, batch_size=1024, lr=1e-3, min_lr=1e-5, warmup_epochs=5, weight_decay=0.05, img_size=224, mixup=0.8, cutmix=1.0,
     label_smoothing=0.1, randaug="rand-m9-mstd0.5-inc1", random_erase=0.25, repeated_aug=3, min_crop=0.08, ema=0.0, sync_bn=False)
-RECIPES = {"secvit": dict(lr=2e-3, ema=0.99992, sync_bn=True)}  # what differs, by family: the first part of the model's name
+RECIPES = dict.fromkeys(("secvit", "sec"), dict(lr=2e-3, ema=0.99992, sync_bn=True))  # what differs, by the first part of the model's name
 BUILT_IN = dict(epochs=12, batch_size=32, lr=1e-3, warmup_epochs=1, img_size=64, mixup=0.0, cutmix=0.0, randaug="none", random_erase=0.0,
                 repeated_aug=1, min_crop=0.9, test_crop=1.0, ema=0.0, drop_path=0.0)
 OPTIONAL = dict(test_crop=None, drop_path=None, clip_grad=None, micro_batch=None, seed=0, log_every=50, released=False, compile=False,
@@ -98,7 +98,7 @@ def parse_args(argv=None):
     p.add_argument("--epochs", type=count, help="length of training and of the cosine; 300")
     p.add_argument("--batch-size", type=count, help="images an update, over all processes and accumulation; 1024")
     p.add_argument("--micro-batch", type=count, help="images a process computes at once, the rest is accumulated; a divisor up to 128")
-    p.add_argument("--lr", type=size, help="peak learning rate at this --batch-size, never rescaled; 1e-3, SecViT 2e-3")
+    p.add_argument("--lr", type=size, help="peak learning rate at this --batch-size, never rescaled; 1e-3, SecViT and SEC-* 2e-3")
     p.add_argument("--min-lr", type=size, help="learning rate the cosine ends at; 1e-5")
     p.add_argument("--warmup-epochs", type=size, help="linear warm-up from 1e-6; 5")
     p.add_argument("--weight-decay", type=size, help="AdamW decay of weights with two or more axes; 0.05")
@@ -113,11 +113,11 @@ def parse_args(argv=None):
     p.add_argument("--repeated-aug", type=count, help="copies of each image an epoch, with as many fewer images, 1 is off; 3")
     p.add_argument("--min-crop", type=number(float, 0, 1, above=True), help="smallest share of the area a random crop keeps; 0.08")
     p.add_argument("--test-crop", type=number(float, 0.1, 1), help="tested share of the resized shorter side; 0.875, from 384 on 1.0")
-    p.add_argument("--ema", type=number(float, 0, 0.9999999), help="decay of the averaged weights, 0 is off; 0.99992 for SecViT, else off")
+    p.add_argument("--ema", type=number(float, 0, 0.9999999), help="decay of averaged weights, 0 is off; SecViT, SEC-* 0.99992, else off")
     p.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast type of training and testing; bf16 on a GPU, else none")
     p.add_argument("--compile", **switch, help="torch.compile the model for training")
     p.add_argument("--channels-last", **switch, help="store convolution weights channels-last")
-    p.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, help="batch statistics over all GPUs; on for SecViT")
+    p.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, help="batch statistics over all GPUs; on for SecViT and SEC-*")
     p.add_argument("--frozen-bn", **switch, help="train in eval mode: BN statistics fixed, drop path off (STViT at 384)")
     p.add_argument("--workers", type=number(int, 0), help="loader processes a process; changes speed only; its CPU cores, at most 10")
     p.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), help="of weights, order, augmentation; 0")

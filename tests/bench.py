@@ -503,7 +503,7 @@ def complexity(build, pixels=PIXELS):
 def table():
     """Print papers' figures and ours for every model, SecViT also as released and LinGlo also deployed, and why some do not match."""
     print_header("model", "paper, M", "ours, M", "paper, G", "ours, no products", "ours, all", "paper's top-1", "our ImageNet-1K run")
-    unequal = {}                                                # reason -> columns and models
+    unequal = {}                                                # column and reason -> models
     for name, build in train_imagenet.MODELS.items():
         forms = {name: build}
         if name.startswith("secvit"):
@@ -517,12 +517,11 @@ def table():
             for column, printed, ours in (("parameters", parameters, [millions]), ("FLOPs", flops, billions)):
                 digits = len(printed.partition(".")[2])
                 if printed != "-" and printed not in [f"{count:.{digits}f}" for count in ours]:
-                    cell = f"{column} of {form}"
-                    reasons = [reason for pattern, reason in REASONS.items() if re.fullmatch(pattern, cell)]
-                    unequal.setdefault(reasons[0] if reasons else "not explained", []).append(cell)
+                    reasons = [reason for pattern, reason in REASONS.items() if re.fullmatch(pattern, f"{column} of {form}")]
+                    unequal.setdefault((column, reasons[0] if reasons else "not explained"), []).append(form.replace(",", ""))
     print()
-    for reason, cells in unequal.items():
-        print(f"- {'; '.join(cells)}: {reason}.")
+    for (column, reason), forms in unequal.items():
+        print(f"- {column} of {', '.join(forms)}: {reason}.")
 
 
 # ----------------------------------------------------------------------------------------------------------- throughput

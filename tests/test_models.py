@@ -33,6 +33,9 @@ CASES = {
     "clustr": Case(clustr, "clustr_t", PYRAMID, 6),
     "secvit": Case(secvit, "secvit_t", {**SMALL, "clusters": (32, 8, 2, 1)}, 4),
     "secvit_released": Case(secvit, "secvit_t", {**SMALL, "clusters": (32, 8, 2, 1), "released": True}, 4),
+    "secvit_ablated": Case(secvit, "secvit_t", {**SMALL, "heads": (2, 2, 4, 4), "attention": "csw", "conv_stem": False}, 0),
+    "sec_swin": Case(secvit, "sec_swin_t", {**PYRAMID, "clusters": (1, 8, 2, 1)}, 3),         # symbolic shapes: one cluster is quick
+    "sec_fastervit": Case(secvit, "sec_fastervit_0", {**PYRAMID, "stem_dim": 8}, 2),
     "linglo": Case(linglo, "linglo_b0", PYRAMID, 5),
     "stvit": Case(stvit, "stvit_s", SMALL, 3),
 }
@@ -41,6 +44,8 @@ FACTORIES = [   # factory, overrides, parameters, stochastic depth of the last b
     (secvit.secvit_s, {}, 26555304, 0.15), (secvit.secvit_s, {"released": True}, 26776104, 0.15),
     (secvit.secvit_b, {}, 54262296, 0.4), (secvit.secvit_b, {"released": True}, 54682776, 0.4),
     (secvit.secvit_l, {}, 95924856, 0.5), (secvit.secvit_l, {"released": True}, 96495096, 0.5),
+    (secvit.sec_swin_t, {}, 28379848, 0.2), (secvit.sec_swin_s, {}, 49793224, 0.3),
+    (secvit.sec_fastervit_0, {}, 25044776, 0.2), (secvit.sec_fastervit_1, {}, 40830248, 0.2),
     (clustr.clustr_t, {}, 11682740, 0.1), (clustr.clustr_s, {}, 22691781, 0.2), (clustr.clustr_b, {}, 40247050, 0.3),
     (linglo.linglo_b0, {}, 3807880, 0.1), (linglo.linglo_b1, {}, 14135592, 0.1), (linglo.linglo_b2, {}, 25971880, 0.15),
     (stvit.stvit_s, {}, 25495624, 0.1), (stvit.stvit_b, {}, 51691288, 0.4), (stvit.stvit_l, {}, 94971096, 0.6),

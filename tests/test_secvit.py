@@ -1,7 +1,7 @@
 """SecViT's core, layers and released checkpoints against slow references written from the paper and the released code's description.
 
-Equivalence tests run in float64 with B > 1 and compare outputs and the gradients of all inputs. Order as in secvit.py, and as in
-test_stvit.py: references, core, layers, released checkpoints. Letters as in secvit.py.
+Equivalence tests run in float64 with B > 1 and compare outputs and the gradients of all inputs. Order as in test_stvit.py: references,
+core, layers, released checkpoints; then what stands behind the main model in secvit.py, and the paper's tables. Letters as there.
 """
 import math
 from functools import partial
@@ -11,13 +11,22 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
+import secvit
 from secvit import (
+    CSWA,
     SECA,
+    GlobalAttention,
+    PatchEmbedding,
+    PatchMerging,
     PermuteRows,
     SecViT,
+    TokenPosition,
     cluster_order,
+    cross_shaped_attention,
     cut_runs,
     draw_clusters,
     equitable_cluster_attention,
@@ -26,7 +35,7 @@ from secvit import (
     rotate,
 )
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # where the rotary table's float32 meets float64
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # where float32 coordinates and rotary tables meet float64
 
 
 # ---------------------------------------------------------------------------------------------------------- references
@@ -68,14 +77,61 @@ def loop_rotate(x, W):
     return y
 
 
+def loop_stripe(i, sides, width):
+    """The places (row or column) of a side that share the stripe of place `i`: as few stripes of up to `width` as do, longer first."""
+    stripes, start = math.ceil(sides / width), 0
+    for s in range(stripes):
+        stripe = range(start, start + sides // stripes + (s < sides % stripes))
+        assert len(stripe) <= width
+        if i in stripe:
+            return stripe
+        start = stripe.stop
+
+
+def loop_cross_shaped_attention(q, k, v, H, W, width):
+    """Cross-shaped windows, one head and token at a time: q, k, v (B, h, N, d)."""
+    y = torch.zeros_like(q)
+    for head in range(q.shape[1]):
+        for i in range(H):
+            for j in range(W):
+                rows, columns = (loop_stripe(i, H, width), range(W)) if head < q.shape[1] // 2 else (range(H), loop_stripe(j, W, width))
+                seen = [r * W + c for r in rows for c in columns]
+                weights = (k[:, head, seen] @ q[:, head, i * W + j, :, None] / math.sqrt(q.shape[-1])).softmax(1)     # (B, M, 1)
+                y[:, head, i * W + j] = (weights * v[:, head, seen]).sum(1)
+    return y
+
+
+def loop_mlp(module, row, column):
+    """A position MLP at one place."""
+    hidden = (module[0].weight @ module[0].weight.new_tensor([row, column]) + module[0].bias).relu()
+    return module[2].weight @ hidden
+
+
+def loop_global_attention(module, x):
+    """Attention with FasterViT's bias, one pair of tokens at a time: x (B, H, W, C) -> the same."""
+    B, H, W, C = x.shape
+    q, k, v = (layer(x).reshape(B, H * W, module.heads, -1).transpose(1, 2) for layer in (module.q, module.k, module.v))
+    logits = q @ k.mT / math.sqrt(q.shape[-1])
+    bias = x.new_zeros(module.heads, H * W, H * W)
+    for i in range(H * W):
+        for j in range(H * W):
+            offset = [8 * (a - b) / max(side - 1, 1) for a, b, side in ((i // W, j // W, H), (i % W, j % W, W))]
+            bias[:, i, j] = 16 * loop_mlp(module.bias, *(math.copysign(math.log(abs(t) + 1, 8), t) for t in offset)).sigmoid()
+    return module.proj(((logits + bias).softmax(-1) @ v).transpose(1, 2).reshape(B, H, W, C))
+
+
 def loop_seca(module, x):
-    """SECA assembled from the loops above: x (B, H, W, C) -> the same."""
+    """SECA or CSWA assembled from the loops above: x (B, H, W, C) -> the same."""
     B, H, W, C = x.shape
     q, k, v = (F.linear(x, layer.weight, layer.bias) for layer in (module.q, module.k, module.v))
     q, k, heads_v = (t.reshape(B, H * W, module.heads, -1).transpose(1, 2) for t in (q, k, v))      # (B, h, N, d)
     if module.rope:
         q, k = loop_rotate(q, W), loop_rotate(k, W)
-    y = loop_attention(q, k, heads_v, module.clusters, descending=not module.rope).transpose(1, 2).reshape(B, H, W, C)
+    if isinstance(module, CSWA):
+        y = loop_cross_shaped_attention(q, k, heads_v, H, W, module.width)
+    else:
+        y = loop_attention(q, k, heads_v, module.clusters, descending=not module.rope)
+    y = y.transpose(1, 2).reshape(B, H, W, C)
     if module.lce is not None:
         y = y + F.conv2d(v.permute(0, 3, 1, 2), module.lce.weight, module.lce.bias, padding=2, groups=C).permute(0, 2, 3, 1)
     return F.linear(y, module.proj.weight, module.proj.bias)
@@ -364,7 +420,143 @@ def test_load_weights_reads_the_authors_file(theirs, tmp_path):
     assert_close(loaded(images).double(), theirs(images.double()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["sec_swin_t", "sec_fastervit_0"])
+def test_released_weights_are_refused_by_the_other_models(theirs, name, tmp_path):
+    torch.save({"model": theirs.state_dict()}, tmp_path / "released.pth")
+    with pytest.raises(ValueError, match="weights of another model .*released"):
+        load_weights(getattr(secvit, name), tmp_path / "released.pth")
+
+
+# -------------------------------------------------------------------------------------- ablations, SEC-Swin, SEC-FasterViT
+@pytest.mark.parametrize("H, W, width", [(5, 7, 2), (7, 4, 7), (3, 2, 1), (8, 10, 7), (1, 3, 2)])
+def test_cross_shaped_attention_matches_loops(H, W, width, device):
+    q, k, v = random_leaves(*[(2, 4, H * W, 3)] * 3, device=device)
+    fast = cross_shaped_attention(q, k, v, H, W, width)
+    assert_same(fast, loop_cross_shaped_attention(q, k, v, H, W, width), (q, k, v))
+
+
+@pytest.mark.parametrize("lce, rope", [(True, False), (False, True)])
+def test_cswa_matches_loops(lce, rope, device):
+    module = CSWA(16, 2, 3, lce=lce, rope=rope).to(device).double()
+    x, = random_leaves((2, 5, 7, 16), device=device)
+    assert_same(module(x), loop_seca(module, x), [x, *module.parameters()], **CLOSE if rope else {})
+
+
+def test_cswa_raises_for_odd_heads():
+    with pytest.raises(ValueError, match="heads = 5 do not split into two halves"):
+        secvit.secvit_b(attention="csw", depths=(1, 0, 0, 0))
+
+
+def test_unknown_attention_raises():
+    with pytest.raises(ValueError, match="attention = 'window', expected 'sec' or 'csw'"):
+        secvit.secvit_t(attention="window")
+
+
+@pytest.mark.parametrize("H, W", [(8, 12), (9, 14), (7, 6)])
+def test_patch_embedding_and_merging_match_loops(H, W, device):
+    """Patch by patch, tokens row by row; what lies outside the map is zero."""
+    embed, merge = PatchEmbedding(6).to(device).double(), PatchMerging(3, 5).to(device).double()
+    x, = random_leaves((2, 3, H, W), device=device)
+    for module, size, weight in ((embed, 4, embed.conv.weight.permute(0, 2, 3, 1).flatten(1)), (merge, 2, merge.reduction.weight)):
+        slow = x.new_zeros(2, len(weight), math.ceil(H / size), math.ceil(W / size))
+        for i in range(slow.shape[2]):
+            for j in range(slow.shape[3]):
+                places = [(r, c) for r in range(i * size, i * size + size) for c in range(j * size, j * size + size)]
+                patch = torch.cat([x[:, :, r, c] if r < H and c < W else x.new_zeros(2, 3) for r, c in places], 1)
+                if size == 2:
+                    slow[:, :, i, j] = F.layer_norm(patch, (12,), merge.norm.weight, merge.norm.bias, 1e-6) @ weight.T
+                else:
+                    slow[:, :, i, j] = F.layer_norm(patch @ weight.T + embed.conv.bias, (6,), embed.norm.weight, embed.norm.bias, 1e-6)
+        assert_same(module(x), slow, [x, *module.parameters()])
+
+
+@pytest.mark.parametrize("H, W", [(3, 5), (4, 2), (1, 3), (1, 1)])
+def test_global_attention_matches_loops(H, W, device):
+    module = GlobalAttention(8, 2).to(device).double()
+    x, = random_leaves((2, H, W, 8), device=device)
+    assert_same(module(x), loop_global_attention(module, x), [x, *module.parameters()], **CLOSE)
+
+
+def test_position_encoding_is_fastervits_at_seven_tokens_a_side():
+    """Coordinates (i - 3) / 3, as FasterViT has them in its windows of 7 x 7; single rows lie at 0."""
+    module = TokenPosition(5).double()
+    encoding = module(torch.zeros(2, 7, 7, 5))
+    assert encoding.shape == (7, 7, 5)
+    for i in range(7):
+        for j in range(7):
+            assert_close(encoding[i, j], loop_mlp(module, (i - 3) / 3, (j - 3) / 3), **CLOSE)
+    assert_close(module(torch.zeros(2, 1, 3, 5))[0, 2], loop_mlp(module, 0., 1.), **CLOSE)
+
+
+def test_global_attention_compiles_for_any_size():
+    torch._dynamo.reset()
+    module = GlobalAttention(8, 2).double()
+    compiled = torch.compile(module, fullgraph=True, backend="eager", dynamic=True)
+    for size in ((3, 5), (4, 2)):
+        x, = random_leaves((2, *size, 8))
+        assert_same(compiled(x), module(x), [x, *module.parameters()])
+
+
+# -------------------------------------------------------------------------------------------------------- paper's tables
+ROWS = [    # factory, overrides, parameters in M, G multiply-adds at 224 x 224 without and with the products of attention
+    # the fact sheet's figures (sections 1, 3, 6); where its last digit differs a comment gives it: rounding to three digits first
+    # explains all of these but 4.76
+    ("secvit_t", {"released": True}, "14.98", "2.51", "2.72"),
+    ("secvit_s", {"released": True}, "26.78", "4.37", "4.75"),                          # sheet 4.76
+    ("secvit_b", {"released": True}, "54.68", "9.68", "10.41"),
+    ("secvit_l", {"released": True}, "96.50", "18.36", "19.38"),
+    ("secvit_t", {}, "14.87", "2.48", "2.69"),
+    ("secvit_s", {}, "26.56", "4.32", "4.70"),
+    ("secvit_b", {}, "54.26", "9.57", "10.30"),                                         # sheet 10.31
+    ("secvit_l", {}, "95.92", "18.21", "19.24"),                                        # sheet 95.93
+    ("sec_swin_t", {}, "28.38", "4.40", "4.68"),                                        # sheet 4.41
+    ("sec_swin_s", {}, "49.79", "8.60", "9.05"),
+    ("sec_fastervit_0", {}, "25.04", "3.25", "3.32"),                                   # sheet 25.05, none, 3.33
+    ("sec_fastervit_1", {}, "40.83", "5.04", "5.16"),                                   # sheet 40.83, none, 5.16
+    # Table 6
+    ("secvit_t", {"released": True, "attention": "csw"}, "14.98", "2.51", "2.67"),      # not on the sheet; paper 15 M, 2.5 G
+    ("secvit_t", {"released": True, "lce": False}, "14.89", "2.48", "2.69"),
+    ("secvit_t", {"released": True, "cpe": False}, "14.94", "2.50", "2.71"),            # sheet 14.95
+    ("secvit_t", {"released": True, "conv_stem": False}, "14.09", "2.12", "2.33"),
+    # Table 7; 32, 8, 2 is secvit_s
+    ("secvit_s", {"released": True, "clusters": (64, 16, 4, 1)}, "26.78", "4.37", "4.57"),
+    ("secvit_s", {"released": True, "clusters": (64, 16, 2, 1)}, "26.78", "4.37", "4.66"),
+    ("secvit_s", {"released": True, "clusters": (64, 8, 2, 1)}, "26.78", "4.37", "4.70"),
+]
+
+
+def count_flops(model):
+    """G multiply-adds of one image of 224 x 224 as the fact sheet counts them, without and with products of two activations.
+
+    torch counts convolutions and matrix products, 2 operations a multiply-add; fvcore's count of norms is added: 5 an element for
+    LayerNorm, 2 for BatchNorm in eval mode. Attention is decomposed, which makes its products the only batched ones.
+    """
+    aten = torch.ops.aten
+    norms = {aten.native_layer_norm: lambda shape, *_, **__: 2 * 5 * math.prod(shape),
+             aten._native_batch_norm_legit_no_training: lambda shape, *_, **__: 2 * 2 * math.prod(shape)}
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=norms) as counter:
+        model.eval()(torch.empty(1, 3, 224, 224, device="meta"))
+    assert set(norms) & set(counter.get_flop_counts()["Global"])
+    return (counter.get_total_flops() - counter.get_flop_counts()["Global"][aten.bmm]) / 2e9, counter.get_total_flops() / 2e9
+
+
+@pytest.mark.parametrize("name, overrides, parameters, no_products, all_operations", ROWS)
+def test_parameters_and_flops_of_the_tables(name, overrides, parameters, no_products, all_operations):
+    with torch.device("meta"):
+        model = getattr(secvit, name)(**overrides)
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == parameters
+    assert [f"{flops:.2f}" for flops in count_flops(model)] == [no_products, all_operations]
+
+
 # ------------------------------------------------------------------------------------------------------------- drawing
+def test_stages_without_clusters_are_not_drawn():
+    """SEC-FasterViT has them in stage 3 only: 96 x 64 pixels are 6 x 4 tokens of 16 x 16 pixels there, two clusters of 12."""
+    model = secvit.sec_fastervit_0(depths=(1, 1, 1, 1), dims=(8, 8, 16, 16), heads=(None, None, 2, 2), stem_dim=4).eval()
+    sheet = draw_clusters(model, Image.new("RGB", (96, 64), (90, 120, 40)))
+    assert sheet.size == (2 * 104 - 8, 84)
+    assert [count for count, _ in sheet.crop((104, 20, 200, 84)).getcolors()] == [96 * 32] * 2
+
+
 def test_drawn_clusters_are_equally_large():
     """96 x 64 pixels are 24 x 16 tokens of 4 x 4 pixels in stage 1: four clusters of 96 tokens; then 12 x 8 tokens: three of 32."""
     model = SecViT(num_classes=5, drop_path_rate=0., **TINY).eval()

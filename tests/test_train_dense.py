@@ -222,6 +222,7 @@ HEADS = [   # channels, RetinaNet, Mask R-CNN, Cascade with 2fc and 4conv1fc, Se
     ("stvit_s", 10249972, 20167408, 53095678, 58002610, 4266646, 30487852),
     ("stvit_b", 10282740, 20208368, 53136638, 58043570, 4307606, 30717228),
     ("stvit_l", 10626804, 20257520, 53185790, 58092722, 4356758, 31749420),
+    ("sec_fastervit_0", 10233588, 20151024, 53079294, 57986226, 4250262, 30307628),
 ]
 WHOLE = [   # head and backbone in M (fact sheet, 5.3): ClusTR's as the paper prints it, LinGlo's from the description, deployed
     ("clustr_s", "retinanet", {}, "32.4"), ("clustr_s", "semfpn", {}, "26.4"), ("clustr_s", "upernet", {}, "52.5"),
@@ -323,6 +324,10 @@ def test_backbone_keeps_its_statistics_when_frozen(tiny):
         backbone(torch.randn(2, 3, 64, 64))
         assert norms and all(bool(norm.running_mean.any()) != frozen and norm.weight.requires_grad for norm in norms)
     assert all(isinstance(norm, nn.LayerNorm) for norm in backbone.norms)               # SecViT and STViT end their stages without one
+    for name in ("sec_swin_t", "sec_fastervit_0"):                                      # and so do these
+        with torch.device("meta"):
+            backbone = T.build_model("semfpn", name, 3).backbone
+        assert all(isinstance(norm, nn.LayerNorm) for norm in backbone.norms) and isinstance(backbone.net.proj, nn.Identity)
     assert all(isinstance(norm, nn.Identity) for norm in T.build_model("semfpn", "clustr_t", 3).backbone.norms)
 
 
@@ -633,6 +638,15 @@ def test_decay_exempts_norms_in_swins_settings_only(tiny):
         assert (id(model.backbone.net.stages[0][0].norm1.weight) in ids) == exempt
         assert id(model.bottleneck[1].weight) not in ids and groups[1]["weight_decay"] == 0
         assert len(ids) + len(groups[0]["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("backbone, rate", [
+    ("secvit_t", None), ("sec_swin_s", None), ("sec_fastervit_0", None), ("stvit_b", 0.3), ("clustr_t", 0.1)])
+def test_drop_path_of_the_family(backbone, rate):
+    """None: the factory's, as in classification."""
+    args = T.parse_args(["--task", "retinanet", "--backbone", backbone, "--data", "images"])
+    T.settle(args)
+    assert args.drop_path == rate
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs

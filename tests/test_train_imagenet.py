@@ -241,6 +241,15 @@ def test_mix_matches_loops():
 
 
 # ------------------------------------------------------------------------------------------------ schedule and weights
+@pytest.mark.parametrize("model, expected", [
+    ("secvit_t", (2e-3, 0.99992, True)), ("sec_swin_t", (2e-3, 0.99992, True)), ("sec_fastervit_1", (2e-3, 0.99992, True)),
+    ("stvit_s", (1e-3, 0, False))])
+def test_recipe_of_the_family(model, expected):
+    args = T.parse_args(["--model", model, "--data", "images"])
+    T.settle(args)
+    assert (args.lr, args.ema, args.sync_bn) == expected
+
+
 def test_learning_rate_at_start_peak_and_end():
     rate = partial(T.lr_at, peak=1e-3, floor=1e-5, warmup=5, total=300)
     published = {0: 1e-6, 1: 2.008e-4, 2: 4.006e-4, 4: 8.002e-4, 5: 9.99322e-4, 6: 9.99023e-4}   # recipe, section 7
@@ -471,6 +480,7 @@ BAD = {  # what is typed -> what the one line says; {d} a good folder, {t} an em
     "--epochs ten": "invalid int value: 'ten'",
     "--no-such-flag": "unrecognized arguments: --no-such-flag",
     "--model stvit_s --released": "--released is a variant of SecViT",
+    "--model sec_swin_t --released": "--released is a variant of SecViT, not of sec_swin_t",
     "--eval": "--eval needs --weights",
     "--resume {t}/none.pt": "no checkpoint .*none.pt",
     "--model secvit_t --weights {t}/cut.pt --data {d} --batch-size 2": "cannot read .*cut.pt",
