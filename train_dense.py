@@ -1393,8 +1393,8 @@ def draw_people(image, points, least=0.3):
             for a, b in zip(path, path[1:]):
                 if max(a, b) < len(person) and there[a] and there[b]:
                     draw.line((place[a], place[b]), colour, thick if max(a, b) < 23 else max(1, thick // 3))
-        for x, y in person[PARTS["face"], :2][there[PARTS["face"]]]:
-            r = thick / 4
+        for x, y in person[PARTS["face"], :2][there[PARTS["face"]]].round():
+            r = thick // 4
             draw.ellipse((x - r, y - r, x + r, y + r), "white")
     return picture
 
