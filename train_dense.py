@@ -1395,7 +1395,7 @@ def draw_people(image, points, least=0.3):
                     draw.line((place[a], place[b]), colour, thick if max(a, b) < 23 else max(1, thick // 3))
         for x, y in person[PARTS["face"], :2][there[PARTS["face"]]].round():
             r = thick // 4
-            draw.ellipse((x - r, y - r, x + r, y + r), "white")
+            draw.rectangle((x - r, y - r, x + r, y + r), "white")
     return picture
 
 
