@@ -245,7 +245,16 @@ def test_head_starts_small():
     model = T.build_model("pose", "linglo_b0", 17)
     for weight in (*(deconv.weight for deconv, *_ in model.deconvs), model.classifier.weight):
         assert weight.std().item() == pytest.approx(0.001, rel=0.05) and abs(weight.mean().item()) < 1e-4
-    assert model.eval()(torch.zeros(2, 3, 128, 96)).shape == (2, 17, 32, 24) and not model.classifier.bias.any()
+    assert not model.classifier.bias.any()
+
+
+def test_every_parameter_learns(device):
+    model = T.build_model("pose", "linglo_b0", 133, frozen_bn=False, drop_path_rate=0.0).to(device)
+    maps = model(torch.randn(2, 3, 128, 96, device=device))
+    assert maps.shape == (2, 133, 32, 24)
+    (maps * torch.randn_like(maps)).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
 # -------------------------------------------------------------------------------------------------------------- losses

@@ -267,7 +267,7 @@ def test_head_and_backbone_parameters(backbone, task, overrides, millions):
     assert f"{(count(model) - fresh) / 1e6:.{len(millions.split('.')[1])}f}" == millions
 
 
-@pytest.mark.parametrize("task", T.RECIPES)
+@pytest.mark.parametrize("task", [task for task in T.RECIPES if task != "pose"])      # its crops have one size
 @pytest.mark.parametrize("H, W", [(64, 64), (70, 99)])
 def test_models_take_any_size_and_train_every_parameter(tiny, task, H, W, device):
     model = T.build_model(task, "secvit_t", 5, frozen_bn=False).to(device).train()
@@ -587,7 +587,7 @@ FAST.append("secvit_t")
 
 @pytest.mark.parametrize("task", T.RECIPES)
 def test_resume_equals_an_uninterrupted_run(tiny, scenes, tmp_path, task, capsys):
-    common = ["--task", task, "--data", str(scenes), *FAST]
+    common = ["--task", task, "--data", str(scenes), *FAST, *(["--img-size", "128"] if task == "pose" else [])]
     T.main([*common, "--output", str(tmp_path / "a")])
     T.main([*common, "--output", str(tmp_path / "b"), "--max-steps", "3"])
     T.main(["--resume", "auto", "--output", str(tmp_path / "b"), "--task", task, "--max-steps", "9", "--workers", "1"])
