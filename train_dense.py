@@ -613,11 +613,13 @@ class Persons:
                 w, h = min(x + w, images[i]["width"]) - 1 - left, min(y + h, images[i]["height"]) - 1 - top
                 if w > 0 and h > 0 and annotation["area"] > 0 and not annotation["iscrowd"] and points[PARTS["body"]].any():
                     rows.append((i, (left, top, w, h, 1.0), points.astype(np.float32)))
-        if boxes:
+        if boxes and split == "val":
             found, unknown = read_boxes(boxes), np.zeros((keypoints, 3), np.float32)
             rows = [(place[i], box, unknown) for i, image_boxes in found.items() if i in place for box in image_boxes.tolist()]
+            if not rows:
+                raise InputError(f"{boxes} holds no person in an image of {path}")
         if not rows:
-            raise InputError(f"{boxes or path} holds no person{' in an image of ' + str(path) if boxes else ' with keypoints'}")
+            raise InputError(f"{path} holds no person with keypoints")
         self.ids, self.files = [image["id"] for image in images], np.array([os.fsencode(image["file_name"]) for image in images])
         owner, self.boxes, self.points = (np.array(column, kind) for column, kind in zip(zip(*rows), (np.int64, np.float64, np.float32)))
         order = owner.argsort(kind="stable")
@@ -1222,12 +1224,12 @@ def cells_inside(levels, strides, sizes, anchors):
     return torch.cat(inside, 1)
 
 
-def gaussian_maps(points, size, sigma=2.0, reach=6):
-    """Target heat maps (B, K, h, w) of peak 1 in windows of 2 reach + 1 pixels, and weights (B, K), of points (B, K, 3) in map pixels.
+def gaussian_maps(points, size, stride=4, sigma=2.0, reach=6):
+    """Target heat maps (B, K, h, w) of peak 1 in windows of 2 reach + 1 pixels, and weights (B, K), of points (B, K, 3) in the crop.
 
     A weight is 1 if the point is labelled and its window is not wholly outside; the maps of others are 0.
     """
-    mean = (points[..., :2] + 0.5).trunc()                                              # as int() does, towards 0
+    mean = (points[..., :2] / stride + 0.5).trunc()                                          # as int() does, towards 0
     weight = points[..., 2] > 0
     lines = []
     for side, at in zip(size, mean.flip(-1).unbind(-1)):
@@ -1240,7 +1242,7 @@ def gaussian_maps(points, size, sigma=2.0, reach=6):
 
 def pose_loss(heat_maps, points):
     """Squared error of heat maps (B, K, h, w), mean over all pixels; points (B, K, 3) in the crop, those without weight add 0."""
-    target, weight = gaussian_maps(points / points.new_tensor([4, 4, 1]), heat_maps.shape[2:])
+    target, weight = gaussian_maps(points, heat_maps.shape[2:])
     return F.mse_loss(heat_maps.float() * weight[..., None, None], target)
 
 
@@ -1312,9 +1314,11 @@ def estimate_pose(model, image, boxes, args, device, *, chunk=32):
         x = normalize(torch.from_numpy(crops).to(device))
         with autocast(args, device):
             maps, mirrored = model(x).float(), model(x.flip(3)).float().flip(3)[:, flip]
-        maps = (maps + torch.cat([mirrored[..., :1], mirrored[..., :-1]], 3)) / 2       # strides of 4: mirrored maps are off by 3/4
-        points.append(peaks(maps).cpu().numpy() * (*[4 / args.img_size] * 2, 1))
-        points[-1][..., :2] = (points[-1][..., :2] - (0.375, 0.5)) * frames[1][:, 1:, None] + frames[0][:, None]
+        maps = (maps + torch.cat([mirrored[..., :1], mirrored[..., :-1]], 3)) / 2       # mirrored, a map of stride 4 is off by 3/4
+        h, w = maps.shape[2:]
+        found = peaks(maps).double().cpu().numpy()
+        found[..., :2] = (found[..., :2] / (w, h) - 0.5) * frames[1][:, None] + frames[0][:, None]
+        points.append(found)
     points = np.concatenate(points)
     sure = points[..., 2] * (points[..., 2] > 0.2)
     scores = boxes[:, 4] * sure.sum(1) / np.maximum((sure > 0).sum(1), 1)

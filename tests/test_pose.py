@@ -276,7 +276,7 @@ def test_targets_and_loss_match_loops(device):
     points[0, :8, 2], points[0, :8, :2] = 1, [(-0.7, 5), (-1.2, 5), (-6.6, 5), (-7, 5), (25.4, 5), (25.6, 5), (3, 21.6), (3, -7.4)]
     expected = [slow_maps(person, 16, 20) for person in points]             # (h, w) neither square nor a crop's
     assert [weights[:8] for _, weights in expected][0] == [1, 1, 1, 1, 1, 0, 0, 1]
-    maps, weight = T.gaussian_maps(torch.tensor(points, device=device), (16, 20))
+    maps, weight = T.gaussian_maps(torch.tensor(points, device=device), (16, 20), stride=1)
     assert weight.tolist() == [weights for _, weights in expected] and 20 < weight.sum() < 100
     slow = torch.tensor(np.stack([maps for maps, _ in expected]))
     assert_close(maps.cpu(), slow)
@@ -315,7 +315,7 @@ def test_peaks_match_loops(device):
 def test_decoding_returns_what_was_drawn():
     """Targets of points -> peaks -> points: the rounding of the target is all that is lost."""
     points = torch.cat([torch.rand(2, 133, 2) * torch.tensor([17., 25.]) + 3, torch.ones(2, 133, 1)], -1)
-    found = T.peaks(T.gaussian_maps(points, (32, 24))[0])
+    found = T.peaks(T.gaussian_maps(points, (32, 24), stride=1)[0])
     assert (found[..., :2] - points[..., :2]).abs().max() <= 0.5 and (found[..., 2] == 1).all()
     assert_close(found[..., :2], (points[..., :2] + 0.5).floor())           # a symmetric peak does not move
 
@@ -607,6 +607,7 @@ def test_persons_from_a_detection_file(scenes, tmp_path):
     source = T.Persons(scenes, "val", 133, file)
     assert len(source) == 5 and source.read(2)[1].tolist() == [[1, 2, 30, 40, 0.5], [-4, 2, 6, 8, 0]]
     assert [len(source.read(i)[1]) for i in range(5)] == [1, 0, 2, 0, 0]
+    assert np.array_equal(T.Persons(scenes, "train", 133, file).boxes, T.Persons(scenes, "train", 133).boxes)           # testing only
     for change, message in (({"bbox": [1, 2, 3]}, "image 3: bbox"), ({"score": math.nan}, "image 3: expected a bbox"),
                             ({"bbox": None, "segmentation": []}, "image 3: expected a bbox"), ({"score": None}, "no COCO results file"),
                             ({"image_id": [3]}, "no COCO results file"), ({"image_id": 99}, "no person in an image")):
