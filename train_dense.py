@@ -1,4 +1,4 @@
-"""Train, test and use the backbones for semantic segmentation and object detection. Plain PyTorch, one visible loop.
+"""Train, test and use the backbones for semantic segmentation, object detection and pose. Plain PyTorch, one visible loop.
 
     python train_dense.py                                       # no data needed: draws its own scenes, Semantic FPN, minutes on a CPU
     python train_dense.py --task retinanet
@@ -7,6 +7,7 @@
     python train_dense.py --eval --ms-test --weights runs/upernet_stvit_s/best.pt --data /data/ade20k
     python train_dense.py --predict a.jpg b.jpg --weights runs/upernet_stvit_s/best.pt --output pictures
     python train_dense.py --task retinanet --score results.json --data /data/coco
+    python train_dense.py --eval --boxes detections.json --weights runs/pose_clustr_s/best.pt --data /data/coco
 
 Reading order is the order in which data flow: settings, scenes, data sets and transforms, boxes, necks and heads, losses, inference,
 metrics, tasks, loop. A task knows how to build its data, its model, its loss, its predictions and their score, nothing else.
@@ -15,14 +16,16 @@ epoch, step and sample, a resumed run goes on exactly, one line on stderr for wh
 
 Letters: B batch, C channels, H x W a map, K classes, A anchors, G boxes of an image (padded to the largest number in the batch).
 Boxes are float x1, y1, x2, y2 in pixels without "+ 1"; COCO files hold x, y, width, height.
-Rules follow mmsegmentation 0.x and mmdetection 2.x, which the papers' dense figures were made with. Known differences: images are resized
-by Pillow (which smooths when it shrinks), hue is shifted in Pillow's 256 steps a turn.
+Keypoints are x, y, v: pixels, (0, 0) the middle of the first one, and visibility (labelled if > 0) or, of results, confidence.
+Rules follow mmsegmentation 0.x, mmdetection 2.x and mmpose 0.x, which the papers' dense figures were made with. Known differences: images
+are resized by Pillow (which smooths when it shrinks), hue is shifted in Pillow's 256 steps a turn.
 """
 import argparse
 import json
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -50,13 +53,19 @@ RECIPES = {  # by task; what the papers leave open is PVT's (Semantic FPN, Retin
     "mask_rcnn": dict(epochs=12, schedule="1x", batch_size=16, lr=1e-4, weight_decay=0.05, warmup_iters=500, img_size=800, rois=512),
     "cascade_mask_rcnn": dict(epochs=36, schedule="3x", batch_size=16, lr=1e-4, weight_decay=0.05, warmup_iters=500, img_size=800, rois=512,
                               box_head="4conv1fc"),
+    "pose": dict(epochs=210, batch_size=512, lr=5e-4, weight_decay=0.01, warmup_iters=500, img_size=256, schedule="pose",
+                 keypoints=133, drop_path=0.0),                                                     # TCFormer's
 }
 FAMILY_RECIPES = {  # what a paper does its own way
     ("linglo", "semfpn"): dict(iters=40000, batch_size=32),                         # its sec. 4.3
     ("clustr", "mask_rcnn"): dict(lr=2e-4, weight_decay=1e-4),                      # PVTv2's configuration: it uses its defaults
     ("linglo", "mask_rcnn"): dict(weight_decay=1e-4),                               # PVT's
 }
-SCHEDULES = {"1x": (12, (8, 11)), "3x": (36, (27, 33))}  # of detection: epochs, those after which the rate falls to a tenth
+SCHEDULES = {  # epochs, and those after which the rate falls to a tenth
+    "1x": (12, (8, 11)), "3x": (36, (27, 33)), "pose": (210, (170, 200))}
+ONLY = {  # flags of some tasks
+    "schedule": ("retinanet", "mask_rcnn", "cascade_mask_rcnn"), "rois": ("mask_rcnn", "cascade_mask_rcnn"),
+    "box_head": ("cascade_mask_rcnn",), "ms_test": ("semfpn", "upernet"), "keypoints": ("pose",), "boxes": ("pose",)}
 BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
     "semfpn": dict(backbone="linglo_b0", iters=660, batch_size=4, lr=1e-3, img_size=96, warmup_iters=50, eval_every=220, drop_path=0.0),
     "upernet": dict(backbone="linglo_b0", iters=300, batch_size=4, lr=1e-3, img_size=80, warmup_iters=50, eval_every=150, drop_path=0.0),
@@ -65,6 +74,7 @@ BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
                       rois=64, clip_grad=1.0),
     "cascade_mask_rcnn": dict(backbone="linglo_b0", epochs=6, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=150,
                               drop_path=0.0, schedule="1x", rois=64, clip_grad=1.0),
+    "pose": dict(backbone="linglo_b0", epochs=24, batch_size=8, lr=1e-3, img_size=128, warmup_iters=50, eval_every=400),
 }
 OPTIONAL = dict(min_lr=0.0, clip_grad=None, micro_batch=None, drop_path=None, eval_every=None, released=False, frozen_bn=None, sync_bn=None,
                 compile=False, deterministic=False, seed=0, log_every=50)
@@ -82,18 +92,20 @@ def parse_args(argv=None):
     p.add_argument("--released", **switch, help="SecViT as the authors released it")
     p.add_argument("--backbone-weights", help="classification weights to start from: train_imagenet.py's or an authors' file")
     p.add_argument("--data", help="folder in ADE20K's layout (semfpn, upernet) or COCO's; without it scenes are drawn")
+    p.add_argument("--keypoints", type=int, choices=(133, 17), help="of pose: the whole body, or COCO's 17; 133")
+    p.add_argument("--boxes", metavar="FILE", help="COCO detections whose persons pose tests or draws instead of the annotated ones")
     p.add_argument("--output", help="folder for log.jsonl, last.pt, best.pt, curves.png, pictures (default runs/TASK_BACKBONE)")
     p.add_argument("--iters", type=count, help="updates of the whole run; semfpn 80000 (LinGlo 40000), upernet 160000")
-    p.add_argument("--epochs", type=count, help="length in epochs instead; retinanet 12")
-    p.add_argument("--batch-size", type=count, help="images an update, over all processes and accumulation; 16, LinGlo's semfpn 32")
-    p.add_argument("--micro-batch", type=count, help="images a process computes at once, the rest is accumulated; a divisor up to 16")
-    p.add_argument("--lr", type=size, help="peak learning rate, never rescaled; 1e-4, upernet 6e-5")
+    p.add_argument("--epochs", type=count, help="length in epochs instead; retinanet 12, pose 210")
+    p.add_argument("--batch-size", type=count, help="images or persons an update, over all processes; 16, LinGlo's semfpn 32, pose 512")
+    p.add_argument("--micro-batch", type=count, help="images a process computes at once, then accumulates; a divisor up to 16, of pose 64")
+    p.add_argument("--lr", type=size, help="peak learning rate, never rescaled; 1e-4, upernet 6e-5, pose 5e-4")
     p.add_argument("--min-lr", type=size, help="rate that the polynomial of segmentation ends at; 0")
-    p.add_argument("--warmup-iters", type=number(int, 0), help="linear warm-up; semfpn 0, upernet 1500, retinanet 500")
-    p.add_argument("--weight-decay", type=size, help="AdamW's; 1e-4, upernet 0.01 (from 0.01 on norms are exempt)")
+    p.add_argument("--warmup-iters", type=number(int, 0), help="linear warm-up; semfpn 0, upernet 1500, others 500")
+    p.add_argument("--weight-decay", type=size, help="AdamW's; 1e-4, upernet, pose 0.01 (from 0.01 on norms are exempt, not pose's)")
     p.add_argument("--clip-grad", type=number(float, 0, above=True), help="largest gradient norm, larger ones are scaled down; off")
-    p.add_argument("--img-size", type=number(int, 64), help="side of segmentation crops, shorter side of detection images; 512, 800")
-    p.add_argument("--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block; the papers' or 0.1, upernet 0.3")
+    p.add_argument("--img-size", type=number(int, 64), help="side of crops, of pose's the height, shorter side to detect in; 512, 256, 800")
+    p.add_argument("--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block; papers', 0.1, upernet 0.3, pose 0")
     p.add_argument("--frozen-bn", action=argparse.BooleanOptionalAction, help="backbone BN statistics fixed; on with --backbone-weights")
     p.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, help="batch statistics over all GPUs; on for segmentation")
     p.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast type of training and testing; bf16 on a GPU, else none")
@@ -103,7 +115,7 @@ def parse_args(argv=None):
     p.add_argument("--resume", help="checkpoint to go on from exactly, or auto: the newest readable one of --output if any")
     p.add_argument("--weights", help="a checkpoint of this script, to test or to predict with")
     p.add_argument("--eval", action="store_true", help="only test --weights, print one JSON line")
-    p.add_argument("--schedule", choices=list(SCHEDULES), help="detection: 12 epochs at one size, or 36 at many and cropped (default of "
+    p.add_argument("--schedule", choices=("1x", "3x"), help="detection: 12 epochs at one size, or 36 at many and cropped (default of "
                    "cascade_mask_rcnn)")
     p.add_argument("--rois", type=number(int, 4), help="regions of an image that Mask R-CNN's heads learn from; 512")
     p.add_argument("--box-head", choices=("4conv1fc", "2fc"), help="cascade's: the published figures' one, or mmdetection's base one")
@@ -131,12 +143,17 @@ def settle(args, checkpoint=None):
     args.backbone = args.backbone or saved.get("backbone") or preset.get("backbone", "secvit_s")
     if args.backbone not in MODELS:
         raise InputError(f"unknown --backbone {args.backbone!r}, expected one of {', '.join(MODELS)}")
-    for name in ("task", "backbone"):
+    args.keypoints = args.keypoints or saved.get("keypoints")
+    args.boxes = args.boxes or (saved.get("boxes") if args.resume else None)
+    for name in ("task", "backbone", "keypoints"):
         if getattr(args, name) != saved.get(name, getattr(args, name)):
             raise InputError(f"the checkpoint is one of {saved[name]}, --{name} says {getattr(args, name)}")
     args.output = args.output or saved.get("output") or f"runs/{args.task}_{args.backbone}"
     if args.iters and args.epochs:
         raise InputError("--iters and --epochs are two names of one length, give one")
+    for flag, tasks in ONLY.items():
+        if getattr(args, flag) and args.task not in tasks:
+            raise InputError(f"--{flag.replace('_', '-')} is for {' and '.join(tasks)}, not for {args.task}")
     family = args.backbone.split("_")[0]
     defaults = OPTIONAL | dict(iters=None, epochs=None, amp="bf16" if torch.cuda.is_available() else "none", backbone_weights=None)
     defaults |= RECIPES[args.task] | FAMILY_RECIPES.get((family, args.task), {})
@@ -157,19 +174,15 @@ def settle(args, checkpoint=None):
         args.sync_bn = args.task in ("semfpn", "upernet", "cascade_mask_rcnn")
     if args.released and family != "secvit":
         raise InputError(f"--released is a variant of SecViT, not of {args.backbone}")
-    for flag, tasks in (("schedule", ("retinanet", "mask_rcnn", "cascade_mask_rcnn")), ("rois", ("mask_rcnn", "cascade_mask_rcnn")),
-                        ("box_head", ("cascade_mask_rcnn",))):
-        if getattr(args, flag) is not None and args.task not in tasks:
-            raise InputError(f"--{flag.replace('_', '-')} is for {' and '.join(tasks)}, not for {args.task}")
-    if args.ms_test and args.task not in ("semfpn", "upernet"):
-        raise InputError("--ms-test is for segmentation")
+    if args.task == "pose" and args.img_size % 128:
+        raise InputError(f"--img-size {args.img_size}: pose needs a multiple of 128, so that 3/4 of it, the width, is one of 32")
     if args.workers is None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.workers = min(10, cores) if args.data else 0
 
 
 def rate_at(step, args, total):
-    """Learning rate of update `step` of `total`: polynomial decay (segmentation) or steps (detection), after a linear warm-up."""
+    """Learning rate of update `step` of `total`: polynomial decay (segmentation) or steps (others), after a linear warm-up."""
     if args.schedule:
         epochs, falls = SCHEDULES[args.schedule]
         rate = args.lr * 0.1 ** sum(step >= total * epoch / epochs for epoch in falls)
@@ -180,10 +193,10 @@ def rate_at(step, args, total):
     return rate * (1 - (1 - step / args.warmup_iters) * (1 - start)) if step < args.warmup_iters else rate
 
 
-def decay_groups(model, weight_decay):
-    """AdamW groups: with Swin's settings (decay from 0.01 on) norms are exempt, with PVT's nothing is (dense fact sheet, 1.6)."""
+def decay_groups(model, weight_decay, norms=False):
+    """AdamW groups: with Swin's settings (decay from 0.01 on) norms are exempt unless `norms`, with PVT's nothing is (fact sheet, 1.6)."""
     named = list(model.named_parameters())
-    exempt = [p for name, p in named if weight_decay >= 0.01 and "norm" in name]
+    exempt = [p for name, p in named if weight_decay >= 0.01 and not norms and "norm" in name]
     ids = {id(p) for p in exempt}
     return [dict(params=[p for _, p in named if id(p) not in ids], weight_decay=weight_decay), dict(params=exempt, weight_decay=0.0)]
 
@@ -448,6 +461,38 @@ def write_scenes(folder, images=(400, 80), seed=0):
         os.rename(new, folder)
 
 
+# ------------------------------------------------------------------------------------------------------ the human body
+PERSON = 1  # COCO's category
+FIELDS = {part: "keypoints" if part == "body" else f"{part}_kpts" for part in PARTS}
+BODY_SIGMAS = (0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089)
+FOOT_SIGMAS = (0.068, 0.066, 0.066, 0.092, 0.094, 0.094)
+FACE_SIGMAS = (
+    0.042, 0.043, 0.044, 0.043, 0.040, 0.035, 0.031, 0.025, 0.020, 0.023, 0.029, 0.032, 0.037, 0.038, 0.043, 0.041, 0.045,     # contour
+    0.013, 0.012, 0.011, 0.011, 0.012, 0.012, 0.011, 0.011, 0.013, 0.015, 0.009, 0.007, 0.007, 0.007, 0.012, 0.009, 0.008, 0.016, 0.010,
+    0.017, 0.011, 0.009, 0.011, 0.009, 0.007, 0.013, 0.008, 0.011, 0.012, 0.010, 0.034, 0.008, 0.008, 0.009, 0.008, 0.008, 0.007, 0.010,
+    0.008, 0.009, 0.009, 0.009, 0.007, 0.007, 0.008, 0.011, 0.008, 0.008, 0.008, 0.010, 0.008)
+HAND_SIGMAS = (0.029, 0.022, 0.035, 0.037, 0.047, 0.026, 0.025, 0.024, 0.035, 0.018, 0.024, 0.022, 0.026, 0.017, 0.021, 0.021, 0.032,
+               0.020, 0.019, 0.022, 0.031)
+SIGMAS = np.array([*BODY_SIGMAS, *FOOT_SIGMAS, *FACE_SIGMAS, *HAND_SIGMAS, *HAND_SIGMAS])   # (133,), fact sheet, 4.2
+LINES = [(15, 13, 11, 5, 7, 9), (16, 14, 12, 6, 8, 10), (11, 12), (5, 6), (3, 1, 0, 2, 4), (17, 15, 18), (15, 19), (20, 16, 21), (16, 22),
+         *((root, *range(finger, finger + 4)) for root in (91, 112) for finger in range(root + 1, root + 21, 4))]   # drawn through points
+
+
+def mirror_order():
+    """(133,): the point that each one becomes in a mirror; the first 17 are a permutation of their own (fact sheet, 4.3)."""
+    order = np.arange(133)
+    order[1:17] += np.tile((1, -1), 8)                                                  # left, right, left, ...
+    order[17:23] += np.repeat((3, -3), 3)
+    for first, end in ((23, 40), (40, 50), (54, 59), (71, 78), (78, 83), (83, 88), (88, 91)):               # lines across the face
+        order[first:end] = order[first:end][::-1]
+    order[59:71] = (68, 67, 66, 65, 70, 69, 62, 61, 60, 59, 64, 63)                     # eyes
+    order[91:133] += np.repeat((21, -21), 21)
+    return order
+
+
+FLIP = mirror_order()
+
+
 # -------------------------------------------------------------------------------------------- data sets and transforms
 class Ade20k:
     """Images and label maps of folder/images/SPLIT and folder/annotations/SPLIT (ADE20K's layout), in order of name.
@@ -578,6 +623,90 @@ def compact(segmentation):
     return [np.array(polygon) for polygon in segmentation] if isinstance(segmentation, list) else segmentation
 
 
+class Persons:
+    """Persons of folder/SPLIT2017 with their keypoints: COCO-WholeBody's 133, or COCO's 17 (of the same file if there is no other).
+
+    A training sample is a person, a validation sample an image with all its persons: those annotated, or those of the COCO detection
+    file `boxes`. Annotated ones must not be crowds and need an area, a box that is left after clipping, something in the body's values
+    (fact sheet, 4.5). What training needs is kept in arrays; `annotations` holds the validation file's own.
+    Raises: InputError for a file that is no such annotation file, with the offending id.
+    """
+
+    def __init__(self, folder, split, keypoints, boxes=None):
+        self.folder, files = Path(folder) / f"{split}2017", Path(folder) / "annotations"
+        path = files / f"person_keypoints_{split}2017.json"
+        if keypoints == 133 or not path.is_file():
+            path = files / f"coco_wholebody_{split}_v1.0.json"
+        data = read_annotations(path)
+        if not self.folder.is_dir():
+            raise InputError(f"{self.folder} is not a folder; expected DIR/{{train,val}}2017 and DIR/annotations/*.json")
+        self.names = [f"{part} {i}" for part, own in PARTS.items() for i in range(own.stop - own.start)][:keypoints]
+        images = sorted(data["images"], key=lambda image: image["id"])
+        place = {image["id"]: i for i, image in enumerate(images)}
+        self.annotations = {image["id"]: [] for image in images} if split == "val" else {}
+        rows = []                                                           # image, box with a score, points
+        for annotation in data["annotations"]:
+            if annotation["category_id"] == PERSON:
+                points = read_points(annotation, keypoints, f"{path}: annotation {annotation.get('id')}")
+                if split == "val":
+                    self.annotations[annotation["image_id"]].append(annotation)
+                i, (x, y, w, h) = place[annotation["image_id"]], annotation["bbox"]
+                left, top = max(x, 0), max(y, 0)
+                w, h = min(x + w, images[i]["width"]) - 1 - left, min(y + h, images[i]["height"]) - 1 - top
+                if w > 0 and h > 0 and annotation["area"] > 0 and not annotation["iscrowd"] and points[PARTS["body"]].any():
+                    rows.append((i, (left, top, w, h, 1.0), points.astype(np.float32)))
+        if boxes and split == "val":
+            found, unknown = read_boxes(boxes), np.zeros((keypoints, 3), np.float32)
+            rows = [(place[i], box, unknown) for i, image_boxes in found.items() if i in place for box in image_boxes.tolist()]
+            if not rows:
+                raise InputError(f"{boxes} holds no person in an image of {path}")
+        if not rows:
+            raise InputError(f"{path} holds no person with keypoints")
+        self.ids, self.files = [image["id"] for image in images], np.array([os.fsencode(image["file_name"]) for image in images])
+        owner, self.boxes, self.points = (np.array(column, kind) for column, kind in zip(zip(*rows), (np.int64, np.float64, np.float32)))
+        order = owner.argsort(kind="stable")
+        owner, self.boxes, self.points = owner[order], self.boxes[order], self.points[order]
+        ends = np.searchsorted(owner, np.arange(len(images) + 1))
+        number = np.arange(len(owner))
+        self.samples = np.stack([owner, number, number + 1] if split == "train" else [np.arange(len(images)), ends[:-1], ends[1:]], 1)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def name(self, index):
+        return str(self.folder / os.fsdecode(bytes(self.files[self.samples[index, 0]])))
+
+    def read(self, index):
+        """RGB image, boxes (P, 5) as x, y, w, h, score, points (P, K, 3), all 0 in detections."""
+        _, first, end = self.samples[index]
+        with Image.open(self.name(index)) as image:
+            return image.convert("RGB"), self.boxes[first:end], self.points[first:end]
+
+
+def read_points(entry, keypoints, where):
+    """Points (K, 3) of an annotation or result. Raises: InputError that begins with `where` if they are malformed."""
+    parts = []
+    for part, field in FIELDS.items():
+        values, size = entry.get(field), 3 * (PARTS[part].stop - PARTS[part].start)
+        if not (isinstance(values, list) and len(values) == size and {*map(type, values)} <= {int, float} and np.isfinite(values).all()):
+            raise InputError(f"{where}: {field} must be {size} finite numbers: x, y, v")
+        parts.append(np.array(values, np.float64).reshape(-1, 3))
+        if keypoints == 17:
+            break
+    return np.concatenate(parts)
+
+
+def read_boxes(path):
+    """Persons of a COCO detection file: {image id: (P, 5) x, y, w, h, score}; those without extent are left out."""
+    found = {}
+    for result in read_results(path):
+        if not (is_box(result.get("bbox")) and math.isfinite(float(result["score"]))):
+            raise InputError(f"{path}: image {result['image_id']}: expected a bbox x, y, width, height and a finite score")
+        if result["category_id"] == PERSON and min(result["bbox"][2:]) > 0:
+            found.setdefault(result["image_id"], []).append((*result["bbox"], float(result["score"])))
+    return {image: np.array(boxes, np.float64) for image, boxes in found.items()}
+
+
 def is_box(box):
     """Whether something read from a file is four finite numbers."""
     return isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
@@ -614,25 +743,25 @@ def read_annotations(path):
     return data
 
 
-def read_results(path, images, categories):
-    """A COCO results file, checked against the sets of known ids. Raises: InputError that names the file and the offending id."""
+def read_results(path, images=None, categories=None):
+    """A COCO results file, checked against the sets of known ids if given. Raises: InputError that names file and offending id."""
     try:
         results = json.loads(Path(path).read_text())
         if not isinstance(results, list):
             raise InputError(f"{path} is no COCO results file: expected a list of results")
         for result in results:
-            if "segmentation" not in result and not is_box(result["bbox"]):
+            if not {"segmentation", "keypoints"} & result.keys() and not is_box(result["bbox"]):
                 raise InputError(f"{path}: image {result['image_id']}: bbox {result['bbox']}, expected x, y, width, height")
-            if result["image_id"] not in images:
+            if images is not None and result["image_id"] not in images:
                 raise InputError(f"{path}: unknown image id {result['image_id']}")
-            if result["category_id"] not in categories:
+            if categories is not None and result["category_id"] not in categories:
                 raise InputError(f"{path}: image {result['image_id']}: unknown category id {result['category_id']}")
-            float(result["score"])
+            int(result["image_id"]), float(result["score"])
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except InputError:
         raise
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no COCO results file ({type(error).__name__}: {error})") from None
     return results
 
@@ -748,6 +877,43 @@ def augment_detection(raw, rng, *, size, multi_scale):
     boxes = boxes.clip(0, np.array(image.size * 2, np.float32))
     there = (boxes[:, 2:] - boxes[:, :2]).min(1) > 0.01     # a sliver's size has no logarithm
     return np.asarray(image), boxes[there], labels[there], *(mask[there] for mask in masks)
+
+
+def crop_frame(corner, size, padding):
+    """Centre (..., 2) and size (..., 2) of boxes given by corner and size, grown to a width of 3/4 of the height, then `padding` times."""
+    w, h = np.moveaxis(np.maximum(size, 1e-3), -1, 0)
+    return corner + size / 2, padding * np.stack([np.maximum(w, 0.75 * h), np.maximum(h, w / 0.75)], -1)
+
+
+def crop_person(image, points, centre, size, angle, height):
+    """Turn the frame of `centre`, `size` (2,) upright by `angle` and resize it: uint8 (height, 3/4 height, 3) and points (K, 3) in it."""
+    middle, matrix = np.array([0.75 * height, height]) / 2, 0.75 * height / size[0] * rotation(-angle)
+    back = np.linalg.inv(matrix)                                            # row vectors: p = (crop's - middle) @ back + centre
+    offset = centre + 0.5 - (middle + 0.5) @ back                           # Pillow's (0, 0) is the corner of the first pixel
+    crop = image.transform((height * 3 // 4, height), Image.Transform.AFFINE, np.column_stack([back.T, offset]).ravel().tolist(),
+                           Image.Resampling.BILINEAR)
+    return np.array(crop), np.concatenate([(points[:, :2] - centre) @ matrix + middle, points[:, 2:]], 1)
+
+
+def augment_person(raw, rng, *, height):
+    """Shifted, mirrored, half, scaled, turned at random (fact sheet, 4.5): uint8 crop (height, 3/4 height, 3), float32 points (K, 3)."""
+    image, ((x, y, w, h, _),), (points,) = raw
+    centre, size = crop_frame(np.array([x, y]), np.array([w, h]), 1.25)
+    if rng.random() < 0.3:
+        centre = centre + 0.16 * size * [rng.uniform(-1, 1), rng.uniform(-1, 1)]
+    if rng.random() < 0.5:
+        image, points = ImageOps.mirror(image), points[FLIP[:len(points)]] * (-1, 1, 1) + (image.width - 1, 0, 0)
+        centre = centre * (-1, 1) + (image.width - 1, 0)
+    labelled = points[:, 2] > 0
+    if labelled.sum() > 8 and rng.random() < 0.3:
+        upper, lower = (points[own & labelled, :2] for own in (np.arange(len(points)) < 11, np.arange(len(points)) >= 11))
+        half = upper if (rng.gauss(0, 1) < 0.5 and len(upper) > 2) or len(lower) <= 2 else lower
+        if len(half) >= 2:
+            centre, (_, size) = half.mean(0), crop_frame(half.min(0), np.ptp(half, 0), 1.5)
+    size = size * min(max(1 + 0.5 * rng.gauss(0, 1), 0.5), 1.5)
+    angle = math.radians(min(max(40 * rng.gauss(0, 1), -80), 80)) if rng.random() < 0.6 else 0.0
+    crop, points = crop_person(image, points, centre, size, angle, height)
+    return crop, points.astype(np.float32)
 
 
 def pad_images(images, multiple, least=0):
@@ -1302,9 +1468,28 @@ class MaskRCNN(nn.Module):
         return boxes, scores, labels, drawn.take_along_dim(labels[:, None, None, None], 1)[:, 0]
 
 
+class SimpleBaseline(nn.Module):
+    """Three deconvolutions on the coarsest map (arXiv 1804.06208; fact sheet, 4.6): images -> heat maps (B, K, H/4, W/4)."""
+
+    def __init__(self, backbone, classes, dim=256):
+        super().__init__()
+        self.backbone = backbone
+        self.deconvs = nn.Sequential(*(
+            nn.Sequential(nn.ConvTranspose2d(c, dim, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True))
+            for c in (*backbone.channels, dim, dim)))
+        self.classifier = nn.Conv2d(dim, classes, 1)
+        for deconv, *_ in self.deconvs:
+            nn.init.normal_(deconv.weight, std=0.001)
+        init_classifier(self.classifier, std=0.001)
+
+    def forward(self, images):
+        return self.classifier(self.deconvs(self.backbone(images)[0]))
+
+
 ARCHITECTURES = {
     "semfpn": (SemanticFPN, (0, 1, 2, 3)), "upernet": (UPerNet, (0, 1, 2, 3)), "retinanet": (RetinaNet, (1, 2, 3)),
     "mask_rcnn": (MaskRCNN, (0, 1, 2, 3)), "cascade_mask_rcnn": (partial(MaskRCNN, cascade=True, box_head="4conv1fc"), (0, 1, 2, 3)),
+    "pose": (SimpleBaseline, (3,)),
 }
 
 
@@ -1427,6 +1612,28 @@ def cells_inside(levels, strides, sizes, anchors):
     return torch.cat(inside, 1)
 
 
+def gaussian_maps(points, size, stride=4, sigma=2.0, reach=6):
+    """Target heat maps (B, K, h, w) of peak 1 in windows of 2 reach + 1 pixels, and weights (B, K), of points (B, K, 3) in the crop.
+
+    A weight is 1 if the point is labelled and its window is not wholly outside; the maps of others are 0.
+    """
+    mean = (points[..., :2] / stride + 0.5).trunc()                                          # as int() does, towards 0
+    weight = points[..., 2] > 0
+    lines = []
+    for side, at in zip(size, mean.flip(-1).unbind(-1)):
+        distance = torch.arange(side, device=points.device) - at[..., None]             # (B, K, side)
+        lines.append((-distance ** 2 / (2 * sigma ** 2)).exp() * (distance.abs() <= reach))
+        weight = weight & (at >= -reach) & (at < side + reach)
+    weight = weight.to(points.dtype)
+    return weight[..., None, None] * lines[0][..., None] * lines[1][..., None, :], weight
+
+
+def pose_loss(heat_maps, points):
+    """Squared error of heat maps (B, K, h, w), mean over all pixels; points (B, K, 3) in the crop, those without weight add 0."""
+    target, weight = gaussian_maps(points, heat_maps.shape[2:])
+    return F.mse_loss(heat_maps.float() * weight[..., None, None], target)
+
+
 # ----------------------------------------------------------------------------------------------------------- inference
 @torch.no_grad()
 def segment(model, image, args, device):
@@ -1495,6 +1702,61 @@ def instances(logits, boxes, *, least=0.05, iou_threshold=0.5, most=100):
     return boxes[keep], scores[keep], label[keep]
 
 
+@torch.no_grad()
+def estimate_pose(model, image, boxes, args, device, *, chunk=32):
+    """Keypoints of the persons of a PIL image: boxes (P, 5) -> points (n, K, 3) in its pixels, scores (n,), best first.
+
+    Each crop and its mirror image are averaged (fact sheet, 4.6); a person's score is the box's times the mean confidence of its points
+    above 0.2. Persons found twice are left out.
+    """
+    centres, sizes = crop_frame(boxes[:, :2], boxes[:, 2:4], 1.25)
+    flip, nowhere, points = FLIP[:args.keypoints], np.zeros((1, 3)), [np.zeros((0, args.keypoints, 3))]
+    for first in range(0, len(boxes), chunk):
+        frames = centres[first:first + chunk], sizes[first:first + chunk]
+        crops = np.stack([crop_person(image, nowhere, centre, size, 0.0, args.img_size)[0] for centre, size in zip(*frames)])
+        x = normalize(torch.from_numpy(crops).to(device))
+        with autocast(args, device):
+            maps, mirrored = model(x).float(), model(x.flip(3)).float().flip(3)[:, flip]
+        maps = (maps + torch.cat([mirrored[..., :1], mirrored[..., :-1]], 3)) / 2       # mirrored, a map of stride 4 is off by 3/4
+        h, w = maps.shape[2:]
+        found = peaks(maps).double().cpu().numpy()
+        found[..., :2] = (found[..., :2] / (w, h) - 0.5) * frames[1][:, None] + frames[0][:, None]
+        points.append(found)
+    points = np.concatenate(points)
+    sure = points[..., 2] * (points[..., 2] > 0.2)
+    scores = boxes[:, 4] * sure.sum(1) / np.maximum((sure > 0).sum(1), 1)
+    kept = oks_nms(points, scores, sizes.prod(1), SIGMAS[:args.keypoints])
+    return points[kept], scores[kept]
+
+
+def peaks(maps):
+    """Heat maps (B, K, h, w) -> (B, K, 3): x, y of the largest value, a quarter pixel towards its larger neighbours, and the value.
+
+    Where the largest value is not above 0, x and y are -1; next to the border they stay whole.
+    """
+    B, K, h, w = maps.shape
+    value, place = maps.flatten(2).max(2)                                               # (B, K)
+    x, y = place % w, place // w
+    inner = (x > 1) & (x < w - 1) & (y > 1) & (y < h - 1)
+    left, right, up, down = (maps.flatten(2).gather(2, (place + step).clamp(0, h * w - 1)[..., None])[..., 0] for step in (-1, 1, -w, w))
+    xy = torch.stack([x, y], -1) + 0.25 * torch.stack([right - left, down - up], -1).sign() * inner[..., None]
+    return torch.cat([xy.masked_fill((value <= 0)[..., None], -1), value[..., None]], -1)
+
+
+def oks_nms(points, scores, areas, sigmas, most=0.9):
+    """Greedy suppression of people (P, K, 3): indices, best first, of those whose OKS with no kept better one is above `most`.
+
+    The area (P,) in OKS is the mean of the two, and all points count.
+    """
+    distance = ((points[:, None, :, :2] - points[:, :, :2]) ** 2).sum(-1)               # (P, P, K)
+    area = (areas[:, None] + areas)[..., None] / 2
+    similarity, kept = np.exp(-distance / (2 * sigmas) ** 2 / area / 2).mean(-1), []
+    for i in np.argsort(-scores, kind="stable"):
+        if not (similarity[i, kept] > most).any():
+            kept.append(i)
+    return np.array(kept, np.int64)
+
+
 def palette(count):
     """Colours (count, 3) that no two classes share, hues in golden steps."""
     hues = [(255 * i * 0.618034 % 256, 160 + 95 * (i % 2), 255 - 60 * (i % 3)) for i in range(count)]
@@ -1527,6 +1789,22 @@ def draw_objects(image, objects, names, least=0.3):
             place, text = (max(box[0], 0), max(box[1], 0)), f"{names[label]} {score:.2f}"
             draw.rectangle(draw.textbbox(place, text), colour)
             draw.text(place, text, "black")
+    return picture
+
+
+def draw_people(image, points, least=0.3):
+    """Overlay of people (P, K, 3): lines of body, feet and fingers, dots of the face, where the confidence is `least` or more."""
+    picture, thick = image.copy(), max(1, round(max(image.size) / 250))
+    draw, colours = ImageDraw.Draw(picture), [tuple(colour) for colour in palette(len(LINES)).tolist()]
+    for person in points:
+        place, there = [tuple(xy) for xy in person[:, :2].tolist()], person[:, 2] >= least
+        for path, colour in zip(LINES, colours):
+            for a, b in zip(path, path[1:]):
+                if max(a, b) < len(person) and there[a] and there[b]:
+                    draw.line((place[a], place[b]), colour, thick if max(a, b) < 23 else max(1, thick // 3))
+        for x, y in person[PARTS["face"], :2][there[PARTS["face"]]].round():
+            r = thick // 4
+            draw.rectangle((x - r, y - r, x + r, y + r), "white")
     return picture
 
 
@@ -1680,7 +1958,6 @@ THRESHOLDS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
 AT_50, AT_75 = 0, 5                                                         # places in THRESHOLDS
 AREAS = {"": (0, 1e10), "s": (0, 32 ** 2), "m": (32 ** 2, 96 ** 2), "l": (96 ** 2, 1e10)}   # in pixels, both ends inclusive
 SETTINGS = {"bbox": ("sml", (1, 10, 100)), "segm": ("sml", (1, 10, 100)), "keypoints": ("ml", (20,))}  # AREAS, detections counted
-BODY_SIGMAS = (0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089)
 
 
 def crowd_iou(inter, dt_area, gt_area, crowd):
@@ -1851,6 +2128,35 @@ def evaluate_coco(images, truth, results, kind, categories, sigmas=BODY_SIGMAS):
     return accumulate(matches, kind, categories)
 
 
+def match_people(image_id, truth, results, keypoints):
+    """Match one image's poses, annotation and result dicts: {run: see `match_image`}, of all parts and "whole" or of COCO's 17 points.
+
+    Each run sees its own points and sigmas and, if a result has one, its own score ("foot_score", ..., "wholebody_score"). Detections
+    without a point of confidence > 0 are left out, but not of plain COCO. The body's extent is the area in all (fact sheet, 4.4).
+    Raises: InputError for malformed points.
+    """
+    gt, dt = ([read_points(x, keypoints, f"image {image_id}") for x in xs] for xs in (truth, results))
+    matches = {}
+    for run, part in {**PARTS, "whole": slice(0, 133)}.items() if keypoints == 133 else [("body", PARTS["body"])]:
+        score = "wholebody_score" if run == "whole" else f"{run}_score"
+        own = [dict(a, keypoints=points[part], num_keypoints=(points[part, 2] > 0).sum()) for a, points in zip(truth, gt)]
+        found = [dict(category_id=PERSON, keypoints=points[part], score=r["score"] if run == "body" else r.get(score, r["score"]),
+                      area=np.ptp(points[PARTS["body"], :2], axis=0).prod())
+                 for r, points in zip(results, dt) if keypoints == 17 or (points[part, 2] > 0).any()]
+        matches[run] = match_image(dict(id=image_id), own, found, "keypoints", SIGMAS[part])
+    return matches
+
+
+def people_figures(records):
+    """All images' results of `match_people` -> COCO's ten figures; of the whole body AP and AR, those of the parts, hands' means."""
+    runs = {run: accumulate([record[run] for record in records], "keypoints", [PERSON]) for run in records[0]}
+    if "whole" not in runs:
+        return runs["body"]
+    runs["hand"] = {name: mean_of_valid(np.array([runs[f"{side}hand"][name] for side in ("left", "right")])) for name in ("AP", "AR")}
+    whole = runs.pop("whole")
+    return {name: whole[name] for name in ("AP", "AR")} | {f"{run}_{name}": runs[run][name] for run in runs for name in ("AP", "AR")}
+
+
 # --------------------------------------------------------------------------------------------------------------- tasks
 class Segmentation:
     """Semantic FPN and UPerNet on ADE20K's layout."""
@@ -1986,8 +2292,63 @@ class InstanceSegmentation(Detection):
         return net(normalize_padded(images, sizes), sizes, boxes, labels, masks)
 
 
+class Pose:
+    """Keypoints of persons on COCO's layout, top-down: each one is a crop of its own."""
+
+    metric = "AP"
+
+    def __init__(self, args):
+        self.args, self.data = args, partial(Persons, keypoints=args.keypoints, boxes=args.boxes)
+        self.transform = partial(augment_person, height=args.img_size)
+
+    def sampler(self, source, **schedule):
+        return StepSampler(images=len(source), repeats=1, **schedule)
+
+    def collate(self, samples):
+        """[(crop, points), ...] -> crops (B, H, W, 3), points (B, K, 3)."""
+        return tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
+
+    def loss(self, net, crops, points):
+        return pose_loss(net(normalize(crops)), points)
+
+    def predict(self, model, device, image, boxes=None):
+        """Without boxes (P, 5) the whole image is one person."""
+        whole = np.array([[0, 0, image.width, image.height, 1.0]])
+        return estimate_pose(model, image, whole if boxes is None else boxes, self.args, device)
+
+    def boxes_in(self, path):
+        """Persons (P, 5) that --boxes has in the image whose id is the number in its name."""
+        numbers = re.findall("[0-9]+", Path(path).stem)
+        if not numbers:
+            raise InputError(f"{path}: with --boxes the last number in an image's name must be its id")
+        return read_boxes(self.args.boxes).get(int(numbers[-1]), np.zeros((0, 5)))
+
+    def draw(self, image, prediction, _names):
+        return draw_people(image, prediction[0])
+
+    def record(self, source, index, raw, predict):
+        """What the score needs of one image, as read: its poses matched with its persons."""
+        results = [{field: person[PARTS[part]].ravel().tolist() for part, field in FIELDS.items()} | dict(score=float(score))
+                   for person, score in zip(*predict(raw[0], raw[1]))]
+        image_id = source.ids[index]
+        return match_people(image_id, source.annotations[image_id], results, self.args.keypoints)
+
+    def summary(self, _source, records):
+        return people_figures(records)
+
+    def score_results(self, source, path):
+        """The scores of a COCO or COCO-WholeBody keypoint results file."""
+        by_image = {i: [] for i in source.ids}
+        for result in read_results(path, set(source.ids), {PERSON}):
+            by_image[result["image_id"]].append(result)
+        try:
+            return people_figures([match_people(i, source.annotations[i], by_image[i], self.args.keypoints) for i in source.ids])
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: {error}") from None
+
+
 TASKS = {"semfpn": Segmentation, "upernet": Segmentation, "retinanet": Detection, "mask_rcnn": InstanceSegmentation,
-         "cascade_mask_rcnn": InstanceSegmentation}
+         "cascade_mask_rcnn": InstanceSegmentation, "pose": Pose}
 
 
 # ---------------------------------------------------------------------------------------------------------------- loop
@@ -2047,7 +2408,7 @@ def train(args, procs, checkpoint):
     """The run: data, model, optimizer, then update after update until the last one, --max-steps or a signal."""
     task = TASKS[args.task](args)
     train_set, val_set = open_data(task, args, procs, "train", "val")
-    train_imagenet.split_batch(args, procs.world, most=16)
+    train_imagenet.split_batch(args, procs.world, most=64 if args.task == "pose" else 16)
     shared_bn = args.sync_bn and procs.world > 1 and procs.device.type == "cuda"
     if args.task == "upernet" and args.micro_batch == 1 and not shared_bn:
         raise InputError("--micro-batch 1 leaves batch norm a single value a channel of UPerNet's coarsest pool; use 2 or more")
@@ -2071,7 +2432,8 @@ def train(args, procs, checkpoint):
     if shared_bn:
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model.to(procs.device)
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    groups = decay_groups(model, args.weight_decay, norms=args.task == "pose")
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(procs.device.type, enabled=args.amp == "fp16")
     step, tested, best, period_loss, unreadable = 0, 0, -math.inf, 0.0, 0
     resumed = bool(checkpoint)                                              # restore() empties it
@@ -2252,7 +2614,8 @@ def predict(args, procs, checkpoint):
             raise InputError(f"{path}: {error}") from None
         target = output / (f"{Path(path).stem}_{i}" * twin or Path(path).stem)
         target = target.with_name(f"{target.name}_{args.task}.png")
-        task.draw(image, task.predict(model, procs.device, image), names).save(target)
+        known = [task.boxes_in(path)] if args.boxes else []
+        task.draw(image, task.predict(model, procs.device, image, *known), names).save(target)
         print(f"wrote {target}")
 
 

@@ -652,10 +652,10 @@ def test_drop_path_of_the_family(backbone, rate):
 # ---------------------------------------------------------------------------------------------------------- whole runs
 FAST = "--img-size 64 --batch-size 4 --micro-batch 2 --iters 5 --lr 1e-3 --workers 0 --log-every 1 --eval-every 2 --backbone".split()
 FAST.append("secvit_t")
-EXTRA = {"mask_rcnn": ["--rois", "16"]}
+EXTRA = {"mask_rcnn": ["--rois", "16"], "pose": ["--img-size", "128"]}
 
 
-@pytest.mark.parametrize("task", ["semfpn", "upernet", "retinanet", "mask_rcnn"])
+@pytest.mark.parametrize("task", ["semfpn", "upernet", "retinanet", "mask_rcnn", "pose"])
 def test_resume_equals_an_uninterrupted_run(tiny, scenes, tmp_path, task, capsys):
     common = ["--task", task, "--data", str(scenes), *FAST, *EXTRA.get(task, [])]
     T.main([*common, "--output", str(tmp_path / "a")])
@@ -832,7 +832,7 @@ BAD = {
     "--backbone resnet": "unknown --backbone 'resnet'",
     "--iters 5 --epochs 2": "two names of one length",
     "--backbone stvit_s --released": "--released is a variant of SecViT",
-    "--task retinanet --ms-test": "--ms-test is for segmentation",
+    "--task retinanet --ms-test": "--ms-test is for semfpn and upernet, not for retinanet",
     "--eval": "--eval needs --weights",
     "--weights x.pt": "--weights is for --eval and --predict",
     "--eval --predict a.jpg --weights x.pt": "do different things",
