@@ -57,7 +57,7 @@ BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
     "semfpn": dict(backbone="linglo_b0", iters=660, batch_size=4, lr=1e-3, img_size=96, warmup_iters=50, eval_every=220, drop_path=0.0),
     "upernet": dict(backbone="linglo_b0", iters=300, batch_size=4, lr=1e-3, img_size=80, warmup_iters=50, eval_every=150, drop_path=0.0),
     "retinanet": dict(backbone="linglo_b0", epochs=8, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=192, drop_path=0.0),
-    "pose": dict(backbone="linglo_b0", epochs=24, batch_size=8, lr=1e-3, img_size=128, warmup_iters=50, eval_every=400),
+    "pose": dict(backbone="linglo_b0", epochs=24, batch_size=8, lr=3e-4, img_size=128, warmup_iters=50, eval_every=400),
 }
 OPTIONAL = dict(min_lr=0.0, clip_grad=None, keypoints=133, micro_batch=None, drop_path=None, eval_every=None, released=False,
                 frozen_bn=None, sync_bn=None, compile=False, deterministic=False, seed=0, log_every=50)
