@@ -54,7 +54,7 @@ RECIPES = {  # by task; what the papers leave open is PVT's (Semantic FPN, Retin
     "cascade_mask_rcnn": dict(epochs=36, schedule="3x", batch_size=16, lr=1e-4, weight_decay=0.05, warmup_iters=500, img_size=800, rois=512,
                               box_head="4conv1fc"),
     "pose": dict(epochs=210, batch_size=512, lr=5e-4, weight_decay=0.01, warmup_iters=500, img_size=256, schedule="pose",
-                 keypoints=133, drop_path=0.0),                                                     # TCFormer's
+                 keypoints=133, jitter=1.0, drop_path=0.0),                                                     # TCFormer's
 }
 FAMILY_RECIPES = {  # what a paper does its own way
     ("linglo", "semfpn"): dict(iters=40000, batch_size=32),                         # its sec. 4.3
@@ -65,7 +65,8 @@ SCHEDULES = {  # epochs, and those after which the rate falls to a tenth
     "1x": (12, (8, 11)), "3x": (36, (27, 33)), "pose": (210, (170, 200))}
 ONLY = {  # flags of some tasks
     "schedule": ("retinanet", "mask_rcnn", "cascade_mask_rcnn"), "rois": ("mask_rcnn", "cascade_mask_rcnn"),
-    "box_head": ("cascade_mask_rcnn",), "ms_test": ("semfpn", "upernet"), "keypoints": ("pose",), "boxes": ("pose",)}
+    "box_head": ("cascade_mask_rcnn",), "ms_test": ("semfpn", "upernet"), "keypoints": ("pose",), "boxes": ("pose",),
+    "jitter": ("pose",)}
 BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
     "semfpn": dict(backbone="linglo_b0", iters=660, batch_size=4, lr=1e-3, img_size=96, warmup_iters=50, eval_every=220, drop_path=0.0),
     "upernet": dict(backbone="linglo_b0", iters=300, batch_size=4, lr=1e-3, img_size=80, warmup_iters=50, eval_every=150, drop_path=0.0),
@@ -74,7 +75,7 @@ BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
                       rois=64, clip_grad=1.0),
     "cascade_mask_rcnn": dict(backbone="linglo_b0", epochs=6, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=150,
                               drop_path=0.0, schedule="1x", rois=64, clip_grad=1.0),
-    "pose": dict(backbone="linglo_b0", epochs=24, batch_size=8, lr=1e-3, img_size=128, warmup_iters=50, eval_every=400),
+    "pose": dict(backbone="linglo_b0", epochs=24, batch_size=8, lr=3e-4, img_size=128, warmup_iters=50, eval_every=400, jitter=0.3),
 }
 OPTIONAL = dict(min_lr=0.0, clip_grad=None, micro_batch=None, drop_path=None, eval_every=None, released=False, frozen_bn=None, sync_bn=None,
                 compile=False, deterministic=False, seed=0, log_every=50)
@@ -93,6 +94,7 @@ def parse_args(argv=None):
     p.add_argument("--backbone-weights", help="classification weights to start from: train_imagenet.py's or an authors' file")
     p.add_argument("--data", help="folder in ADE20K's layout (semfpn, upernet) or COCO's; without it scenes are drawn")
     p.add_argument("--keypoints", type=int, choices=(133, 17), help="of pose: the whole body, or COCO's 17; 133")
+    p.add_argument("--jitter", type=number(float, 0, 1), help="strength of pose's random shifts, sizes, turns and half bodies; 1")
     p.add_argument("--boxes", metavar="FILE", help="COCO detections whose persons pose tests or draws instead of the annotated ones")
     p.add_argument("--output", help="folder for log.jsonl, last.pt, best.pt, curves.png, pictures (default runs/TASK_BACKBONE)")
     p.add_argument("--iters", type=count, help="updates of the whole run; semfpn 80000 (LinGlo 40000), upernet 160000")
@@ -152,7 +154,7 @@ def settle(args, checkpoint=None):
     if args.iters and args.epochs:
         raise InputError("--iters and --epochs are two names of one length, give one")
     for flag, tasks in ONLY.items():
-        if getattr(args, flag) and args.task not in tasks:
+        if getattr(args, flag) not in (None, False) and args.task not in tasks:
             raise InputError(f"--{flag.replace('_', '-')} is for {' and '.join(tasks)}, not for {args.task}")
     family = args.backbone.split("_")[0]
     defaults = OPTIONAL | dict(iters=None, epochs=None, amp="bf16" if torch.cuda.is_available() else "none", backbone_weights=None)
@@ -895,23 +897,26 @@ def crop_person(image, points, centre, size, angle, height):
     return np.array(crop), np.concatenate([(points[:, :2] - centre) @ matrix + middle, points[:, 2:]], 1)
 
 
-def augment_person(raw, rng, *, height):
-    """Shifted, mirrored, half, scaled, turned at random (fact sheet, 4.5): uint8 crop (height, 3/4 height, 3), float32 points (K, 3)."""
+def augment_person(raw, rng, *, height, jitter):
+    """Shifted, mirrored, half, scaled, turned at random: uint8 crop (height, 3/4 height, 3), float32 points (K, 3).
+
+    `jitter` 1 is TCFormer's recipe, 0 leaves only mirroring.
+    """
     image, ((x, y, w, h, _),), (points,) = raw
     centre, size = crop_frame(np.array([x, y]), np.array([w, h]), 1.25)
     if rng.random() < 0.3:
-        centre = centre + 0.16 * size * [rng.uniform(-1, 1), rng.uniform(-1, 1)]
+        centre = centre + jitter * 0.16 * size * [rng.uniform(-1, 1), rng.uniform(-1, 1)]
     if rng.random() < 0.5:
         image, points = ImageOps.mirror(image), points[FLIP[:len(points)]] * (-1, 1, 1) + (image.width - 1, 0, 0)
         centre = centre * (-1, 1) + (image.width - 1, 0)
     labelled = points[:, 2] > 0
-    if labelled.sum() > 8 and rng.random() < 0.3:
+    if labelled.sum() > 8 and rng.random() < 0.3 * jitter:
         upper, lower = (points[own & labelled, :2] for own in (np.arange(len(points)) < 11, np.arange(len(points)) >= 11))
         half = upper if (rng.gauss(0, 1) < 0.5 and len(upper) > 2) or len(lower) <= 2 else lower
         if len(half) >= 2:
             centre, (_, size) = half.mean(0), crop_frame(half.min(0), np.ptp(half, 0), 1.5)
-    size = size * min(max(1 + 0.5 * rng.gauss(0, 1), 0.5), 1.5)
-    angle = math.radians(min(max(40 * rng.gauss(0, 1), -80), 80)) if rng.random() < 0.6 else 0.0
+    size = size * min(max(1 + jitter * 0.5 * rng.gauss(0, 1), 0.5), 1.5)
+    angle = math.radians(min(max(jitter * 40 * rng.gauss(0, 1), -80), 80)) if rng.random() < 0.6 else 0.0
     crop, points = crop_person(image, points, centre, size, angle, height)
     return crop, points.astype(np.float32)
 
@@ -2299,7 +2304,7 @@ class Pose:
 
     def __init__(self, args):
         self.args, self.data = args, partial(Persons, keypoints=args.keypoints, boxes=args.boxes)
-        self.transform = partial(augment_person, height=args.img_size)
+        self.transform = partial(augment_person, height=args.img_size, jitter=args.jitter)
 
     def sampler(self, source, **schedule):
         return StepSampler(images=len(source), repeats=1, **schedule)
