@@ -154,7 +154,7 @@ def settle(args, checkpoint=None):
     if args.iters and args.epochs:
         raise InputError("--iters and --epochs are two names of one length, give one")
     for flag, tasks in ONLY.items():
-        if getattr(args, flag) not in (None, False) and args.task not in tasks:
+        if args.task not in tasks and not (getattr(args, flag) is None or getattr(args, flag) is False):
             raise InputError(f"--{flag.replace('_', '-')} is for {' and '.join(tasks)}, not for {args.task}")
     family = args.backbone.split("_")[0]
     defaults = OPTIONAL | dict(iters=None, epochs=None, amp="bf16" if torch.cuda.is_available() else "none", backbone_weights=None)
@@ -196,7 +196,7 @@ def rate_at(step, args, total):
 
 
 def decay_groups(model, weight_decay, norms=False):
-    """AdamW groups: with Swin's settings (decay from 0.01 on) norms are exempt unless `norms`, with PVT's nothing is (fact sheet, 1.6)."""
+    """AdamW groups: with Swin's settings (decay from 0.01 on) norms are exempt unless `norms`, with PVT's nothing is."""
     named = list(model.named_parameters())
     exempt = [p for name, p in named if weight_decay >= 0.01 and not norms and "norm" in name]
     ids = {id(p) for p in exempt}
@@ -475,13 +475,13 @@ FACE_SIGMAS = (
     0.008, 0.009, 0.009, 0.009, 0.007, 0.007, 0.008, 0.011, 0.008, 0.008, 0.008, 0.010, 0.008)
 HAND_SIGMAS = (0.029, 0.022, 0.035, 0.037, 0.047, 0.026, 0.025, 0.024, 0.035, 0.018, 0.024, 0.022, 0.026, 0.017, 0.021, 0.021, 0.032,
                0.020, 0.019, 0.022, 0.031)
-SIGMAS = np.array([*BODY_SIGMAS, *FOOT_SIGMAS, *FACE_SIGMAS, *HAND_SIGMAS, *HAND_SIGMAS])   # (133,), fact sheet, 4.2
+SIGMAS = np.array([*BODY_SIGMAS, *FOOT_SIGMAS, *FACE_SIGMAS, *HAND_SIGMAS, *HAND_SIGMAS])   # (133,), of COCO-WholeBody
 LINES = [(15, 13, 11, 5, 7, 9), (16, 14, 12, 6, 8, 10), (11, 12), (5, 6), (3, 1, 0, 2, 4), (17, 15, 18), (15, 19), (20, 16, 21), (16, 22),
          *((root, *range(finger, finger + 4)) for root in (91, 112) for finger in range(root + 1, root + 21, 4))]   # drawn through points
 
 
 def mirror_order():
-    """(133,): the point that each one becomes in a mirror; the first 17 are a permutation of their own (fact sheet, 4.3)."""
+    """(133,): the point that each one becomes in a mirror; the first 17 are a permutation of their own."""
     order = np.arange(133)
     order[1:17] += np.tile((1, -1), 8)                                                  # left, right, left, ...
     order[17:23] += np.repeat((3, -3), 3)
@@ -557,7 +557,7 @@ class Ade20k:
 class Coco:
     """Images of folder/SPLIT2017 with the objects of folder/annotations/instances_SPLIT2017.json (COCO's layout).
 
-    Training keeps what mmdetection keeps (fact sheet, 2.9): boxes of at least 1 x 1 pixels that overlap the image, no crowds, images
+    Training keeps what mmdetection keeps: boxes of at least 1 x 1 pixels that overlap the image, no crowds, images
     with annotations and sides of at least 32; with `masks` also their segmentations. Testing keeps all images; `annotations` holds the
     file's own. Raises: InputError for a file that is no such annotation file, with the offending id.
     """
@@ -629,8 +629,8 @@ class Persons:
     """Persons of folder/SPLIT2017 with their keypoints: COCO-WholeBody's 133, or COCO's 17 (of the same file if there is no other).
 
     A training sample is a person, a validation sample an image with all its persons: those annotated, or those of the COCO detection
-    file `boxes`. Annotated ones must not be crowds and need an area, a box that is left after clipping, something in the body's values
-    (fact sheet, 4.5). What training needs is kept in arrays; `annotations` holds the validation file's own.
+    file `boxes`. Annotated ones must not be crowds and need an area, a box that is left after clipping, something in the body's
+    values. What training needs is kept in arrays; `annotations` holds the validation file's own.
     Raises: InputError for a file that is no such annotation file, with the offending id.
     """
 
@@ -811,7 +811,7 @@ def fit(size, longer, shorter):
 
 
 def augment_segmentation(raw, rng, *, size):
-    """Random scale, crop, flip and colour of an image and its label map (fact sheet, 1.4): uint8 (h, w, 3) and (h, w) of at most `size`."""
+    """Random scale, crop, flip and colour of an image and its label map: uint8 (h, w, 3) and (h, w) of at most `size`."""
     image, labels = raw
     scale = rng.uniform(0.5, 2.0)
     W, H = fit(image.size, int(4 * size * scale), int(size * scale))
@@ -852,7 +852,7 @@ def distort(pixels, rng):
 def augment_detection(raw, rng, *, size, multi_scale):
     """Flip and resize at random: uint8 (H, W, 3), boxes (G, 4) clipped to the image, labels (G,), masks (G, H, W) if there are any.
 
-    The shorter side becomes `size`; with `multi_scale` 0.6 to 1 of it, half of the time of a random crop (Swin's recipe; fact sheet, 2.7).
+    The shorter side becomes `size`; with `multi_scale` 0.6 to 1 of it, half of the time of a random crop (Swin's recipe).
     """
     image, boxes, labels, *masks = raw
     boxes, unit = boxes.copy(), size / 800                  # the recipe's numbers are of images of 800 pixels
@@ -1044,7 +1044,7 @@ def base_anchors(strides, scales, ratios=(0.5, 1.0, 2.0)):
 
 
 def proposals(scores, deltas, anchors, counts, size, *, per_level, most, iou_threshold=0.7):
-    """Boxes (n, 4), best first, that an RPN proposes for one image of size (H, W) (fact sheet, 2.3).
+    """Boxes (n, 4), best first, that an RPN proposes for one image of size (H, W).
 
     Args: scores (A,), any monotone ones; deltas, anchors (A, 4); counts: anchors of each level. The `per_level` best of a level, clipped
     and not empty, go through NMS of their own; the `most` best of all levels remain.
@@ -1060,7 +1060,7 @@ def proposals(scores, deltas, anchors, counts, size, *, per_level, most, iou_thr
 
 
 def refine(boxes, deltas, labels, scores, stds):
-    """Boxes (R, 4) moved by a stage's deltas (R, 4 or K * 4) times `stds`, without gradient (fact sheet, 2.5).
+    """Boxes (R, 4) moved by a stage's deltas (R, 4 or K * 4) times `stds`, without gradient.
 
     Of class-specific deltas those of the label (R,) count; where that is K, the background, those of the best class by scores (R, K + 1).
     """
@@ -1135,7 +1135,7 @@ def axis_weights(low, high, bins, length):
 def mask_targets(masks, boxes, index, side):
     """What mask heads should say of boxes (R, 4), each with the bitmap index (R,) of masks (G, H, W): bool (R, side, side).
 
-    RoIAlign of the bitmap by the box clipped to it, at least 1/2 (fact sheet, 2.4). Its two axes are two matrix products, since large
+    RoIAlign of the bitmap by the box clipped to it, at least 1/2. Its two axes are two matrix products, since large
     boxes hold too many samples to list; a few boxes at a time, since each takes a float copy of its bitmap.
     """
     if not len(boxes):
@@ -1240,7 +1240,7 @@ class FPN(nn.Module):
 
 
 class SemanticFPN(nn.Module):
-    """Semantic FPN (arXiv 1901.02446; fact sheet, 1.1): images -> logits (B, K, H/4, W/4)."""
+    """Semantic FPN (arXiv 1901.02446): images -> logits (B, K, H/4, W/4)."""
 
     def __init__(self, backbone, classes):
         super().__init__()
@@ -1264,7 +1264,7 @@ class SemanticFPN(nn.Module):
 
 
 class UPerNet(nn.Module):
-    """UPerNet with an auxiliary FCN head (arXiv 1807.10221; fact sheet, 1.2): images -> logits (B, K, H/4, W/4).
+    """UPerNet with an auxiliary FCN head (arXiv 1807.10221): images -> logits (B, K, H/4, W/4).
 
     In train mode also the auxiliary logits (B, K, H/16, W/16).
     """
@@ -1299,7 +1299,7 @@ class UPerNet(nn.Module):
 
 
 class RetinaNet(nn.Module):
-    """RetinaNet (arXiv 1708.02002; fact sheet, 2.1 and 2.2): images -> class logits (B, A, K), deltas (B, A, 4), level sizes [(h, w)]."""
+    """RetinaNet (arXiv 1708.02002): images -> class logits (B, A, K), deltas (B, A, 4), level sizes [(h, w)]."""
 
     strides = (8, 16, 32, 64, 128)
 
@@ -1382,7 +1382,7 @@ def mask_head(classes, dim=256):
 
 
 class MaskRCNN(nn.Module):
-    """Mask R-CNN (arXiv 1703.06870) or, with `cascade`, Cascade Mask R-CNN (arXiv 1712.00726); fact sheet, 2.3 to 2.5.
+    """Mask R-CNN (arXiv 1703.06870) or, with `cascade`, Cascade Mask R-CNN (arXiv 1712.00726).
 
     Train mode: images (B, 3, H, W), sizes (B, 2), boxes (B, G, 4), labels (B, G) padded with -1, masks (objects of all images, H, W)
     -> the loss. Eval mode: images, sizes -> for each image boxes (n, 4), scores (n,), labels (n,), mask probabilities (n, 28, 28).
@@ -1474,7 +1474,7 @@ class MaskRCNN(nn.Module):
 
 
 class SimpleBaseline(nn.Module):
-    """Three deconvolutions on the coarsest map (arXiv 1804.06208; fact sheet, 4.6): images -> heat maps (B, K, H/4, W/4)."""
+    """Three deconvolutions on the coarsest map (arXiv 1804.06208): images -> heat maps (B, K, H/4, W/4)."""
 
     def __init__(self, backbone, classes, dim=256):
         super().__init__()
@@ -1522,7 +1522,7 @@ def load_backbone(backbone, args):
 
 # -------------------------------------------------------------------------------------------------------------- losses
 def segmentation_loss(outputs, labels):
-    """Cross-entropy of logits resized to the label maps (B, H, W); the auxiliary head's counts 0.4 (fact sheet, 1.3).
+    """Cross-entropy of logits resized to the label maps (B, H, W); the auxiliary head's counts 0.4.
 
     The mean is over all pixels: those of label 255 add 0 to the sum and still count in the divisor, as in mmsegmentation.
     """
@@ -1541,7 +1541,7 @@ def focal_loss(logits, targets, gamma=2.0, alpha=0.25):
 
 
 def retinanet_loss(outputs, boxes, labels, sizes, base, strides):
-    """Focal loss of all anchors plus L1 loss of the positive ones' deltas, over the number of positives (fact sheet, 2.2).
+    """Focal loss of all anchors plus L1 loss of the positive ones' deltas, over the number of positives.
 
     Args: the model's outputs; boxes (B, G, 4), labels (B, G), -1 where padded; sizes (B, 2), h and w of each image; base anchors.
     An image without positives counts as one in the divisor. Nothing here waits for the device.
@@ -1563,7 +1563,7 @@ def retinanet_loss(outputs, boxes, labels, sizes, base, strides):
 
 
 def rpn_loss(scores, deltas, anchors, there, boxes, labels, *, beta, count=256):
-    """Binary cross-entropy and smooth L1 loss (L1 if beta is 0) of `count` anchors of each image, over their number (fact sheet, 2.3).
+    """Binary cross-entropy and smooth L1 loss (L1 if beta is 0) of `count` anchors of each image, over their number.
 
     Args: scores (B, A), deltas (B, A, 4), anchors (A, 4), there (B, A): those that count; boxes (B, G, 4), labels (B, G), -1 where padded.
     """
@@ -1588,7 +1588,7 @@ def giou_loss(boxes, targets):
 
 
 def box_loss(logits, deltas, rois, labels, boxes, stds, by_giou):
-    """Loss of one stage's sampled RoIs (R, 4): cross-entropy and, of those with an object, that of the deltas (fact sheet, 2.4 and 2.5).
+    """Loss of one stage's sampled RoIs (R, 4): cross-entropy and, of those with an object, that of the deltas.
 
     Args: logits (R, K + 1), deltas (R, 4 or K * 4), labels (R,), K where background, boxes (R, 4) of the objects. Both are divided by R.
     Class-specific deltas: GIoU loss of the moved boxes, times 10, or L1; others: smooth L1.
@@ -1644,7 +1644,7 @@ def pose_loss(heat_maps, points):
 def segment(model, image, args, device):
     """Class of every pixel of a PIL image, uint8 (H, W): the whole image at once, or the mean over scales and mirrorings.
 
-    Logits are resized to the network's input, then to the image (fact sheet, 1.5).
+    Logits are resized to the network's input, then to the image.
     """
     total = 0
     for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75) if args.ms_test else (1.0,):
@@ -1664,7 +1664,7 @@ def segment(model, image, args, device):
 
 @torch.no_grad()
 def detect(model, image, args, device):
-    """Objects of a PIL image: boxes (n, 4) in its pixels, scores (n,), labels (n,), best first (fact sheet, 2.6).
+    """Objects of a PIL image: boxes (n, 4) in its pixels, scores (n,), labels (n,), best first.
 
     Mask R-CNN's also have masks (n, H, W) bool.
     """
@@ -1711,7 +1711,7 @@ def instances(logits, boxes, *, least=0.05, iou_threshold=0.5, most=100):
 def estimate_pose(model, image, boxes, args, device, *, chunk=32):
     """Keypoints of the persons of a PIL image: boxes (P, 5) -> points (n, K, 3) in its pixels, scores (n,), best first.
 
-    Each crop and its mirror image are averaged (fact sheet, 4.6); a person's score is the box's times the mean confidence of its points
+    Each crop and its mirror image are averaged; a person's score is the box's times the mean confidence of its points
     above 0.2. Persons found twice are left out.
     """
     centres, sizes = crop_frame(boxes[:, :2], boxes[:, 2:4], 1.25)
@@ -2137,7 +2137,7 @@ def match_people(image_id, truth, results, keypoints):
     """Match one image's poses, annotation and result dicts: {run: see `match_image`}, of all parts and "whole" or of COCO's 17 points.
 
     Each run sees its own points and sigmas and, if a result has one, its own score ("foot_score", ..., "wholebody_score"). Detections
-    without a point of confidence > 0 are left out, but not of plain COCO. The body's extent is the area in all (fact sheet, 4.4).
+    without a point of confidence > 0 are left out, but not of plain COCO. The body's extent is the area in all.
     Raises: InputError for malformed points.
     """
     gt, dt = ([read_points(x, keypoints, f"image {image_id}") for x in xs] for xs in (truth, results))

@@ -370,7 +370,7 @@ def test_nearest_keys_attention_matches_loops(keep, device):
 
 
 SINGLE = ((64,), (16,), (4,), (1,))
-ABLATIONS = [   # paper's table, factory, overrides, parameters in M to the paper's digits (forensics page, section 2)
+ABLATIONS = [   # paper's table, factory, overrides, parameters in M to the paper's digits
     ("Table 2", clustr_t, {}, 11.7), ("Table 2", clustr_s, {}, 22.7), ("Table 2", clustr_b, {}, 40.2),
     ("Table 9", clustr_t, {"ratios": SINGLE}, 10.8), ("Table 9", clustr_t, {"ratios": ((16,), (4,), (1,), (1,))}, 10.8),
     ("Table 7", clustr_t, {"ratios": SINGLE, "aggregation": "grid"}, 13.2),

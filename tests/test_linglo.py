@@ -216,7 +216,7 @@ def test_position_table_is_interpolated():
 
 
 FLAT = {"convolutions": False, "hierarchical": False, "dims": (150,) * 4, "heads": (3,) * 4}
-ABLATIONS = [   # paper's table or figure, factory, overrides, parameters deployed in M (forensics page, section 5)
+ABLATIONS = [   # paper's table or figure, factory, overrides, parameters deployed in M
     ("Table 2", linglo_b0, {}, 3.60), ("Table 2", linglo_b1, {}, 13.73), ("Table 2", linglo_b2, {}, 25.14),
     ("Table 5", linglo_b0, {"layout": "CHHH"}, 3.59), ("Table 5", linglo_b0, {"layout": "CCHH"}, 3.56),
     ("Table 6", linglo_b0, {"cpe": "cpe"}, 3.60), ("Table 6", linglo_b0, {"cpe": "r"}, 3.60), ("Table 6", linglo_b0, {"cpe": "p"}, 3.60),
@@ -235,7 +235,7 @@ def test_every_row_of_the_papers_tables(table, factory, overrides, millions):
     (linglo_b0, "rp", 3.78), (linglo_b1, "rp", 14.09), (linglo_b2, "rp", 25.87),
     (linglo_b0, "p", 3.78), (linglo_b0, "r", 3.60), (linglo_b0, "cpe", 3.60)])
 def test_training_time_parameters(factory, cpe, millions):
-    """The forensics page counts branches with biases and no BN; ours have a scale and a shift instead of a bias."""
+    """Counting from the paper's text gives branches with biases and no BN; ours have a scale and a shift instead of a bias."""
     with torch.device("meta"):
         model = factory(cpe=cpe)
     scales = sum(norm.weight.numel() for norm in model.modules() if isinstance(norm, nn.BatchNorm2d))

@@ -24,7 +24,7 @@ import train_dense as T
 
 ROOT = Path(T.__file__).parent
 CPU = torch.device("cpu")
-# sigmas (fact sheet, 4.2): body, feet, face, a hand
+# COCO-WholeBody's sigmas: body, feet, face, a hand
 SHEET = """
 .026 .025 .025 .035 .035 .079 .079 .072 .072 .062 .062 .107 .107 .087 .087 .089 .089 .068 .066 .066 .092 .094 .094
 .042 .043 .044 .043 .040 .035 .031 .025 .020 .023 .029 .032 .037 .038 .043 .041 .045 .013 .012 .011 .011 .012 .012
@@ -167,7 +167,7 @@ def test_what_lies_outside_the_image_is_black():
 
 
 def slow_augment(points, box, width, draws, height):
-    """The table of the fact sheet, 4.5, point by point. Returns the points in the crop and the frame."""
+    """TCFormer's pipeline, point by point. Returns the points in the crop and the frame."""
     (x, y, w, h), rnd, uni, gauss = box, *(iter(draws[k]) for k in ("random", "uniform", "gauss"))
     centre, size = [x + w / 2, y + h / 2], [max(w, 0.75 * h) * 1.25, max(h, w / 0.75) * 1.25]
     if next(rnd) < 0.3:
@@ -231,6 +231,16 @@ def test_augmentation_depends_on_the_generator_only(scenes):
     source = T.Persons(scenes, "train", 133)
     crops = [T.augment_person(source.read(0), random.Random(seed), height=128, jitter=1.0) for seed in (1, 1, 2)]
     assert all(np.array_equal(a, b) for a, b in zip(*crops[:2])) and not np.array_equal(crops[0][0], crops[2][0])
+
+
+def test_without_jitter_only_mirroring_is_random(scenes):
+    source = T.Persons(scenes, "train", 133)
+    crops = [T.augment_person(source.read(0), random.Random(seed), height=128, jitter=0.0) for seed in range(12)]
+    assert len({crop.tobytes() for crop, _ in crops}) == 2
+    centre, size = T.crop_frame(source.boxes[0, :2], source.boxes[0, 2:4], 1.25)
+    with Image.open(source.name(0)) as image:
+        plain, points = T.crop_person(image, source.points[0], centre, size, 0.0, 128)
+    assert any(np.array_equal(crop, plain) and np.allclose(own, points, atol=1e-4) for crop, own in crops)
 
 
 # ----------------------------------------------------------------------------------------------------- necks and heads

@@ -499,24 +499,24 @@ def test_global_attention_compiles_for_any_size():
 
 # -------------------------------------------------------------------------------------------------------- paper's tables
 ROWS = [    # factory, overrides, parameters in M, G multiply-adds at 224 x 224 without and with the products of attention
-    # the fact sheet's figures (sections 1, 3, 6); where its last digit differs a comment gives it: rounding to three digits first
-    # explains all of these but 4.76
+    # a comment gives what an independent count (the authors' code, by fvcore) has instead: rounding to three digits first explains all
+    # of these but 4.76
     ("secvit_t", {"released": True}, "14.98", "2.51", "2.72"),
-    ("secvit_s", {"released": True}, "26.78", "4.37", "4.75"),                          # sheet 4.76
+    ("secvit_s", {"released": True}, "26.78", "4.37", "4.75"),                          # there 4.76
     ("secvit_b", {"released": True}, "54.68", "9.68", "10.41"),
     ("secvit_l", {"released": True}, "96.50", "18.36", "19.38"),
     ("secvit_t", {}, "14.87", "2.48", "2.69"),
     ("secvit_s", {}, "26.56", "4.32", "4.70"),
-    ("secvit_b", {}, "54.26", "9.57", "10.30"),                                         # sheet 10.31
-    ("secvit_l", {}, "95.92", "18.21", "19.24"),                                        # sheet 95.93
-    ("sec_swin_t", {}, "28.38", "4.40", "4.68"),                                        # sheet 4.41
+    ("secvit_b", {}, "54.26", "9.57", "10.30"),                                         # there 10.31
+    ("secvit_l", {}, "95.92", "18.21", "19.24"),                                        # there 95.93
+    ("sec_swin_t", {}, "28.38", "4.40", "4.68"),                                        # there 4.41
     ("sec_swin_s", {}, "49.79", "8.60", "9.05"),
-    ("sec_fastervit_0", {}, "25.04", "3.25", "3.32"),                                   # sheet 25.05, none, 3.33
-    ("sec_fastervit_1", {}, "40.83", "5.04", "5.16"),                                   # sheet 40.83, none, 5.16
+    ("sec_fastervit_0", {}, "25.04", "3.25", "3.32"),                                   # there 25.05, 3.33
+    ("sec_fastervit_1", {}, "40.83", "5.04", "5.16"),
     # Table 6
-    ("secvit_t", {"released": True, "attention": "csw"}, "14.98", "2.51", "2.67"),      # not on the sheet; paper 15 M, 2.5 G
+    ("secvit_t", {"released": True, "attention": "csw"}, "14.98", "2.51", "2.67"),      # paper 15 M, 2.5 G
     ("secvit_t", {"released": True, "lce": False}, "14.89", "2.48", "2.69"),
-    ("secvit_t", {"released": True, "cpe": False}, "14.94", "2.50", "2.71"),            # sheet 14.95
+    ("secvit_t", {"released": True, "cpe": False}, "14.94", "2.50", "2.71"),            # there 14.95
     ("secvit_t", {"released": True, "conv_stem": False}, "14.09", "2.12", "2.33"),
     # Table 7; 32, 8, 2 is secvit_s
     ("secvit_s", {"released": True, "clusters": (64, 16, 4, 1)}, "26.78", "4.37", "4.57"),
@@ -526,7 +526,7 @@ ROWS = [    # factory, overrides, parameters in M, G multiply-adds at 224 x 224 
 
 
 def count_flops(model):
-    """G multiply-adds of one image of 224 x 224 as the fact sheet counts them, without and with products of two activations.
+    """G multiply-adds of one image of 224 x 224 as fvcore counts them, without and with products of two activations.
 
     torch counts convolutions and matrix products, 2 operations a multiply-add; fvcore's count of norms is added: 5 an element for
     LayerNorm, 2 for BatchNorm in eval mode. Attention is decomposed, which makes its products the only batched ones.

@@ -212,7 +212,7 @@ def test_retinanet_loss_matches_loops(device):
 
 
 # ----------------------------------------------------------------------------------------------------- necks and heads
-HEADS = [   # channels, RetinaNet, Mask R-CNN, Cascade with 2fc and 4conv1fc, Semantic FPN, UPerNet + auxiliary head (fact sheet, 5.1)
+HEADS = [   # channels, RetinaNet, Mask R-CNN, Cascade with 2fc and 4conv1fc, Semantic FPN, UPerNet + auxiliary head
     ("clustr_s", 10233588, 20151024, 53079294, 57986226, 4250262, 30307628),
     ("secvit_t", 10233588, 20151024, 53079294, 57986226, 4250262, 30307628),
     ("secvit_b", 10258164, 20179696, 53107966, 58014898, 4278934, 30512428),
@@ -224,7 +224,7 @@ HEADS = [   # channels, RetinaNet, Mask R-CNN, Cascade with 2fc and 4conv1fc, Se
     ("stvit_l", 10626804, 20257520, 53185790, 58092722, 4356758, 31749420),
     ("sec_fastervit_0", 10233588, 20151024, 53079294, 57986226, 4250262, 30307628),
 ]
-WHOLE = [   # head and backbone in M (fact sheet, 5.3): ClusTR's as the paper prints it, LinGlo's from the description, deployed
+WHOLE = [   # head and backbone in M: ClusTR's as the paper prints it, LinGlo's from the description, deployed
     ("clustr_s", "retinanet", {}, "32.4"), ("clustr_s", "semfpn", {}, "26.4"), ("clustr_s", "upernet", {}, "52.5"),
     ("clustr_s", "mask_rcnn", {}, "42.3"), ("secvit_t", "mask_rcnn", {"released": True}, "33.58"),
     ("secvit_s", "mask_rcnn", {"released": True}, "45.37"), ("secvit_s", "cascade_mask_rcnn", {"released": True}, "83.21"),
@@ -291,7 +291,7 @@ def test_models_take_any_size_and_train_every_parameter(tiny, task, H, W, device
 
 
 def test_semantic_fpn_matches_its_definition():
-    """The head of the fact sheet's table 1.1, from the neck's maps on, unit by unit."""
+    """Semantic FPN's head in mmsegmentation, from the neck's maps on, unit by unit."""
     model = T.build_model("semfpn", "linglo_b0", 4, frozen_bn=False).eval()
     images = torch.randn(1, 3, 64, 96)
     maps, total = model.neck(model.backbone(images)), 0
