@@ -66,7 +66,7 @@ SCHEDULES = {  # epochs, and those after which the rate falls to a tenth
 ONLY = {  # flags of some tasks
     "schedule": ("retinanet", "mask_rcnn", "cascade_mask_rcnn"), "rois": ("mask_rcnn", "cascade_mask_rcnn"),
     "box_head": ("cascade_mask_rcnn",), "ms_test": ("semfpn", "upernet"), "keypoints": ("pose",), "boxes": ("pose",),
-    "jitter": ("pose",)}
+    "jitter": ("pose",), "compile": ("semfpn", "upernet", "retinanet", "pose")}
 BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
     "semfpn": dict(backbone="linglo_b0", iters=660, batch_size=4, lr=1e-3, img_size=96, warmup_iters=50, eval_every=220, drop_path=0.0),
     "upernet": dict(backbone="linglo_b0", iters=300, batch_size=4, lr=1e-3, img_size=80, warmup_iters=50, eval_every=150, drop_path=0.0),
@@ -100,7 +100,7 @@ def parse_args(argv=None):
     p.add_argument("--iters", type=count, help="updates of the whole run; semfpn 80000 (LinGlo 40000), upernet 160000")
     p.add_argument("--epochs", type=count, help="length in epochs instead; retinanet 12, pose 210")
     p.add_argument("--batch-size", type=count, help="images or persons an update, over all processes; 16, LinGlo's semfpn 32, pose 512")
-    p.add_argument("--micro-batch", type=count, help="images a process computes at once, then accumulates; a divisor up to 16, of pose 64")
+    p.add_argument("--micro-batch", type=count, help="images a process computes at once, then accumulates; a divisor up to 16, detection 2, pose 64")
     p.add_argument("--lr", type=size, help="peak learning rate, never rescaled; 1e-4, upernet 6e-5, pose 5e-4")
     p.add_argument("--min-lr", type=size, help="rate that the polynomial of segmentation ends at; 0")
     p.add_argument("--warmup-iters", type=number(int, 0), help="linear warm-up; semfpn 0, upernet 1500, others 500")
@@ -111,7 +111,7 @@ def parse_args(argv=None):
     p.add_argument("--frozen-bn", action=argparse.BooleanOptionalAction, help="backbone BN statistics fixed; on with --backbone-weights")
     p.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, help="batch statistics over all GPUs; on for segmentation")
     p.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast type of training and testing; bf16 on a GPU, else none")
-    p.add_argument("--compile", **switch, help="torch.compile the model for training")
+    p.add_argument("--compile", **switch, help="torch.compile the model for training; not of Mask R-CNN, whose regions vary in number")
     p.add_argument("--workers", type=number(int, 0), help="loader processes a process; changes speed only; its CPU cores, at most 10")
     p.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), help="of weights, order, augmentation; 0")
     p.add_argument("--resume", help="checkpoint to go on from exactly, or auto: the newest readable one of --output if any")
@@ -2413,7 +2413,8 @@ def train(args, procs, checkpoint):
     """The run: data, model, optimizer, then update after update until the last one, --max-steps or a signal."""
     task = TASKS[args.task](args)
     train_set, val_set = open_data(task, args, procs, "train", "val")
-    train_imagenet.split_batch(args, procs.world, most=64 if args.task == "pose" else 16)
+    most = 64 if args.task == "pose" else 2 if args.schedule and args.data else 16      # of detection 2: the papers' divisors are of two images
+    train_imagenet.split_batch(args, procs.world, most)
     shared_bn = args.sync_bn and procs.world > 1 and procs.device.type == "cuda"
     if args.task == "upernet" and args.micro_batch == 1 and not shared_bn:
         raise InputError("--micro-batch 1 leaves batch norm a single value a channel of UPerNet's coarsest pool; use 2 or more")

@@ -625,7 +625,9 @@ def test_schedules_and_recipes_of_detection():
     assert (args.lr, args.weight_decay, args.schedule) == (2e-4, 1e-4, "1x")
     for flags, message in ((["--schedule", "3x"], "--schedule is for retinanet and mask_rcnn and cascade_mask_rcnn, not for semfpn"),
                            (["--task", "mask_rcnn", "--box-head", "2fc"], "--box-head is for cascade_mask_rcnn, not for mask_rcnn"),
-                           (["--task", "retinanet", "--rois", "64"], "--rois is for mask_rcnn")):
+                           (["--task", "retinanet", "--rois", "64"], "--rois is for mask_rcnn"),
+                           (["--task", "mask_rcnn", "--compile"], "--compile is for .*, not for mask_rcnn"),
+                           (["--task", "mask_rcnn", "--jitter", "0"], "--jitter is for pose")):
         with pytest.raises(T.InputError, match=message):
             settled(*flags)
 
