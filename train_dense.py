@@ -100,7 +100,7 @@ def parse_args(argv=None):
     p.add_argument("--iters", type=count, help="updates of the whole run; semfpn 80000 (LinGlo 40000), upernet 160000")
     p.add_argument("--epochs", type=count, help="length in epochs instead; retinanet 12, pose 210")
     p.add_argument("--batch-size", type=count, help="images or persons an update, over all processes; 16, LinGlo's semfpn 32, pose 512")
-    p.add_argument("--micro-batch", type=count, help="images a process computes at once, then accumulates; a divisor up to 16, detection 2, pose 64")
+    p.add_argument("--micro-batch", type=count, help="images a process computes at once, then accumulates; up to 16, detection 2, pose 64")
     p.add_argument("--lr", type=size, help="peak learning rate, never rescaled; 1e-4, upernet 6e-5, pose 5e-4")
     p.add_argument("--min-lr", type=size, help="rate that the polynomial of segmentation ends at; 0")
     p.add_argument("--warmup-iters", type=number(int, 0), help="linear warm-up; semfpn 0, upernet 1500, others 500")
@@ -2413,7 +2413,7 @@ def train(args, procs, checkpoint):
     """The run: data, model, optimizer, then update after update until the last one, --max-steps or a signal."""
     task = TASKS[args.task](args)
     train_set, val_set = open_data(task, args, procs, "train", "val")
-    most = 64 if args.task == "pose" else 2 if args.schedule and args.data else 16      # of detection 2: the papers' divisors are of two images
+    most = 64 if args.task == "pose" else 2 if args.schedule and args.data else 16      # detection: the papers' divisors are of two images
     train_imagenet.split_batch(args, procs.world, most)
     shared_bn = args.sync_bn and procs.world > 1 and procs.device.type == "cuda"
     if args.task == "upernet" and args.micro_batch == 1 and not shared_bn:
