@@ -1399,10 +1399,10 @@ class MaskRCNN(nn.Module):
         if box_head not in ("2fc", "4conv1fc"):
             raise ValueError(f"unknown box_head {box_head!r}, expected '2fc' or '4conv1fc'")
         self.backbone, self.neck, self.classes, self.cascade, self.samples = backbone, FPN(backbone.channels), classes, cascade, samples
-        self.stages, self.by_giou = self.stages if cascade else self.stages[:1], box_head == "4conv1fc"
+        self.stages, self.beta = self.stages if cascade else self.stages[:1], None if box_head == "4conv1fc" else float(cascade)
         self.register_buffer("base", base_anchors(self.strides, [8]), persistent=False)
         self.rpn = RPN(self.base.shape[1])
-        self.box_heads = nn.ModuleList(BoxHead(classes, box_head, not cascade or self.by_giou) for _ in self.stages)
+        self.box_heads = nn.ModuleList(BoxHead(classes, box_head, not cascade or box_head == "4conv1fc") for _ in self.stages)
         self.mask_heads = nn.ModuleList(mask_head(classes) for _ in self.stages)
 
     def forward(self, images, sizes, boxes=None, labels=None, masks=None):
@@ -1450,7 +1450,7 @@ class MaskRCNN(nn.Module):
             logits, deltas = (x.float() for x in head(pool_rois(maps, rois, 7, self.strides)))
             drawn = masker(pool_rois(maps, masked, 14, self.strides)).float()        # (positives, K, 28, 28)
             drawn = drawn.take_along_dim(label[positive, None, None, None], 1)[:, 0]
-            total = total + weight * (box_loss(logits, deltas, rois[:, 1:], label, boxes[image, index], stds, self.by_giou)
+            total = total + weight * (box_loss(logits, deltas, rois[:, 1:], label, boxes[image, index], stds, self.beta)
                                       + F.binary_cross_entropy_with_logits(drawn, target.float(), reduction="sum") / max(target.numel(), 1))
             refined = clip_boxes(refine(rois[:, 1:], deltas, label, logits, stds), sizes[image])
             candidates = candidates.index_put((image, place), refined)
@@ -1587,18 +1587,17 @@ def giou_loss(boxes, targets):
     return 1 - inter / union + (around - union) / around
 
 
-def box_loss(logits, deltas, rois, labels, boxes, stds, by_giou):
+def box_loss(logits, deltas, rois, labels, boxes, stds, beta):
     """Loss of one stage's sampled RoIs (R, 4): cross-entropy and, of those with an object, that of the deltas.
 
     Args: logits (R, K + 1), deltas (R, 4 or K * 4), labels (R,), K where background, boxes (R, 4) of the objects. Both are divided by R.
-    Class-specific deltas: GIoU loss of the moved boxes, times 10, or L1; others: smooth L1.
+    beta: of smooth L1 on the deltas, 0 for L1, None for ten times the GIoU loss of the moved boxes.
     """
     positive = labels < logits.shape[1] - 1
     start, target, label, deltas = rois[positive], boxes[positive], labels[positive], deltas[positive].unflatten(1, (-1, 4))
-    beta = 0.0 if deltas.shape[1] > 1 else 1.0
     deltas = deltas.take_along_dim(label.clamp(max=deltas.shape[1] - 1)[:, None, None], 1)[:, 0]
     unit = deltas.new_tensor(stds)
-    if by_giou:
+    if beta is None:
         regression = 10 * giou_loss(decode(start, deltas * unit), target).sum()
     else:
         regression = F.smooth_l1_loss(deltas, encode(start, target) / unit, reduction="sum", beta=beta)

@@ -5,7 +5,7 @@ from itertools import combinations, product
 import pytest
 import torch
 import torch.nn.functional as F
-from test_train_dense import loop_nms, random_boxes
+from test_train_dense import loop_assign, loop_nms, random_boxes
 from torch.testing import assert_close
 
 import train_dense as T
@@ -255,7 +255,7 @@ def test_giou_loss_by_hand(device):
 def loop_decode(box, delta):
     limit, result = math.log(1000 / 16), []
     for low, high, shift, growth in zip(box[:2], box[2:], delta[:2], delta[2:]):
-        centre, size = (low + high) / 2 + shift * (high - low), (high - low) * math.exp(min(max(growth, -limit), limit))
+        centre, size = (low + high) / 2 + shift * (high - low), (high - low) * math.e ** min(max(growth, -limit), limit)
         result.append((centre - size / 2, centre + size / 2))
     return [result[0][0], result[1][0], result[0][1], result[1][1]]
 
@@ -366,3 +366,189 @@ def test_models_take_any_size_and_train_every_parameter(tiny, task, head, device
 def test_unknown_box_heads_are_refused():
     with pytest.raises(ValueError, match="unknown box_head '3fc', expected '2fc' or '4conv1fc'"):
         T.build_model("cascade_mask_rcnn", "linglo_b0", 3, head={"box_head": "3fc"})
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+def loop_encode(start, box):
+    (w, h), (u, v) = ((b[2] - b[0], b[3] - b[1]) for b in (start, box))
+    return [(box[0] + u / 2 - start[0] - w / 2) / w, (box[1] + v / 2 - start[1] - h / 2) / h, math.log(u / w), math.log(v / h)]
+
+
+def loop_smooth_l1(difference, beta):
+    return abs(difference) - beta / 2 if abs(difference) >= beta else difference ** 2 / 2 / beta
+
+
+@pytest.mark.parametrize("beta", [0, 1 / 9])
+def test_rpn_loss_matches_loops(beta, device):
+    """Too many positives, no box, too few anchors: 128 + 128, 0 + 256 and all that count are drawn; the divisor is their number."""
+    labels = torch.tensor([[1, 0], [-1, -1], [2, 0]])
+    boxes = random_boxes(3, 2, side=60) * (labels >= 0)[..., None]
+    boxes[2, 1] = torch.tensor([11., 12., 13., 14.])                                    # no anchor overlaps it by 0.3
+    anchors = torch.cat([boxes[0].repeat(140, 1) + torch.randn(280, 4, dtype=torch.float64), random_boxes(420, side=60, grid=5)])
+    scores, deltas = (torch.randn(3, 700, *shape, dtype=torch.float64, requires_grad=True) for shape in ((), (4,)))
+    there = torch.rand(3, 700) < torch.tensor([[0.9], [0.9], [0.1]])
+    torch.manual_seed(7)
+    fast = T.rpn_loss(*(t.to(device) for t in (scores, deltas, anchors, there, boxes, labels)), beta=beta).cpu()
+    index = torch.tensor([loop_assign(boxes[b], labels[b], anchors, there[b], 0.7, 0.3, 0.3) for b in range(3)], device=device)
+    torch.manual_seed(7)
+    pick, kind = (t.cpu() for t in T.sample(index >= 0, index == -1, 256, 128))
+    count, positives = (kind >= 0).sum(1).tolist(), (kind == 1).sum(1).tolist()
+    assert count[:2] == [256, 256] and 0 < count[2] < 256 and positives[:2] == [128, 0] and positives[2]
+    slow = 0
+    for b, i in (kind >= 0).nonzero().tolist():
+        a = int(pick[b, i])
+        p = 1 / (1 + (-scores[b, a]).exp())
+        slow = slow - (p if kind[b, i] else 1 - p).log() / sum(count)
+        if kind[b, i]:
+            target = loop_encode(anchors[a].tolist(), boxes[b, index[b, a]].tolist())
+            slow = slow + sum(loop_smooth_l1(d - t, beta) for d, t in zip(deltas[b, a], target)) / sum(count)
+    assert_close(fast, slow)
+    for x, y in zip(*(torch.autograd.grad(loss, (scores, deltas)) for loss in (fast, slow))):
+        assert_close(x, y)
+
+
+def loop_box_loss(logits, deltas, roi, label, box, stds, kind):
+    """Of one RoI, before the division; logits and deltas are tensors, the boxes numbers."""
+    loss = logits.exp().sum().log() - logits[label]
+    if label == len(logits) - 1:
+        return loss
+    own = deltas if kind == "smooth L1" else deltas[4 * label:4 * label + 4]
+    if kind == "GIoU":
+        return loss + 10 * (1 - loop_giou(loop_decode(roi, [d * s for d, s in zip(own, stds)]), box))
+    return loss + sum(loop_smooth_l1(d - t / s, kind == "smooth L1") for d, t, s in zip(own, loop_encode(roi, box), stds))
+
+
+BETAS = {"L1": 0.0, "smooth L1": 1.0, "GIoU": None}
+
+
+@pytest.mark.parametrize("kind", BETAS)
+def test_box_loss_matches_loops(kind, device):
+    """Both parts are divided by the number of all RoIs. Without a positive one only the classes count, without any the loss is 0."""
+    R, K, stds = 40, 3, (0.1, 0.05, 0.2, 0.25)
+    logits, deltas = (torch.randn(R, n, dtype=torch.float64, requires_grad=True) for n in (K + 1, 4 if kind == "smooth L1" else 4 * K))
+    rois, boxes = random_boxes(R, side=60), random_boxes(R)
+    for labels in (torch.randint(0, K + 1, (R,)), torch.full((R,), K), torch.randint(0, K, (R,))):
+        given = [t.to(device) for t in (logits, deltas, rois, labels, boxes)]
+        fast, slow = T.box_loss(*given, stds, BETAS[kind]).cpu(), 0
+        for r, label in enumerate(labels.tolist()):
+            slow = slow + loop_box_loss(logits[r], deltas[r], rois[r].tolist(), label, boxes[r].tolist(), stds, kind) / R
+        assert_close(fast, slow)
+        for x, y in zip(*(torch.autograd.grad(loss, (logits, deltas), materialize_grads=True) for loss in (fast, slow))):
+            assert_close(x, y)
+    assert T.box_loss(*(t[:0] for t in given), stds, BETAS[kind]) == 0
+
+
+# ------------------------------------------------------------------------------------------------------ all stages of heads
+STAGES = [(0.5, (0.1, 0.1, 0.2, 0.2), 1), (0.6, (0.05, 0.05, 0.1, 0.1), 0.5), (0.7, (0.033, 0.033, 0.067, 0.067), 0.25)]
+KINDS = {"L1": {}, "smooth L1": dict(cascade=True, box_head="2fc"), "GIoU": dict(cascade=True, box_head="4conv1fc")}
+
+
+def small_model(kind, classes, monkeypatch, device):
+    """A MaskRCNN of tiny heads without a norm, all in float64, and maps of three images; strides are doubled, since loops are slow."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(T.MaskRCNN, "strides", (8, 16, 32, 64, 128))
+    with torch.device("meta"):
+        model = T.MaskRCNN(type("Backbone", (), {"channels": [1] * 4}), classes, samples=20, **KINDS[kind])
+    stages = STAGES[:len(model.stages)]
+    model.box_heads = torch.nn.ModuleList(T.BoxHead(classes, "2fc", kind != "smooth L1", dim=2, hidden=8) for _ in stages)
+    model.mask_heads = torch.nn.ModuleList(T.mask_head(classes, dim=2) for _ in stages)
+    for heads in (model.box_heads, model.mask_heads):
+        for name, parameter in heads.to(device, torch.float64).named_parameters():
+            torch.nn.init.normal_(parameter, std=2 if "classifier" in name else 0.3)
+    sides = [(25, 33), (13, 17), (7, 9), (4, 5)]
+    return model, stages, [torch.randn(3, 2, h, w, dtype=torch.float64, device=device, requires_grad=True) for h, w in sides]
+
+
+def loop_pool(maps, image, box, side):
+    level = loop_level(box[2] - box[0], box[3] - box[1])
+    return loop_roi_align(maps[level][image].cpu(), box, side, 1 / T.MaskRCNN.strides[level], 0)[None].to(maps[0].device)
+
+
+def loop_refine(box, logits, deltas, label, stds, size):
+    """A box moved by the deltas of its label, or of the best class if that is background, and clipped to the image (H, W)."""
+    scores = logits.tolist()[:-1]
+    label = label if label < len(scores) else scores.index(max(scores))
+    own = deltas.tolist()[4 * label:][:4] or deltas.tolist()                            # for all classes the same ones
+    return [min(max(v, 0.0), side) for v, side in zip(loop_decode(box, [d * s for d, s in zip(own, stds)]), (size[1], size[0]) * 2)]
+
+
+def loop_stages(model, stages, kind, maps, found, sizes, boxes, labels, masks):
+    """Loss, and positive candidates of each stage. Boxes are plain numbers, so that no gradient can flow through them."""
+    (B, G), K, total, positive = labels.shape, model.classes, 0, []
+    places = [x.tolist() + [None] * (max(map(len, found)) - len(x)) for x in found]     # candidates; None: nothing there
+    for (iou, stds, weight), head, mask_head in zip(stages, model.box_heads, model.mask_heads):
+        index = []
+        for b in range(B):
+            candidates, there = torch.tensor([box or [0.] * 4 for box in places[b]], dtype=torch.float64), [bool(box) for box in places[b]]
+            index.append([g if labels[b, g] >= 0 else -2 for g in range(G)]
+                         + loop_assign(boxes[b], labels[b], candidates, there, iou, iou, 0.5 if kind == "L1" else 2))
+            places[b] = boxes[b].tolist() + places[b]
+        given = torch.tensor(index, device=maps[0].device)
+        pick, sort = (t.tolist() for t in T.sample(given >= 0, given == -1, 20, 5))
+        drawn = [(b, i) for b, row in enumerate(sort) for i, value in enumerate(row) if value >= 0]
+        positives, following = sum(sort[b][i] for b, i in drawn), [[None] * len(row) for row in pick]
+        positive.append(sum(sort[b][i] for b, i in drawn if pick[b][i] >= G))
+        for b, i in drawn:
+            roi, number = places[b][pick[b][i]], index[b][pick[b][i]]
+            label = labels[b, number].item() if sort[b][i] else K
+            logits, deltas = (x[0] for x in head(loop_pool(maps, b, roi, 7)))
+            total = total + weight / len(drawn) * loop_box_loss(logits, deltas, roi, label, boxes[b, number].tolist(), stds, kind)
+            if sort[b][i]:
+                x = mask_head(loop_pool(maps, b, roi, 14))[0, label].cpu()
+                target = T.mask_targets(masks[b, number][None], torch.tensor([roi], dtype=x.dtype), torch.tensor([0]), 28)[0]
+                total = total + weight / positives / 28 ** 2 * ((1 + x.exp()).log() - x * target).sum().to(total.device)
+            if pick[b][i] >= G:                                                         # objects do not come back
+                following[b][i] = loop_refine(roi, logits, deltas, label, stds, sizes[b])
+        places = following
+    return total, positive
+
+
+@pytest.mark.parametrize("kind, classes", [("L1", 3), ("L1", 1), ("smooth L1", 3), ("GIoU", 3)])
+def test_losses_of_all_stages_match_loops(kind, classes, device, monkeypatch):
+    """Images of several sizes, the second without objects; in the third the second object's best candidate is nearer to the first."""
+    model, stages, maps = small_model(kind, classes, monkeypatch, device)
+    sizes, labels = [(200, 260), (150, 250), (190, 180)], torch.tensor([[2, 0], [-1, -1], [1, 2]]).clamp(max=classes - 1)       # H, W
+    boxes = [[[20.3, 30.1, 181.4, 169.2], [1.3, 1.1, 258.8, 199.3]], [[0.] * 4] * 2, [[3.1, 5.2, 88.4, 78.3], [10.2, 10.3, 99.9, 90.4]]]
+    boxes, masks = torch.tensor(boxes, dtype=torch.float64), torch.rand(3, 2, 7, 9) < 0.5
+    masks, found = masks.repeat_interleave(31, 2).repeat_interleave(31, 3)[..., :200, :260], []
+    near = [boxes[0].repeat(5, 1), boxes[1, :0], (0.6 * boxes[2, :1] + 0.4 * boxes[2, 1:]).repeat(3, 1)]
+    for b, size in enumerate(sizes):
+        some = [near[b] + (10 - 5 * b) * torch.randn(near[b].shape, dtype=torch.float64), random_boxes(6 + 8 * b, side=min(size)) + 20]
+        found.append(torch.minimum(torch.cat(some).clamp(min=0), torch.tensor(size[::-1] * 2)))
+    given = [t.to(device) for t in (torch.tensor(sizes), boxes, labels, masks[labels >= 0])]
+    torch.manual_seed(7)
+    fast = model.train_heads(maps, [x.to(device) for x in found], *given)
+    torch.manual_seed(7)
+    slow, positive = loop_stages(model, stages, kind, maps, found, sizes, boxes, labels, masks)
+    assert all(positive) and fast.dtype == torch.float64
+    assert_close(fast, slow)
+    variables = [*maps, *model.box_heads.parameters(), *model.mask_heads.parameters()]
+    for x, y in zip(*(torch.autograd.grad(loss, variables, materialize_grads=True) for loss in (fast, slow))):
+        assert_close(x, y)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_found_objects_match_loops(kind, device, monkeypatch):
+    """Mean logits of all stages, the last one's boxes of every class, and the mean of all stages' mask probabilities on these."""
+    K, (H, W), found, kept = 3, (190, 250), [], []
+    model, stages, maps = small_model(kind, K, monkeypatch, device)
+    start = torch.cat([random_boxes(9, side=150) + 30, torch.tensor([[0., 0, 250, 190]], dtype=torch.float64)]).repeat(2, 1)
+    start[10:] += 2 * torch.rand(10, 1, dtype=torch.float64)                            # a little aside
+    for box in start.tolist():
+        total = 0
+        for (_, stds, _), head in zip(stages, model.box_heads):
+            logits, deltas = (x[0] for x in head(loop_pool(maps, 1, box, 7)))
+            *last, box = (loop_refine(box, logits, deltas, label, stds, (H, W)) for label in range(K + 1))
+            total = total + logits / len(stages)
+        found += [(score, label, last[label]) for label, score in enumerate(total.softmax(0)[:K].tolist()) if score > 0.05]
+    for label in range(K):
+        entries = [entry for entry in found if entry[1] == label]
+        kept += [entries[i] for i in loop_nms([e[2] for e in entries], [e[0] for e in entries], 0.5)]
+    assert 3 < len(kept) < len(found) < K * len(start)
+    scores, labels, boxes = zip(*sorted(kept, key=lambda entry: -entry[0]))
+    masks = [sum(head(loop_pool(maps, 1, box, 14))[0, label].sigmoid() for head in model.mask_heads) / len(stages)
+             for box, label in zip(boxes, labels)]
+    fast = model.find(maps, 1, start.to(device), torch.tensor([H, W], device=device))
+    for x, y in zip(fast, (boxes, scores, labels)):
+        assert_close(x.cpu(), torch.tensor(y, dtype=x.dtype))
+    assert_close(fast[3], torch.stack(masks))
