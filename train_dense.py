@@ -30,6 +30,7 @@ import shutil
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -71,8 +72,8 @@ BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
     "semfpn": dict(backbone="linglo_b0", iters=660, batch_size=4, lr=1e-3, img_size=96, warmup_iters=50, eval_every=220, drop_path=0.0),
     "upernet": dict(backbone="linglo_b0", iters=300, batch_size=4, lr=1e-3, img_size=80, warmup_iters=50, eval_every=150, drop_path=0.0),
     "retinanet": dict(backbone="linglo_b0", epochs=8, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=192, drop_path=0.0),
-    "mask_rcnn": dict(backbone="linglo_b0", epochs=6, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=150, drop_path=0.0,
-                      rois=64, clip_grad=1.0),
+    "mask_rcnn": dict(backbone="linglo_b0", epochs=5, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=240, drop_path=0.0,
+                      rois=32, clip_grad=1.0),
     "cascade_mask_rcnn": dict(backbone="linglo_b0", epochs=6, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=150,
                               drop_path=0.0, schedule="1x", rois=64, clip_grad=1.0),
     "pose": dict(backbone="linglo_b0", epochs=24, batch_size=8, lr=3e-4, img_size=128, warmup_iters=50, eval_every=400, jitter=0.3),
@@ -145,17 +146,16 @@ def settle(args, checkpoint=None):
     args.backbone = args.backbone or saved.get("backbone") or preset.get("backbone", "secvit_s")
     if args.backbone not in MODELS:
         raise InputError(f"unknown --backbone {args.backbone!r}, expected one of {', '.join(MODELS)}")
-    args.keypoints = args.keypoints or saved.get("keypoints")
     args.boxes = args.boxes or (saved.get("boxes") if args.resume else None)
-    for name in ("task", "backbone", "keypoints"):
-        if getattr(args, name) != saved.get(name, getattr(args, name)):
-            raise InputError(f"the checkpoint is one of {saved[name]}, --{name} says {getattr(args, name)}")
     args.output = args.output or saved.get("output") or f"runs/{args.task}_{args.backbone}"
     if args.iters and args.epochs:
         raise InputError("--iters and --epochs are two names of one length, give one")
     for flag, tasks in ONLY.items():
         if args.task not in tasks and not (getattr(args, flag) is None or getattr(args, flag) is False):
             raise InputError(f"--{flag.replace('_', '-')} is for {' and '.join(tasks)}, not for {args.task}")
+    for name in ("task", "backbone", "schedule", "keypoints"):
+        if saved and getattr(args, name) not in (None, saved[name]):
+            raise InputError(f"the checkpoint is one of {saved[name]}, --{name} says {getattr(args, name)}")
     family = args.backbone.split("_")[0]
     defaults = OPTIONAL | dict(iters=None, epochs=None, amp="bf16" if torch.cuda.is_available() else "none", backbone_weights=None)
     defaults |= RECIPES[args.task] | FAMILY_RECIPES.get((family, args.task), {})
@@ -576,53 +576,61 @@ class Coco:
         self.annotations = annotations if split == "val" else {}            # a gigabyte in COCO's training file
         if not self.folder.is_dir():
             raise InputError(f"{self.folder} is not a folder; expected DIR/{{train,val}}2017 and DIR/annotations/*.json")
-        self.path, self.objects, self.images, self.segmentations = path, [], [], []
+        self.path, self.masks, entries = path, masks and split == "train", []
         for i in sorted(images):
             W, H = images[i]["width"], images[i]["height"]
             if split == "train" and (not annotations[i] or min(W, H) < 32):
                 continue
-            boxes, labels, segmentations = [], [], []
+            entry = dict(image=images[i], boxes=[], labels=[], objects=[])
             for annotation in annotations[i]:
                 x, y, w, h = annotation["bbox"]
                 overlap = max(0, min(x + w, W) - max(x, 0)) * max(0, min(y + h, H) - max(y, 0))
                 if overlap > 0 and w >= 1 and h >= 1 and annotation["area"] > 0 and not (annotation["iscrowd"] or annotation.get("ignore")):
-                    boxes.append((x, y, x + w, y + h))
-                    labels.append(label[annotation["category_id"]])
-                    if masks and split == "train":
-                        segmentations.append((annotation.get("id"), compact(annotation.get("segmentation"))))
-            if masks and split == "train":
-                self.segmentations.append(segmentations)
-            self.images.append(images[i])
-            self.objects.append((np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64)))
-        if not self.images:
+                    entry["boxes"].append((x, y, x + w, y + h))
+                    entry["labels"].append(label[annotation["category_id"]])
+                    entry["objects"].append(annotation if self.masks else None)
+            entries.append(entry)
+        if not entries:
             raise InputError(f"{path} holds no image" + " with annotations" * (split == "train"))
-        self.wide = np.array([image["width"] > image["height"] for image in self.images])
+        self.entries = Packed(entries)
+        self.wide = np.array([entry["image"]["width"] > entry["image"]["height"] for entry in entries])
 
     def __len__(self):
-        return len(self.images)
+        return len(self.entries)
 
     def name(self, index):
-        return str(self.folder / self.images[index]["file_name"])
+        return str(self.folder / self.entries[index]["image"]["file_name"])
 
     def read(self, index):
         """RGB image, boxes (G, 4), labels (G,) and, for training with masks, these (G, H, W) bool."""
         with Image.open(self.name(index)) as image:
             image = image.convert("RGB")
-        if not self.segmentations:
-            return image, *self.objects[index]
-        size = dict(self.images[index], height=image.height, width=image.width)
-        masks = np.zeros((len(self.segmentations[index]), image.height, image.width), bool)
-        for mask, (identity, segmentation) in zip(masks, self.segmentations[index]):
+        entry = self.entries[index]
+        objects = np.array(entry["boxes"], np.float32).reshape(-1, 4), np.array(entry["labels"], np.int64)
+        if not self.masks:
+            return image, *objects
+        size = dict(entry["image"], height=image.height, width=image.width)
+        masks = np.zeros((len(objects[0]), image.height, image.width), bool)
+        for mask, annotation in zip(masks, entry["objects"]):
             try:
-                mask[:] = rle_decode(dict(size=mask.shape, counts=segmentation_runs(segmentation, size)))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{self.path}: annotation {identity}: segmentation: {type(error).__name__} {error}") from None
-        return image, *self.objects[index], masks
+                mask[:] = rle_decode(dict(size=mask.shape, counts=segmentation_runs(annotation, size)))
+            except ValueError as error:
+                raise InputError(f"{self.path}: {error}") from None
+        return image, *objects, masks
 
 
-def compact(segmentation):
-    """A segmentation as COCO's files have it, its polygons as arrays: lists of numbers take four times the memory."""
-    return [np.array(polygon) for polygon in segmentation] if isinstance(segmentation, list) else segmentation
+class Packed:
+    """Entries as JSON texts in one array: of lists and dicts every loader process would make a copy by counting references."""
+
+    def __init__(self, entries):
+        texts = [json.dumps(entry).encode() for entry in entries]
+        self.ends, self.text = np.cumsum([0, *map(len, texts)]), np.frombuffer(b"".join(texts), np.uint8)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        return json.loads(self.text[self.ends[index]:self.ends[index + 1]].tobytes())
 
 
 class Persons:
@@ -714,9 +722,22 @@ def is_box(box):
     return isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
 
 
+@contextmanager
+def reading(path, what):
+    """Raises: InputError that names the file for whatever goes wrong in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path} is no {what} ({type(error).__name__}: {error})") from None
+
+
 def read_annotations(path):
     """A COCO annotation file, checked. Raises: InputError that names the file and the offending id."""
-    try:
+    with reading(path, "COCO annotation file"):
         data = json.loads(Path(path).read_text())
         images, categories = ({int(entry["id"]) for entry in data[key]} for key in ("images", "categories"))
         for category in data["categories"]:
@@ -736,18 +757,12 @@ def read_annotations(path):
             if not isinstance(annotation.get("area"), (int, float)):
                 raise InputError(f"{where}: no area")
             annotation.setdefault("iscrowd", 0)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no COCO annotation file ({type(error).__name__}: {error})") from None
     return data
 
 
 def read_results(path, images=None, categories=None):
     """A COCO results file, checked against the sets of known ids if given. Raises: InputError that names file and offending id."""
-    try:
+    with reading(path, "COCO results file"):
         results = json.loads(Path(path).read_text())
         if not isinstance(results, list):
             raise InputError(f"{path} is no COCO results file: expected a list of results")
@@ -758,13 +773,7 @@ def read_results(path, images=None, categories=None):
                 raise InputError(f"{path}: unknown image id {result['image_id']}")
             if categories is not None and result["category_id"] not in categories:
                 raise InputError(f"{path}: image {result['image_id']}: unknown category id {result['category_id']}")
-            int(result["image_id"]), float(result["score"])
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no COCO results file ({type(error).__name__}: {error})") from None
+            int(result["image_id"]), int(result["category_id"]), float(result["score"])
     return results
 
 
@@ -857,7 +866,7 @@ def augment_detection(raw, rng, *, size, multi_scale):
     image, boxes, labels, *masks = raw
     boxes, unit = boxes.copy(), size / 800                  # the recipe's numbers are of images of 800 pixels
 
-    def resize(shorter):
+    def rescale(shorter):
         nonlocal image, boxes, masks
         W, H = fit(image.size, size * 1333 / 800, shorter)
         boxes = boxes * np.array([W / image.width, H / image.height] * 2, np.float32)
@@ -869,13 +878,13 @@ def augment_detection(raw, rng, *, size, multi_scale):
         image, masks = ImageOps.mirror(image), [mask[..., ::-1] for mask in masks]
         boxes = np.stack([image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], 1)
     if multi_scale and rng.random() < 0.5:
-        resize(rng.choice((400, 500, 600)) * unit)
+        rescale(rng.choice((400, 500, 600)) * unit)
         (W, H), (low, high) = image.size, (round(384 * unit), round(600 * unit))
         h, w = (rng.randint(min(side, low), min(side, high)) for side in (H, W))
         y, x = rng.randint(0, H - h), rng.randint(0, W - w)
         image, masks = image.crop((x, y, x + w, y + h)), [mask[:, y:y + h, x:x + w] for mask in masks]
         boxes = (boxes - np.array([x, y, x, y], np.float32)).clip(0, np.array([w, h, w, h], np.float32))
-    resize(rng.choice(range(480, 801, 32)) * unit if multi_scale else size)
+    rescale(rng.choice(range(480, 801, 32)) * unit if multi_scale else size)
     boxes = boxes.clip(0, np.array(image.size * 2, np.float32))
     there = (boxes[:, 2:] - boxes[:, :2]).min(1) > 0.01     # a sliver's size has no logarithm
     return np.asarray(image), boxes[there], labels[there], *(mask[there] for mask in masks)
@@ -980,15 +989,15 @@ def assign(boxes, labels, anchors, there, *, positive, negative, least):
     best, index = iou.max(2)
     index = index.masked_fill(best < positive, -2).masked_fill(best < negative, -1)     # scalars in torch.where wait for a GPU
     top = iou.amax(1, keepdim=True)                                                     # (B, 1, G)
-    number = torch.arange(1, boxes.shape[1] + 1, device=boxes.device)
-    own = (((iou == top) & (top >= max(least, 0))) * number).amax(2) - 1                # the last box that ties, -1 if none
+    numbers = torch.arange(1, boxes.shape[1] + 1, device=boxes.device)
+    own = (((iou == top) & (top >= max(least, 0))) * numbers).amax(2) - 1                # the last box that ties, -1 if none
     return torch.where(own >= 0, own, index).masked_fill(~there, -2)
 
 
 def sample(positive, negative, count, most):
     """A random choice among candidates: at most `most` positive ones, then negative ones up to `count` in all.
 
-    Args: positive, negative (B, N) bool. Returns: index (B, n) and kind (B, n) of n = min(count, N) places: 1 the positive ones, which
+    Args: positive, negative (B, N) bool. Returns: index (B, n) and role (B, n) of n = min(count, N) places: 1 the positive ones, which
     come first, 0 the negative ones, -1 unused. Drawn from torch's generator.
     """
     key = torch.rand(positive.shape, device=positive.device)                            # below 1
@@ -999,8 +1008,8 @@ def sample(positive, negative, count, most):
     return index, (key >= 0).long() + (key > 1).long() - 1
 
 
-def nms(boxes, scores, iou_threshold, block=1024):
-    """Exact greedy non-maximum suppression: boxes (n, 4), scores (n,) -> indices of the kept ones, best first.
+def nms(boxes, scores, iou_threshold, most, block=1024):
+    """Exact greedy non-maximum suppression: boxes (n, 4), scores (n,) -> indices of the `most` best kept ones, best first.
 
     A box goes when its IoU with a kept better one is above the threshold. Boxes are taken in blocks of falling score. Within a block
     "kept" is the one fixed point of "no kept better box suppresses me", and iterating from all kept reaches it: after i rounds the
@@ -1009,6 +1018,8 @@ def nms(boxes, scores, iou_threshold, block=1024):
     order = scores.argsort(descending=True, stable=True)
     boxes, kept = boxes[order], []
     for part in torch.arange(len(boxes), device=boxes.device).split(block):
+        if sum(map(len, kept)) >= most:
+            break
         if kept:
             part = part[~(box_iou(boxes[part], boxes[torch.cat(kept)]) > iou_threshold).any(1)]
         over = (box_iou(boxes[part], boxes[part]) > iou_threshold).triu(1).to(boxes.dtype)      # (better, worse)
@@ -1017,13 +1028,13 @@ def nms(boxes, scores, iou_threshold, block=1024):
             new = (keep @ over == 0).to(boxes.dtype)
             settled, keep = bool((new == keep).all()), new
         kept.append(part[keep > 0])
-    return order[torch.cat(kept)] if kept else order
+    return order[torch.cat(kept)[:most]] if kept else order
 
 
-def nms_by_class(boxes, scores, labels, iou_threshold):
+def nms_by_class(boxes, scores, labels, iou_threshold, most):
     """`nms` inside each class: classes are moved apart, in float64 so that no IoU changes."""
     apart = boxes.double() + (labels * (boxes.max() + 1 if len(boxes) else 1))[:, None]
-    return nms(apart, scores, iou_threshold)
+    return nms(apart, scores, iou_threshold, most)
 
 
 def anchor_boxes(base, sizes, strides):
@@ -1056,7 +1067,7 @@ def proposals(scores, deltas, anchors, counts, size, *, per_level, most, iou_thr
     boxes, scores, levels = (torch.cat(parts) for parts in zip(*kept))
     solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
     boxes, scores, levels = boxes[solid], scores[solid], levels[solid]
-    return boxes[nms_by_class(boxes, scores, levels, iou_threshold)[:most]]
+    return boxes[nms_by_class(boxes, scores, levels, iou_threshold, most)]
 
 
 def refine(boxes, deltas, labels, scores, stds):
@@ -1140,11 +1151,10 @@ def mask_targets(masks, boxes, index, side):
     """
     if not len(boxes):
         return masks.new_zeros(0, side, side, dtype=torch.bool)
-    boxes, parts = clip_boxes(boxes, masks.shape[1:]), []
+    boxes = clip_boxes(boxes, masks.shape[1:])
+    across, down = (axis_weights(boxes[:, i], boxes[:, i + 2], side, masks.shape[2 - i]) for i in (0, 1))
     with torch.autocast(masks.device.type, enabled=False):
-        for box, number in zip(boxes.split(32), index.split(32)):
-            across, down = (axis_weights(box[:, i], box[:, i + 2], side, masks.shape[2 - i]) for i in (0, 1))
-            parts.append(down @ masks[number].to(boxes.dtype) @ across.mT >= 0.5)
+        parts = [y @ masks[i].to(boxes.dtype) @ x.mT >= 0.5 for x, y, i in zip(across.split(32), down.split(32), index.split(32))]
     return torch.cat(parts)
 
 
@@ -1399,7 +1409,8 @@ class MaskRCNN(nn.Module):
         if box_head not in ("2fc", "4conv1fc"):
             raise ValueError(f"unknown box_head {box_head!r}, expected '2fc' or '4conv1fc'")
         self.backbone, self.neck, self.classes, self.cascade, self.samples = backbone, FPN(backbone.channels), classes, cascade, samples
-        self.stages, self.beta = self.stages if cascade else self.stages[:1], None if box_head == "4conv1fc" else float(cascade)
+        self.stages = self.stages if cascade else self.stages[:1]
+        self.beta = None if box_head == "4conv1fc" else 1.0 if cascade else 0.0         # of `box_loss`
         self.register_buffer("base", base_anchors(self.strides, [8]), persistent=False)
         self.rpn = RPN(self.base.shape[1])
         self.box_heads = nn.ModuleList(BoxHead(classes, box_head, not cascade or box_head == "4conv1fc") for _ in self.stages)
@@ -1417,8 +1428,8 @@ class MaskRCNN(nn.Module):
         if not self.training:
             return [self.find(maps, i, *one) for i, one in enumerate(zip(found, sizes))]
         there = cells_inside(levels, self.strides, sizes, self.base.shape[1])
-        if self.cascade:                                                                # no anchor sticks out of its image
-            there = there & (clip_boxes(anchors, sizes[:, None]) == anchors).all(2)
+        if self.cascade:                                                                # no anchor touches the end of its image
+            there = there & ((anchors[:, :2] >= 0) & (anchors[:, 2:] < sizes.flip(1)[:, None])).all(2)
         loss = rpn_loss(scores, deltas, anchors, there, boxes, labels, beta=1 / 9 if self.cascade else 0)
         return loss + self.train_heads(maps, found, sizes, boxes, labels, masks)
 
@@ -1427,38 +1438,41 @@ class MaskRCNN(nn.Module):
         return self(images, sizes)[0]
 
     def train_heads(self, maps, found, sizes, boxes, labels, masks):
-        """The losses of all stages; each one's boxes are the next one's proposals."""
-        G, number = boxes.shape[1], torch.arange(boxes.shape[1], device=boxes.device)
+        """The losses of all stages; each one's boxes are the next one's proposals.
+
+        Args: maps: of the neck; found: proposals (n, 4) of each image; the others as in `forward`.
+        """
+        G, numbers = boxes.shape[1], torch.arange(boxes.shape[1], device=boxes.device)
         first = (labels >= 0).sum(1).cumsum(0) - (labels >= 0).sum(1)                   # number of an image's first mask
-        candidates = nn.utils.rnn.pad_sequence(found, batch_first=True)                 # (B, P, 4)
+        candidates = nn.utils.rnn.pad_sequence([*found, boxes[0, :1]], batch_first=True)[:-1]               # (B, P, 4), P > 0
         there = torch.arange(candidates.shape[1], device=boxes.device) < torch.tensor([[len(x)] for x in found], device=boxes.device)
         total = 0
-        for (iou, stds, weight), head, masker in zip(self.stages, self.box_heads, self.mask_heads):
+        for (iou, stds, weight), box_head, mask_head in zip(self.stages, self.box_heads, self.mask_heads):
             with torch.no_grad():
                 index = assign(boxes, labels, candidates, there, positive=iou, negative=iou, least=2.0 if self.cascade else iou)
-                index = torch.cat([torch.where(labels >= 0, number, -2), index], 1)     # objects are proposals, too
+                index = torch.cat([torch.where(labels >= 0, numbers, -2), index], 1)    # objects are proposals, too
                 candidates = torch.cat([boxes, candidates], 1)
-                pick, kind = sample(index >= 0, index == -1, self.samples, self.samples // 4)           # (B, n)
+                pick, role = sample(index >= 0, index == -1, self.samples, self.samples // 4)           # (B, n)
                 candidates, index = candidates.take_along_dim(pick[..., None], 1), index.gather(1, pick)
-                image, place = (kind >= 0).nonzero().unbind(1)                          # each (R,)
-                kind, index = kind[image, place], index[image, place].clamp(min=0)
-                label = labels[image, index].masked_fill(kind == 0, self.classes)
+                image, place = (role >= 0).nonzero().unbind(1)                          # each (R,)
+                role, index = role[image, place], index[image, place].clamp(min=0)
+                label = labels[image, index].masked_fill(role == 0, self.classes)
                 rois = torch.cat([image[:, None], candidates[image, place]], 1)         # (R, 5)
-                positive = kind > 0
-                masked = rois[positive]
-                target = mask_targets(masks, masked[:, 1:], (first[image] + index)[positive], 28)
-            logits, deltas = (x.float() for x in head(pool_rois(maps, rois, 7, self.strides)))
-            drawn = masker(pool_rois(maps, masked, 14, self.strides)).float()        # (positives, K, 28, 28)
-            drawn = drawn.take_along_dim(label[positive, None, None, None], 1)[:, 0]
-            total = total + weight * (box_loss(logits, deltas, rois[:, 1:], label, boxes[image, index], stds, self.beta)
-                                      + F.binary_cross_entropy_with_logits(drawn, target.float(), reduction="sum") / max(target.numel(), 1))
+                positive = role.nonzero()[:, 0]
+                target = mask_targets(masks, rois[positive, 1:], (first[image] + index)[positive], 28)
+            logits, deltas = (x.float() for x in box_head(pool_rois(maps, rois, 7, self.strides)))
+            mask_logits = mask_head(pool_rois(maps, rois[positive], 14, self.strides)).float()              # (positives, K, 28, 28)
+            mask_logits = mask_logits.take_along_dim(label[positive, None, None, None], 1)[:, 0]
+            mask_loss = F.binary_cross_entropy_with_logits(mask_logits, target.float(), reduction="sum") / max(target.numel(), 1)
+            total = total + weight * (box_loss(logits, deltas, rois[:, 1:], label, boxes[image, index], stds, self.beta) + mask_loss)
             refined = clip_boxes(refine(rois[:, 1:], deltas, label, logits, stds), sizes[image])
             candidates = candidates.index_put((image, place), refined)
-            there = torch.zeros_like(pick, dtype=torch.bool).index_put((image, place), pick[image, place] >= G)
+            kept = (pick[image, place] >= G) & refined.isfinite().all(1)                # not the objects; what diverged has no place
+            there = torch.zeros_like(pick, dtype=torch.bool).index_put((image, place), kept)
         return total
 
     def find(self, maps, image, boxes, size):
-        """Objects of one image of a batch, from its proposals (n, 4)."""
+        """Objects as of `forward` of one image of a batch: maps of all, its number, its proposals (n, 4), its size (2,)."""
         def pool(boxes, side):
             return pool_rois(maps, F.pad(boxes, (1, 0), value=image), side, self.strides)
         background, total = torch.full_like(boxes[:, 0], self.classes, dtype=torch.long), 0
@@ -1467,10 +1481,10 @@ class MaskRCNN(nn.Module):
             logits, deltas = (x.float() for x in head(pool(start, 7)))
             total, boxes = total + logits, clip_boxes(refine(start, deltas, background, logits, stds), size)
         moved = decode(start[:, None], deltas.unflatten(1, (-1, 4)) * deltas.new_tensor(stds))          # (n, K or 1, 4)
-        boxes, scores, labels = instances(total / len(self.stages), clip_boxes(moved, size))
+        boxes, scores, labels = best_pairs(clip_boxes(moved, size), (total / len(self.stages)).softmax(1)[:, :-1])
         pooled = pool(boxes, 14)
-        drawn = torch.stack([head(pooled).float().sigmoid() for head in self.mask_heads]).mean(0)
-        return boxes, scores, labels, drawn.take_along_dim(labels[:, None, None, None], 1)[:, 0]
+        masks = torch.stack([head(pooled).float().sigmoid() for head in self.mask_heads]).mean(0)
+        return boxes, scores, labels, masks.take_along_dim(labels[:, None, None, None], 1)[:, 0]
 
 
 class SimpleBaseline(nn.Module):
@@ -1498,13 +1512,13 @@ ARCHITECTURES = {
 }
 
 
-def build_model(task, backbone, num_classes, frozen_bn=True, head=None, **overrides):
+def build_model(task, backbone, num_classes, frozen_bn=True, options=None, **overrides):
     """The model of a task around a backbone named as in train_imagenet.py.
 
-    head: arguments of the task's own class, such as {"box_head": "2fc"}; `overrides` go to the backbone's factory.
+    options: arguments of the task's own class, such as {"box_head": "2fc"}; `overrides` go to the backbone's factory.
     """
     architecture, levels = ARCHITECTURES[task]
-    return architecture(Backbone(backbone, levels, frozen_bn, **overrides), num_classes, **(head or {}))
+    return architecture(Backbone(backbone, levels, frozen_bn, **overrides), num_classes, **(options or {}))
 
 
 def load_backbone(backbone, args):
@@ -1568,22 +1582,23 @@ def rpn_loss(scores, deltas, anchors, there, boxes, labels, *, beta, count=256):
     Args: scores (B, A), deltas (B, A, 4), anchors (A, 4), there (B, A): those that count; boxes (B, G, 4), labels (B, G), -1 where padded.
     """
     index = assign(boxes, labels, anchors, there, positive=0.7, negative=0.3, least=0.3)                # (B, A)
-    pick, kind = sample(index >= 0, index == -1, count, count // 2)                     # (B, count)
-    positive, start = kind > 0, anchors[pick]
+    pick, role = sample(index >= 0, index == -1, count, count // 2)                     # (B, count)
+    positive, start = role > 0, anchors[pick]
     box = boxes.take_along_dim(index.gather(1, pick).clamp(min=0)[..., None], 1)
     box = torch.where(positive[..., None], box, start)                                  # no logarithm of a padded box
     classification = F.binary_cross_entropy_with_logits(scores.gather(1, pick), positive.to(scores.dtype), reduction="none")
     regression = F.smooth_l1_loss(deltas.take_along_dim(pick[..., None], 1), encode(start, box), reduction="none", beta=beta)
-    total = (classification * (kind >= 0)).sum() + (regression * positive[..., None]).sum()
-    return total / (kind >= 0).sum().clamp(min=1)
+    total = (classification * (role >= 0)).sum() + (regression * positive[..., None]).sum()
+    return total / (role >= 0).sum().clamp(min=1)
 
 
 def giou_loss(boxes, targets):
     """1 - generalized IoU (arXiv 1902.09630) of boxes (R, 4) with one target (R, 4) each: (R,), from 0 to 2."""
     low, high = torch.maximum(boxes[:, :2], targets[:, :2]), torch.minimum(boxes[:, 2:], targets[:, 2:])
-    around = (torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])).prod(1).clamp(min=1e-6)
-    inter = (high - low).clamp(min=0).prod(1)
-    union = ((boxes[:, 2:] - boxes[:, :2]).prod(1) + (targets[:, 2:] - targets[:, :2]).prod(1) - inter).clamp(min=1e-6)
+    span = torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])
+    around, inter, own, other = (                           # the gradient of prod() would wait for the device
+        size[:, 0] * size[:, 1] for size in (span, (high - low).clamp(min=0), boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]))
+    around, union = around.clamp(min=1e-6), (own + other - inter).clamp(min=1e-6)
     return 1 - inter / union + (around - union) / around
 
 
@@ -1593,7 +1608,7 @@ def box_loss(logits, deltas, rois, labels, boxes, stds, beta):
     Args: logits (R, K + 1), deltas (R, 4 or K * 4), labels (R,), K where background, boxes (R, 4) of the objects. Both are divided by R.
     beta: of smooth L1 on the deltas, 0 for L1, None for ten times the GIoU loss of the moved boxes.
     """
-    positive = labels < logits.shape[1] - 1
+    positive = (labels < logits.shape[1] - 1).nonzero()[:, 0]
     start, target, label, deltas = rois[positive], boxes[positive], labels[positive], deltas[positive].unflatten(1, (-1, 4))
     deltas = deltas.take_along_dim(label.clamp(max=deltas.shape[1] - 1)[:, None, None], 1)[:, 0]
     unit = deltas.new_tensor(stds)
@@ -1677,10 +1692,10 @@ def detect(model, image, args, device):
     return tuple(t.cpu().numpy() for t in (boxes, scores, labels, *masks))
 
 
-def retinanet_objects(logits, deltas, levels, size, base, strides, *, candidates=1000, least=0.05, iou_threshold=0.5, most=100):
+def retinanet_objects(logits, deltas, levels, size, base, strides, *, candidates=1000, least=0.05, most=100):
     """Post-processing of one image: logits (A, K), deltas (A, 4) -> boxes (n, 4), scores (n,), labels (n,), best first.
 
-    Per level the `candidates` anchors of largest score; of them all pairs of anchor and class above `least`; NMS in each class.
+    The `best_pairs` of the `candidates` anchors of largest score in each level.
     """
     anchors, counts = anchor_boxes(base, levels, strides), [h * w * base.shape[1] for h, w in levels]
     kept = []
@@ -1688,21 +1703,17 @@ def retinanet_objects(logits, deltas, levels, size, base, strides, *, candidates
         best = scores.amax(1).topk(min(candidates, len(scores))).indices
         kept.append((clip_boxes(decode(anchor[best], delta[best]), size), scores[best]))
     boxes, scores = (torch.cat(parts) for parts in zip(*kept))
-    row, label = (scores > least).nonzero().unbind(1)
-    boxes, scores = boxes[row], scores[row, label]
-    keep = nms_by_class(boxes, scores, label, iou_threshold)[:most]
-    return boxes[keep], scores[keep], label[keep]
+    return best_pairs(boxes[:, None], scores, least, most)
 
 
-def instances(logits, boxes, *, least=0.05, iou_threshold=0.5, most=100):
-    """Post-processing of one image's RoIs: logits (R, K + 1), background last, boxes (R, K or 1, 4) -> (n, 4), scores (n,), labels (n,).
+def best_pairs(boxes, scores, least=0.05, most=100):
+    """Objects of one image: boxes (n, K or 1, 4), scores (n, K) -> boxes (m, 4), scores (m,), labels (m,), best first.
 
-    All pairs of RoI and class above `least`, NMS in each class, the best ones, best first.
+    All pairs of box and class above `least`, NMS in each class at an IoU of 0.5, the `most` best.
     """
-    scores = logits.softmax(1)[:, :-1]
     row, label = (scores > least).nonzero().unbind(1)
     boxes, scores = boxes.expand(-1, scores.shape[1], -1)[row, label], scores[row, label]
-    keep = nms_by_class(boxes, scores, label, iou_threshold)[:most]
+    keep = nms_by_class(boxes, scores, label, 0.5, most)
     return boxes[keep], scores[keep], label[keep]
 
 
@@ -1930,29 +1941,36 @@ def polygons_to_mask(polygons, height, width):
     """COCO polygons, lists (x, y, x, y, ...) in pixels -> union of their rasters (H, W) bool, exactly the one of COCO's tools.
 
     If the first list holds four numbers, all are boxes (x, y, w, h). Polygons of fewer than 3 points cover nothing. Raises: ValueError
-    for an odd length, or boxes among polygons.
+    for an odd length, a number that is not finite, or boxes among polygons.
     """
     if polygons and len(polygons[0]) == 4:
         polygons = [(x, y, x, y + h, x + w, y + h, x + w, y) for x, y, w, h in polygons]
     mask = np.zeros(height * width, bool)
     for polygon in polygons:
+        if not np.isfinite(polygon).all():
+            raise ValueError(f"polygon {polygon} is not finite")
         flips = np.zeros(height * width + 1, bool)                          # an outline may be crossed behind the last pixel
         np.logical_xor.at(flips, polygon_flips(polygon, height, width), True)
         mask |= np.logical_xor.accumulate(flips)[:-1]
     return mask.reshape(width, height).T
 
 
-def segmentation_runs(segmentation, image):
-    """COCO segmentation, polygons or RLE, of an image (its dict) -> run lengths (n,).
+def segmentation_runs(entry, image):
+    """Run lengths (n,) of the segmentation, polygons or RLE, of an annotation or result of an image, both COCO dicts.
 
-    Raises: ValueError for an RLE of another size or a malformed one.
+    Raises: ValueError that names the entry if it is malformed or of another size.
     """
     size = [image["height"], image["width"]]
-    if isinstance(segmentation, list):
-        return mask_runs(polygons_to_mask(segmentation, *size))
-    if list(segmentation["size"]) != size:
-        raise ValueError(f"RLE of size {segmentation['size']} in image {image['id']} of size {size}")
-    return rle_runs(segmentation)
+    try:
+        segmentation = entry["segmentation"]
+        if isinstance(segmentation, list):
+            return mask_runs(polygons_to_mask(segmentation, *size))
+        if list(segmentation["size"]) != size:
+            raise ValueError(f"RLE of size {segmentation['size']} in an image of size {size}")
+        return rle_runs(segmentation)
+    except (ValueError, KeyError, TypeError) as error:
+        name = f"annotation {entry['id']}" if "id" in entry else "a result"
+        raise ValueError(f"image {image['id']}, {name}: segmentation: {type(error).__name__} {error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------ COCO evaluation
@@ -2021,7 +2039,7 @@ def overlaps(dt, gt, crowd, kind, image, sigmas):
         dt_boxes, gt_boxes = (np.array([x["bbox"] for x in xs], float).reshape(len(xs), 4) for xs in (dt, gt))
         return box_overlaps(dt_boxes, gt_boxes, crowd), dt_boxes[:, 2:].prod(-1)
     if kind == "segm":
-        dt_runs, gt_runs = ([segmentation_runs(x["segmentation"], image) for x in xs] for xs in (dt, gt))
+        dt_runs, gt_runs = ([segmentation_runs(x, image) for x in xs] for xs in (dt, gt))
         return mask_overlaps(dt_runs, gt_runs, crowd), np.array([runs_area(runs) for runs in dt_runs])
     dt_points, gt_points = (np.array([x["keypoints"] for x in xs], float).reshape(len(xs), len(sigmas), 3) for xs in (dt, gt))
     extent = np.ptp(dt_points[..., :2], axis=1).prod(-1)
@@ -2255,8 +2273,11 @@ class Detection:
                    for box, score, label in zip(boxes, scores, labels)]
         for result, mask in zip(results, masks[0] if masks else ()):
             result["segmentation"] = dict(size=mask.shape, counts=mask_runs(mask))
-        image = source.images[index]
-        return [match_image(image, source.annotations[image["id"]], results, kind) for kind in self.kinds.values()]
+        image = source.entries[index]["image"]
+        try:
+            return [match_image(image, source.annotations[image["id"]], results, kind) for kind in self.kinds.values()]
+        except ValueError as error:
+            raise InputError(f"{source.path}: {error}") from None
 
     def summary(self, source, records):
         return {prefix + name: value for (prefix, kind), matches in zip(self.kinds.items(), zip(*records))
@@ -2264,11 +2285,12 @@ class Detection:
 
     def score_results(self, source, path):
         """The scores of a COCO results file: of its masks if it holds any, else of its boxes."""
-        results = read_results(path, {image["id"] for image in source.images}, set(source.categories))
+        images = [entry["image"] for entry in source.entries]
+        results = read_results(path, {image["id"] for image in images}, set(source.categories))
         kind = "segm" if any("segmentation" in result for result in results) else "bbox"
         truth = [annotation for annotations in source.annotations.values() for annotation in annotations]
         try:
-            return evaluate_coco(source.images, truth, results, kind, source.categories)
+            return evaluate_coco(images, truth, results, kind, source.categories)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}, scored as {kind}: {type(error).__name__} {error}") from None
 
@@ -2320,12 +2342,12 @@ class Pose:
         whole = np.array([[0, 0, image.width, image.height, 1.0]])
         return estimate_pose(model, image, whole if boxes is None else boxes, self.args, device)
 
-    def boxes_in(self, path):
-        """Persons (P, 5) that --boxes has in the image whose id is the number in its name."""
+    def boxes_in(self, path, found):
+        """Persons (P, 5) of those `read_boxes` found that are in the image whose id is the number in its name."""
         numbers = re.findall("[0-9]+", Path(path).stem)
         if not numbers:
             raise InputError(f"{path}: with --boxes the last number in an image's name must be its id")
-        return read_boxes(self.args.boxes).get(int(numbers[-1]), np.zeros((0, 5)))
+        return found.get(int(numbers[-1]), np.zeros((0, 5)))
 
     def draw(self, image, prediction, _names):
         return draw_people(image, prediction[0])
@@ -2404,8 +2426,8 @@ def only_item(items):
 def make_model(args, classes, frozen_bn):
     """The model that the flags name."""
     overrides = {} if args.drop_path is None else {"drop_path_rate": args.drop_path}
-    head = {name: value for name, value in (("samples", args.rois), ("box_head", args.box_head)) if value}
-    return build_model(args.task, args.backbone, classes, frozen_bn, head, **overrides, **({"released": True} if args.released else {}))
+    options = {name: value for name, value in (("samples", args.rois), ("box_head", args.box_head)) if value}
+    return build_model(args.task, args.backbone, classes, frozen_bn, options, **overrides, **({"released": True} if args.released else {}))
 
 
 def train(args, procs, checkpoint):
@@ -2608,7 +2630,7 @@ def test(args, procs, checkpoint):
 
 def predict(args, procs, checkpoint):
     """--predict: write an overlay of every image to --output."""
-    task, output = TASKS[args.task](args), Path(args.output)
+    task, output, found = TASKS[args.task](args), Path(args.output), read_boxes(args.boxes) if args.boxes else None
     model, names = load_model(args, procs, checkpoint)
     output.mkdir(parents=True, exist_ok=True)
     for i, path in list(enumerate(args.predict))[procs.rank::procs.world]:
@@ -2619,7 +2641,7 @@ def predict(args, procs, checkpoint):
             raise InputError(f"{path}: {error}") from None
         target = output / (f"{Path(path).stem}_{i}" * twin or Path(path).stem)
         target = target.with_name(f"{target.name}_{args.task}.png")
-        known = [task.boxes_in(path)] if args.boxes else []
+        known = [task.boxes_in(path, found)] if args.boxes else []
         task.draw(image, task.predict(model, procs.device, image, *known), names).save(target)
         print(f"wrote {target}")
 

@@ -25,11 +25,11 @@ def seed():
 def tiny(monkeypatch):
     """train_dense.py with a shrunk secvit_t, and few RoIs and channels in box heads; signal handlers put back afterwards."""
     small = dict(num_classes=7, drop_path_rate=0.1, depths=(1, 1, 1, 2), dims=(16, 16, 32, 32), heads=(2, 2, 2, 2))
-    proposals = train_dense.proposals
+    proposals, best_pairs = train_dense.proposals, train_dense.best_pairs
     monkeypatch.setitem(train_dense.MODELS, "secvit_t", lambda **options: secvit.SecViT(**{**small, **options}))
     monkeypatch.setattr(train_dense, "BoxHead", partial(train_dense.BoxHead, hidden=16))
     monkeypatch.setattr(train_dense, "proposals", lambda *one, **limits: proposals(*one, **{**limits, "most": 20}))
-    monkeypatch.setattr(train_dense, "instances", partial(train_dense.instances, most=10))
+    monkeypatch.setattr(train_dense, "best_pairs", lambda boxes, scores, *_: best_pairs(boxes, scores, 0.05, 10))
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGTERM, before[0])

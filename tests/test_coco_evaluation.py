@@ -180,9 +180,9 @@ def test_four_numbers_are_boxes_if_the_first_polygon_has_four():
 
 def test_rle_of_another_image_size_is_refused():
     image = dict(id=8, height=12, width=12)
-    assert segmentation_runs(rle_encode(np.ones((12, 12), bool)), image).tolist() == [0, 144]
-    with pytest.raises(ValueError, match="image 8 of size .12, 12"):
-        segmentation_runs(rle_encode(np.ones((16, 9), bool)), image)
+    assert segmentation_runs(dict(segmentation=rle_encode(np.ones((12, 12), bool))), image).tolist() == [0, 144]
+    with pytest.raises(ValueError, match="image 8, a result: segmentation: .*in an image of size .12, 12"):
+        segmentation_runs(dict(segmentation=rle_encode(np.ones((16, 9), bool))), image)
 
 
 # ------------------------------------------------------------------------------------------------------------ overlaps

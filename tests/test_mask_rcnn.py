@@ -304,7 +304,7 @@ def test_proposals_match_loops(device):
 
 @pytest.mark.parametrize("least, most", [(0.05, 100), (0.2, 12), (0.9999, 100)])
 @pytest.mark.parametrize("specific", [True, False])
-def test_instances_match_loops(specific, least, most, device):
+def test_best_pairs_match_loops(specific, least, most, device):
     """Softmax with background, which is no object however likely; pairs above the threshold; NMS class by class; the best few."""
     R, K = 50, 3
     logits, boxes = 2 * torch.randn(R, K + 1, dtype=torch.float64), random_boxes(R, K if specific else 1, side=40, grid=5)
@@ -320,14 +320,14 @@ def test_instances_match_loops(specific, least, most, device):
     assert least > 0.9 or len(kept) < sum(map(len, found.values()))
     assert least != 0.2 or len(kept) > most
     kept = sorted(kept, key=lambda e: -e[0])[:most]
-    found_boxes, scores, labels = T.instances(logits.to(device), boxes.to(device), least=least, most=most)
+    found_boxes, scores, labels = T.best_pairs(boxes.to(device), logits.softmax(1)[:, :-1].to(device), least, most)
     assert labels.tolist() == [e[1] for e in kept]
     assert_close(scores.cpu(), torch.tensor([e[0] for e in kept], dtype=torch.float64))
     assert_close(found_boxes.cpu(), torch.tensor([e[2] for e in kept], dtype=torch.float64).view(-1, 4))
 
 
-def test_instances_of_nothing(device):
-    boxes, scores, labels = T.instances(torch.zeros(0, 4, device=device), torch.zeros(0, 3, 4, device=device))
+def test_best_pairs_of_nothing(device):
+    boxes, scores, labels = T.best_pairs(torch.zeros(0, 3, 4, device=device), torch.zeros(0, 3, device=device))
     assert boxes.shape == (0, 4) and scores.shape == labels.shape == (0,)
 
 
@@ -341,9 +341,9 @@ def train_batch(device):
     return torch.randn(2, 3, 70, 99, device=device), torch.tensor([[70, 99], [60, 64]], device=device), boxes, labels, masks
 
 
-@pytest.mark.parametrize("task, head", [("mask_rcnn", {}), ("cascade_mask_rcnn", {}), ("cascade_mask_rcnn", {"box_head": "2fc"})])
-def test_models_take_any_size_and_train_every_parameter(tiny, task, head, device):
-    model = T.build_model(task, "secvit_t", 5, frozen_bn=False, head={"samples": 16, **head}).to(device).train()
+@pytest.mark.parametrize("task, options", [("mask_rcnn", {}), ("cascade_mask_rcnn", {}), ("cascade_mask_rcnn", {"box_head": "2fc"})])
+def test_models_take_any_size_and_train_every_parameter(tiny, task, options, device):
+    model = T.build_model(task, "secvit_t", 5, frozen_bn=False, options={"samples": 16, **options}).to(device).train()
     batch = train_batch(device)
     model(*batch).backward()
     for name, parameter in model.named_parameters():
@@ -363,9 +363,20 @@ def test_models_take_any_size_and_train_every_parameter(tiny, task, head, device
         assert_close(one, both)
 
 
+@pytest.mark.parametrize("task", ["mask_rcnn", "cascade_mask_rcnn"])
+@pytest.mark.parametrize("part", ["rpn", "box_heads", "mask_heads"])
+def test_diverged_weights_give_a_loss_that_is_not_finite(tiny, task, part, device):
+    """Nothing is found, or places that are no numbers: the loop, not an index, must say what happened."""
+    model = T.build_model(task, "secvit_t", 5, frozen_bn=False, options={"samples": 16}).to(device).train()
+    with torch.no_grad():
+        for parameter in getattr(model, part).parameters():
+            parameter.fill_(math.nan)
+    assert model(*train_batch(device)).isnan()
+
+
 def test_unknown_box_heads_are_refused():
     with pytest.raises(ValueError, match="unknown box_head '3fc', expected '2fc' or '4conv1fc'"):
-        T.build_model("cascade_mask_rcnn", "linglo_b0", 3, head={"box_head": "3fc"})
+        T.build_model("cascade_mask_rcnn", "linglo_b0", 3, options={"box_head": "3fc"})
 
 
 # -------------------------------------------------------------------------------------------------------------- losses

@@ -620,7 +620,8 @@ def test_persons_from_a_detection_file(scenes, tmp_path):
     assert np.array_equal(T.Persons(scenes, "train", 133, file).boxes, T.Persons(scenes, "train", 133).boxes)           # testing only
     for change, message in (({"bbox": [1, 2, 3]}, "image 3: bbox"), ({"score": math.nan}, "image 3: expected a bbox"),
                             ({"bbox": None, "segmentation": []}, "image 3: expected a bbox"), ({"score": None}, "no COCO results file"),
-                            ({"image_id": [3]}, "no COCO results file"), ({"image_id": 99}, "no person in an image")):
+                            ({"image_id": [3]}, "no COCO results file"), ({"image_id": 99}, "no person in an image"),
+                            ({"category_id": None}, "no COCO results file")):
         file.write_text(json.dumps([boxes[0] | change]))
         with pytest.raises(T.InputError, match=message):
             T.Persons(scenes, "val", 133, file)

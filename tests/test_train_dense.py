@@ -115,20 +115,22 @@ def test_nms_matches_the_greedy_loop(threshold, block, device):
     for trial in range(10):
         torch.manual_seed(trial)
         boxes, scores = random_boxes(60, side=50, grid=5), (10 * torch.rand(60, dtype=torch.float64)).round()
-        assert T.nms(boxes.to(device), scores.to(device), threshold, block).tolist() == loop_nms(boxes.tolist(), scores.tolist(), threshold)
+        kept = loop_nms(boxes.tolist(), scores.tolist(), threshold)
+        for most in (1, 5, 60):
+            assert T.nms(boxes.to(device), scores.to(device), threshold, most, block).tolist() == kept[:most]
 
 
 def test_nms_of_a_long_chain_and_of_nothing(device):
     """Each box suppresses only the next one, so every other one stays: as many rounds as boxes."""
     left = torch.arange(40.)
     boxes = torch.stack([left, torch.zeros(40), left + 2, torch.ones(40)], 1)
-    assert T.nms(boxes.to(device), -left.to(device), 0.3).tolist() == list(range(0, 40, 2))
-    assert T.nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device), 0.5).tolist() == []
+    assert T.nms(boxes.to(device), -left.to(device), 0.3, 40).tolist() == list(range(0, 40, 2))
+    assert T.nms(torch.zeros(0, 4, device=device), torch.zeros(0, device=device), 0.5, 9).tolist() == []
 
 
 def test_nms_by_class(device):
     boxes, scores, labels = random_boxes(80, side=40, grid=5), torch.rand(80, dtype=torch.float64), torch.randint(0, 3, (80,))
-    kept = T.nms_by_class(boxes.to(device), scores.to(device), labels.to(device), 0.4).tolist()
+    kept = T.nms_by_class(boxes.to(device), scores.to(device), labels.to(device), 0.4, len(boxes)).tolist()
     expected = set()
     for label in range(3):
         members = (labels == label).nonzero().flatten()
@@ -228,10 +230,10 @@ WHOLE = [   # head and backbone in M: ClusTR's as the paper prints it, LinGlo's 
     ("clustr_s", "retinanet", {}, "32.4"), ("clustr_s", "semfpn", {}, "26.4"), ("clustr_s", "upernet", {}, "52.5"),
     ("clustr_s", "mask_rcnn", {}, "42.3"), ("secvit_t", "mask_rcnn", {"released": True}, "33.58"),
     ("secvit_s", "mask_rcnn", {"released": True}, "45.37"), ("secvit_s", "cascade_mask_rcnn", {"released": True}, "83.21"),
-    ("secvit_s", "cascade_mask_rcnn", {"released": True, "head": {"box_head": "2fc"}}, "78.30"),
+    ("secvit_s", "cascade_mask_rcnn", {"released": True, "options": {"box_head": "2fc"}}, "78.30"),
     ("secvit_b", "mask_rcnn", {"released": True}, "73.31"), ("secvit_b", "cascade_mask_rcnn", {"released": True}, "111.15"),
     ("secvit_l", "mask_rcnn", {"released": True}, "115.08"), ("stvit_s", "mask_rcnn", {}, "44.11"), ("stvit_b", "mask_rcnn", {}, "70.35"),
-    ("stvit_b", "cascade_mask_rcnn", {}, "108.18"), ("stvit_b", "cascade_mask_rcnn", {"head": {"box_head": "2fc"}}, "103.28"),
+    ("stvit_b", "cascade_mask_rcnn", {}, "108.18"), ("stvit_b", "cascade_mask_rcnn", {"options": {"box_head": "2fc"}}, "103.28"),
     ("stvit_l", "mask_rcnn", {}, "113.55"),
     ("secvit_t", "retinanet", {"released": True}, "23.66"), ("secvit_t", "semfpn", {"released": True}, "17.68"),
     ("secvit_s", "retinanet", {"released": True}, "35.46"), ("secvit_s", "semfpn", {"released": True}, "29.47"),
@@ -251,11 +253,11 @@ def count(module):
 
 @pytest.mark.parametrize("backbone, retinanet, mask, two, four, semfpn, upernet", HEADS)
 def test_head_parameters(backbone, retinanet, mask, two, four, semfpn, upernet):
-    for task, classes, head, parameters in (
+    for task, classes, options, parameters in (
             ("retinanet", 80, None, retinanet), ("mask_rcnn", 80, None, mask), ("cascade_mask_rcnn", 80, {"box_head": "2fc"}, two),
             ("cascade_mask_rcnn", 80, None, four), ("semfpn", 150, None, semfpn), ("upernet", 150, None, upernet)):
         with torch.device("meta"):
-            model = T.build_model(task, backbone, classes, head=head)
+            model = T.build_model(task, backbone, classes, options=options)
         assert count(model) - count(model.backbone) == parameters, task
 
 
@@ -471,10 +473,10 @@ def test_coco_keeps_what_mmdetection_keeps(tmp_path):
                     categories=[dict(id=4, name="b"), dict(id=2, name="a")])
         (tmp_path / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(data))
     train, val = T.Coco(tmp_path, "train"), T.Coco(tmp_path, "val")
-    assert train.names == ["a", "b"] and [image["id"] for image in train.images] == [5, 9]
-    assert [image["id"] for image in val.images] == [5, 6, 7, 9]
-    assert train.objects[0][0].tolist() == [[90, 40, 110, 60]] * 2 and train.objects[0][1].tolist() == [1, 0]
-    assert len(train.objects[1][0]) == 0
+    assert train.names == ["a", "b"] and [entry["image"]["id"] for entry in train.entries] == [5, 9]
+    assert [entry["image"]["id"] for entry in val.entries] == [5, 6, 7, 9]
+    assert train.entries[0]["boxes"] == [[90, 40, 110, 60]] * 2 and train.entries[0]["labels"] == [1, 0]
+    assert train.entries[1]["boxes"] == []
 
 
 def test_segmentation_augmentation_keeps_labels_on_their_pixels():
@@ -708,6 +710,14 @@ def test_resume_refuses_another_run_and_takes_other_tests(tiny, scenes, tmp_path
     assert [r["step"] for r in records if "mIoU" in r] == [2, 3, 4]
 
 
+def test_resume_refuses_another_schedule():
+    """Its rates and crops would be others, its length the old one."""
+    args = T.parse_args(["--task", "retinanet", "--data", "images"])
+    T.settle(args)
+    with pytest.raises(T.InputError, match="the checkpoint is one of 1x, --schedule says 3x"):
+        T.settle(T.parse_args(["--resume", "x", "--schedule", "3x"]), {"args": vars(args)})
+
+
 def test_released_weights_of_another_family_are_refused(tmp_path):
     torch.save({"model": {"patch_embed.proj.0.weight": torch.zeros(3), "head.weight": torch.zeros(5, 3)}}, tmp_path / "released.pt")
     args = argparse.Namespace(backbone="clustr_t", backbone_weights=tmp_path / "released.pt", released=False)
@@ -786,6 +796,31 @@ def test_broken_annotations_name_file_and_id(broken, name):
     spoil(data)
     file.write_text(json.dumps(data))
     assert str(file) in fails(["--task", "retinanet", "--data", str(broken)], message)
+
+
+MALFORMED = {
+    "nothing": None, "a number": 3, "odd": [[1, 2, 3]], "ragged": [[[1, 2], [3]]], "words": [["a"] * 6], "infinite": [[math.inf] * 6],
+    "another size": {"size": [3, 3], "counts": [9]}, "too short": {"size": None, "counts": [9]}, "no counts": {"size": None}}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_masks_name_file_and_annotation(broken, tmp_path, name):
+    """When a training image is read, when a validation image is scored, and when a file of results is."""
+    for split in ("train", "val"):
+        file = broken / "annotations" / f"instances_{split}2017.json"
+        data = json.loads(file.read_text())
+        image, annotation = data["images"][0], next(a for a in data["annotations"] if a["image_id"] == data["images"][0]["id"])
+        annotation["segmentation"] = MALFORMED[name]
+        if isinstance(MALFORMED[name], dict) and name != "another size":
+            annotation["segmentation"] = dict(MALFORMED[name], size=[image["height"], image["width"]])
+        file.write_text(json.dumps(data))
+        task, source = T.InstanceSegmentation(argparse.Namespace(schedule="1x", img_size=64)), T.Coco(broken, split, masks=True)
+        with pytest.raises(T.InputError, match=f"{file}: image {image['id']}, annotation {annotation['id']}: segmentation: "):
+            task.record(source, 0, source.read(0), lambda image: (np.zeros((0, 4)), [], [], []))
+    result = dict(image_id=image["id"], category_id=annotation["category_id"], score=1, segmentation={"size": [1, 1], "counts": [1]})
+    (tmp_path / "results.json").write_text(json.dumps([result]))
+    flags = ["--task", "mask_rcnn", "--data", str(broken), "--score", str(tmp_path / "results.json")]
+    assert "results.json" in fails(flags, f"image {image['id']}, (annotation {annotation['id']}|a result): segmentation: ")
 
 
 def test_malformed_files(broken, tiny, tmp_path):
