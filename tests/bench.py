@@ -3,6 +3,7 @@
     python tests/bench.py                  time and memory ratios plain / ours: single layers, then whole models
     python tests/bench.py --throughput     images/s of every variant, inference and training step
     python tests/bench.py --scaling        density peaks and key-only attention against plain ones over the number of tokens
+    python tests/bench.py --dense          training steps of Mask R-CNN and pose: time, memory, share outside of matrix products
     python tests/bench.py --table          parameters and FLOPs of every model beside the papers' figures
 
 Ratios. "Plain" is written the way the papers' own code is: channels-first maps, linear layers as 1x1 convolutions, explicit
@@ -28,6 +29,10 @@ FLOPs if either of ours does.
 Scaling. Density peaks against one full distance matrix with top-k and a masked minimum; a layer of key-only attention against one of
 fused dot-product attention, and LinGlo-b0 with either. "Exponent" is that of the growth from the row above. Memory is the peak of one
 call above what was there before: allocated on a GPU, resident on the CPU (Linux). What would need more than the machine has is left out.
+
+Dense. A training step around SecViT-S on random images with 8 objects each, or on random crops: forward, loss, backward, AdamW. "Outside"
+is the share of the time, on a GPU of its kernels, that torch's profiler sees in anything but convolutions, matrix products and fused
+attention: samplers, RoIAlign, NMS, norms, losses, the optimizer.
 
 On CUDA: bfloat16 autocast, batch 128, throughput without and with torch.compile. On the CPU: float32, batch 8 for layers and 4 for
 models, throughput of each file's smallest variant only unless --models names others. Where other jobs share the CPU, set
@@ -66,6 +71,7 @@ import clustr
 import linglo
 import secvit
 import stvit
+import train_dense
 import train_imagenet
 
 CUDA = torch.cuda.is_available()
@@ -584,6 +590,53 @@ def throughput(names, batch, seconds):
             torch.cuda.empty_cache()                            # nothing without CUDA
 
 
+# ---------------------------------------------------------------------------------------------------------- dense tasks
+DENSE = {  # task: batch, height, width
+    "mask_rcnn": (2, 800, 1344) if CUDA else (2, 160, 256), "pose": (64, 256, 192) if CUDA else (8, 128, 96)}
+
+
+def dense_step(task, B, H, W):
+    """A function that does one training step of a dense task around SecViT-S."""
+    model = train_dense.build_model(task, "secvit_s", 133 if task == "pose" else 80).to(DEVICE).train()
+    optimizer, side = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=CUDA), torch.tensor([W, H], device=DEVICE)
+    images, points = torch.randn(B, 3, H, W, device=DEVICE), torch.rand(B, 133, 3, device=DEVICE)
+    corner, size = 0.5 * torch.rand(B, 8, 2, device=DEVICE) * side, (0.1 + 0.4 * torch.rand(B, 8, 2, device=DEVICE)) * side
+    truth = side.flip(0).expand(B, 2), torch.cat([corner, corner + size], 2), torch.randint(80, (B, 8), device=DEVICE)
+    masks = torch.ones(8 * B, H, W, dtype=torch.bool, device=DEVICE)
+    points[..., :2] *= side
+
+    def step():
+        with autocast():
+            loss = train_dense.pose_loss(model(images), points) if task == "pose" else model(images, *truth, masks)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def outside_products(step):
+    """The share of a step's time outside of convolutions, matrix products and fused attention."""
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA][:1 + CUDA]) as profile:
+        step()
+        synchronize()
+    events = [event for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CPU]  # kernels count in theirs
+    times = {event.key: event.self_device_time_total if CUDA else event.self_cpu_time_total for event in events}
+    return 1 - sum(time for name, time in times.items() if re.search(r"conv|mm\b|attention", name)) / sum(times.values())
+
+
+def dense():
+    """Print time, memory and share outside of matrix products of training steps of dense tasks."""
+    print_header("training, secvit_s", "batch", "size", "ms", "peak GiB", "outside")
+    for task, (B, H, W) in DENSE.items():
+        step = dense_step(task, B, H, W)
+        if CUDA:
+            torch.cuda.reset_peak_memory_stats()
+        ms, = race([step], MODEL_REPEATS)
+        peak = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.2f}" if CUDA else "-"
+        print_row(task, str(B), f"{H} x {W}", f"{ms:.1f}", peak, f"{outside_products(step):.1%}")
+
+
 # -------------------------------------------------------------------------------------------------------------- scaling
 def return_memory():
     """Make the C library give large blocks back when they are freed; it slows allocation down, so not where time is measured."""
@@ -707,6 +760,7 @@ def main():
     parser = argparse.ArgumentParser(description="Compare the models with plain implementations, or measure their throughput.")
     parser.add_argument("--throughput", action="store_true", help="images/s of the variants instead of ratios")
     parser.add_argument("--scaling", action="store_true", help="growth with the number of tokens instead of ratios")
+    parser.add_argument("--dense", action="store_true", help="training steps of dense tasks instead of ratios")
     parser.add_argument("--table", action="store_true", help="parameters and FLOPs beside the papers' figures instead of ratios")
     parser.add_argument("--models", help="comma-separated names; default: all, for throughput on the CPU the smallest")
     parser.add_argument("--batch", type=int, help="images at once; default: 128 on CUDA, 8 for layers and 4 for models on the CPU")
@@ -730,6 +784,8 @@ def main():
         throughput(names, args.batch or MODEL_BATCH, args.seconds)
     elif args.scaling:
         scaling()
+    elif args.dense:
+        dense()
     else:
         ratios(names, args.batch)
 
