@@ -18,7 +18,10 @@ What differs from the paper's text, and why:
   paper's accuracies belong to `released=True`**; the default is the paper's text (14.87 M against 14.98 M for SecViT-T).
 - Without convolutional stem SecViT has Swin's patch embedding and patch merging: Table 6's 14 M and 2.1 G need both.
 - SEC-FasterViT has SECA in stage 3 only, though the text says "the latter two stages": with FasterViT's global attention kept in
-  stage 4 it has the printed 25 and 41 M, without it 23.7 and 39.2 M. Drop path of SEC-Swin and SEC-FasterViT is the baselines'.
+  stage 4 it has the printed 25 and 41 M, without it 23.7 and 39.2 M. Drop path of SEC-Swin and SEC-FasterViT is the baselines',
+  the eps of their LayerNorms this file's 1e-6 (there 1e-5).
+- Rows of Tables 6 and 7 are `released=True`. Table 7's 4.3, 4.3, 4.3, 4.4 G fit no way of counting: 4.37 in all four without
+  attention products, 4.57 to 4.75 with them.
 """
 import argparse
 import colorsys
@@ -171,12 +174,15 @@ class SECA(nn.Module):
     """Semantic equitable clustering attention (paper, sec. 3.2): (B, H, W, C) -> the same.
 
     `lce` adds a 5x5 depth-wise convolution of V (Eq. 6). `rope` is the released code's rotary embedding with its ascending sort.
+    Raises: ValueError for fewer than one cluster, for a width of the heads that is not whole or, with `rope`, no multiple of 4.
     """
 
     def __init__(self, dim, heads, clusters, lce=True, rope=False):
         super().__init__()
         if dim % heads:
             raise ValueError(f"dim = {dim} does not split into {heads} heads")
+        if clusters < 1:
+            raise ValueError(f"clusters = {clusters}, expected at least 1")
         if rope and dim // heads % 4:
             raise ValueError(f"rotary embedding needs heads of a multiple of 4 channels, not {dim // heads}")
         self.heads, self.clusters, self.rope = heads, clusters, rope
@@ -267,9 +273,9 @@ class SecViT(nn.Module):
         released: the model of the authors' checkpoints, see the file's header.
         lce, cpe: False leaves the convolution of V, or the position encoding, out of every block (Table 6).
         conv_stem: False for Swin's patch embedding and patch merging instead of the convolutions before and between stages (Table 6).
-        attention: "sec", or "csw" for cross-shaped windows instead of clusters (Table 6).
+        attention: "sec", or "csw" for cross-shaped windows instead of clusters (Table 6), which has the same tensors.
     `channels` holds the four map widths.
-    Raises: ValueError for another `attention`.
+    Raises: ValueError for another `attention`, and unless there are four numbers of clusters, untouched with "csw".
     """
 
     def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, clusters=(32, 8, 2, 1),
@@ -277,6 +283,8 @@ class SecViT(nn.Module):
         super().__init__()
         if attention not in ("sec", "csw"):
             raise ValueError(f"attention = {attention!r}, expected 'sec' or 'csw'")
+        if len(clusters) != 4 or (attention == "csw" and tuple(clusters) != (32, 8, 2, 1)):
+            raise ValueError(f"clusters = {clusters}, expected four, one a stage, and the default where attention = 'csw' has none")
         self.channels = tuple(dims)
         half = dims[0] // 2
         stem = []
@@ -397,7 +405,7 @@ class CSWA(SECA):
     def __init__(self, dim, heads, width, lce=True, rope=False):
         if heads % 2:
             raise ValueError(f"heads = {heads} do not split into two halves, one for horizontal and one for vertical stripes")
-        super().__init__(dim, heads, None, lce, rope)
+        super().__init__(dim, heads, 1, lce, rope)
         self.width = width
 
     def forward(self, x):
@@ -427,11 +435,11 @@ class PatchEmbedding(nn.Module):
         self.norm = MapNorm(dim)
 
     def forward(self, x):
-        return self.norm(self.conv(F.pad(x, (0, 3, 0, 3))))                             # stride 4 leaves out zeros that no patch needs
+        return self.norm(self.conv(F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))))
 
 
 class PatchMerging(nn.Module):
-    """Swin's: 2 x 2 tokens, zero-padded right and bottom, to one; (B, C, H, W) -> (B, C', ceil(H / 2), ceil(W / 2))."""
+    """Swin's: 2 x 2 tokens, column by column, zero-padded right and bottom, to one; (B, C, H, W) -> (B, C', ceil(H / 2), ceil(W / 2))."""
 
     def __init__(self, in_dim, dim):
         super().__init__()
@@ -439,9 +447,8 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * in_dim, dim, bias=False)
 
     def forward(self, x):
-        H, W = x.shape[2:]
-        x = F.pad(x, (0, 1, 0, 1)).permute(0, 2, 3, 1)
-        x = torch.cat([x[:, i:H + i:2, j:W + j:2] for i in (0, 1) for j in (0, 1)], -1)  # (B, ceil(H/2), ceil(W/2), 4*C)
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)).permute(0, 2, 3, 1)
+        x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)           # (B, ceil(H / 2), ceil(W / 2), 4C)
         return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
 
 
@@ -453,9 +460,9 @@ VARIANTS |= {
 
 
 class SECSwin(nn.Module):
-    """Swin (arXiv 2103.14030) with SECA for its window attention and nothing else changed: no CPE, no convolutional stem (Table 2a).
+    """Swin (arXiv 2103.14030) with SECA for its window attention: no CPE, no convolutional stem (Table 2a).
 
-    Args as SecViT's. `proj`, before averaging, is only Swin's last norm.
+    Args and `channels` as SecViT's. `proj`, before averaging, is only Swin's last norm.
     """
     forward_features, forward = SecViT.forward_features, SecViT.forward
 
@@ -524,7 +531,7 @@ class GlobalAttention(SECA):
     """FasterViT's attention in the last stage, one window over the whole map, with a position bias: (B, H, W, C) -> the same.
 
     The bias of a pair of tokens is 16 sigmoid(MLP(offset)); offsets are relative to the map's sides and on a logarithmic scale
-    (Swin V2, arXiv 2111.09883, Eq. 4), which FasterViT evaluates for windows of 7 x 7 and this for whatever map comes.
+    (Swin V2, arXiv 2111.09883, Eq. 4), which FasterViT evaluates for windows of 7 x 7 and this for whatever map comes: (h, N, N) a block.
     """
 
     def __init__(self, dim, heads):
@@ -551,8 +558,8 @@ class GlobalAttention(SECA):
 class SECFasterViT(nn.Module):
     """FasterViT (arXiv 2306.06189) with SECA for the hierarchical attention of stage 3 (Table 2b).
 
-    Args as SecViT's; of heads the last two are used; clusters, of stage 3; stem_dim, channels between the stem's convolutions.
-    `proj`, before averaging, is only FasterViT's last norm.
+    Args and `channels` as SecViT's; of heads the last two are used; clusters, one number, of stage 3; stem_dim, channels between
+    the stem's convolutions. `proj`, before averaging, is only FasterViT's last norm.
     """
     forward_features, forward = SecViT.forward_features, SecViT.forward
 

@@ -173,6 +173,7 @@ class SuperTokenAttention(nn.Module):
     """Sample super tokens, attend among them, map back (paper, sec. 3.2): (B, H, W, C) -> the same. Grid (1, 1) is plain attention.
 
     `bias_side`: side of the learned RelativePositionBias among the super tokens (Table 6), None without one.
+    Raises: ValueError if `dim` does not split into `heads`.
     """
 
     def __init__(self, dim, heads, grid, iterations=1, bias_side=None):
@@ -246,7 +247,8 @@ class STViT(nn.Module):
     Args:
         num_classes: width of the classifier.
         drop_path_rate: stochastic depth of the last block; the first block's rate is 0, linear between.
-        depths, dims, heads, grids, layer_scale: one entry a stage; a grid is the side of a cell in tokens.
+        depths, dims, heads, grids, layer_scale: one entry a stage; a grid is the side of a cell in tokens. Table 9's models have
+            depths (2, 2, 6, 2), dims (96, 192, 384, 768) and heads (3, 6, 12, 24).
         iterations: sampling steps; 0 for averages of the cells and bilinear up-sampling (Table 7).
         stem: "conv", or "patch" for 4 x 4 patches without overlap (Tables 6, 7 and 9).
         projection: False for a classifier on the last map's BatchNorm (Tables 6, 7 and 9).
@@ -259,8 +261,8 @@ class STViT(nn.Module):
     def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, grids=(8, 4, 1, 1), iterations=1,
                  layer_scale=(None, None, None, None), stem="conv", projection=True, position="cpe", conv_ffn=True, ffn_shortcut=True):
         super().__init__()
-        if min(grids) < 1 or iterations < 0:
-            raise ValueError(f"grids = {grids}, iterations = {iterations}, expected grids of at least 1 and iterations of at least 0")
+        if len(grids) != 4 or min(grids) < 1 or iterations < 0:
+            raise ValueError(f"grids = {grids}, iterations = {iterations}, expected four grids of at least 1 and iterations of at least 0")
         if stem not in ("conv", "patch"):
             raise ValueError(f"stem = {stem!r}, expected 'conv' or 'patch'")
         if position not in ("cpe", "ape", "rpe", None):
@@ -276,8 +278,8 @@ class STViT(nn.Module):
         sides = [-(-56 // 2 ** i // grids[i]) if position == "rpe" else None for i in range(4)]     # super tokens at 224 x 224
         rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
         self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dims[i], heads[i], (grids[i], grids[i]), iterations, next(rates), layer_scale[i],
-                                  position == "cpe", sides[i], conv_ffn, ffn_shortcut)
+            nn.Sequential(*(Block(dims[i], heads[i], (grids[i], grids[i]), iterations, drop_path=next(rates), layer_scale=layer_scale[i],
+                                  cpe=position == "cpe", bias_side=sides[i], conv_ffn=conv_ffn, ffn_shortcut=ffn_shortcut)
                             for _ in range(depths[i])))
             for i in range(4))
         self.downsamples = nn.ModuleList(

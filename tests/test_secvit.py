@@ -9,11 +9,10 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from bench import complexity
 from PIL import Image
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
-from torch.utils.flop_counter import FlopCounterMode
 
 import secvit
 from secvit import (
@@ -447,6 +446,17 @@ def test_cswa_raises_for_odd_heads():
         secvit.secvit_b(attention="csw", depths=(1, 0, 0, 0))
 
 
+@pytest.mark.parametrize("clusters", [(32, 8, 2), (32, 8, 2, 1, 7), (0, 8, 2, 1), (32, 8, 2, -1)])
+def test_clusters_are_four_of_at_least_one(clusters):
+    with pytest.raises(ValueError, match="clusters = .*expected"):
+        secvit.secvit_t(clusters=clusters)
+
+
+def test_cross_shaped_windows_have_no_clusters():
+    with pytest.raises(ValueError, match="clusters = .*expected four, one a stage, and the default where attention = 'csw' has none"):
+        secvit.secvit_t(attention="csw", clusters=(64, 16, 4, 1))
+
+
 def test_unknown_attention_raises():
     with pytest.raises(ValueError, match="attention = 'window', expected 'sec' or 'csw'"):
         secvit.secvit_t(attention="window")
@@ -454,7 +464,7 @@ def test_unknown_attention_raises():
 
 @pytest.mark.parametrize("H, W", [(8, 12), (9, 14), (7, 6)])
 def test_patch_embedding_and_merging_match_loops(H, W, device):
-    """Patch by patch, tokens row by row; what lies outside the map is zero."""
+    """Patch by patch, pixels row by row, tokens column by column; what lies outside the map is zero."""
     embed, merge = PatchEmbedding(6).to(device).double(), PatchMerging(3, 5).to(device).double()
     x, = random_leaves((2, 3, H, W), device=device)
     for module, size, weight in ((embed, 4, embed.conv.weight.permute(0, 2, 3, 1).flatten(1)), (merge, 2, merge.reduction.weight)):
@@ -462,6 +472,7 @@ def test_patch_embedding_and_merging_match_loops(H, W, device):
         for i in range(slow.shape[2]):
             for j in range(slow.shape[3]):
                 places = [(r, c) for r in range(i * size, i * size + size) for c in range(j * size, j * size + size)]
+                places = sorted(places, key=lambda place: place[::-1]) if size == 2 else places
                 patch = torch.cat([x[:, :, r, c] if r < H and c < W else x.new_zeros(2, 3) for r, c in places], 1)
                 if size == 2:
                     slow[:, :, i, j] = F.layer_norm(patch, (12,), merge.norm.weight, merge.norm.bias, 1e-6) @ weight.T
@@ -525,27 +536,10 @@ ROWS = [    # factory, overrides, parameters in M, G multiply-adds at 224 x 224 
 ]
 
 
-def count_flops(model):
-    """G multiply-adds of one image of 224 x 224 as fvcore counts them, without and with products of two activations.
-
-    torch counts convolutions and matrix products, 2 operations a multiply-add; fvcore's count of norms is added: 5 an element for
-    LayerNorm, 2 for BatchNorm in eval mode. Attention is decomposed, which makes its products the only batched ones.
-    """
-    aten = torch.ops.aten
-    norms = {aten.native_layer_norm: lambda shape, *_, **__: 2 * 5 * math.prod(shape),
-             aten._native_batch_norm_legit_no_training: lambda shape, *_, **__: 2 * 2 * math.prod(shape)}
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=norms) as counter:
-        model.eval()(torch.empty(1, 3, 224, 224, device="meta"))
-    assert set(norms) & set(counter.get_flop_counts()["Global"])
-    return (counter.get_total_flops() - counter.get_flop_counts()["Global"][aten.bmm]) / 2e9, counter.get_total_flops() / 2e9
-
-
 @pytest.mark.parametrize("name, overrides, parameters, no_products, all_operations", ROWS)
 def test_parameters_and_flops_of_the_tables(name, overrides, parameters, no_products, all_operations):
-    with torch.device("meta"):
-        model = getattr(secvit, name)(**overrides)
-    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == parameters
-    assert [f"{flops:.2f}" for flops in count_flops(model)] == [no_products, all_operations]
+    count, *flops = complexity(partial(getattr(secvit, name), **overrides))
+    assert f"{count / 1e6:.2f}" == parameters and [f"{n / 1e9:.2f}" for n in flops] == [no_products, all_operations]
 
 
 # ------------------------------------------------------------------------------------------------------------- drawing
@@ -555,6 +549,11 @@ def test_stages_without_clusters_are_not_drawn():
     sheet = draw_clusters(model, Image.new("RGB", (96, 64), (90, 120, 40)))
     assert sheet.size == (2 * 104 - 8, 84)
     assert [count for count, _ in sheet.crop((104, 20, 200, 84)).getcolors()] == [96 * 32] * 2
+
+
+def test_cross_shaped_windows_are_not_drawn():
+    model = SecViT(num_classes=5, drop_path_rate=0., **TINY | {"heads": (2, 2, 2, 2), "clusters": (32, 8, 2, 1), "attention": "csw"}).eval()
+    assert draw_clusters(model, Image.new("RGB", (96, 64), (90, 120, 40))).size == (96, 84)
 
 
 def test_drawn_clusters_are_equally_large():

@@ -422,7 +422,8 @@ def test_compiled_positions_with_dynamic_sizes_equal_eager(build, shapes):
     ({"stem": "swin"}, "stem = 'swin', expected 'conv' or 'patch'"),
     ({"position": "rope"}, "position = 'rope', expected 'cpe', 'ape', 'rpe' or None"),
     ({"conv_ffn": False, "ffn_shortcut": False}, "ffn_shortcut = False, expected True"),
-    ({"iterations": -1}, "iterations = -1, expected"), ({"grids": (8, 0, 1, 1)}, r"grids = \(8, 0, 1, 1\)")])
+    ({"iterations": -1}, "iterations = -1, expected"), ({"grids": (8, 0, 1, 1)}, r"grids = \(8, 0, 1, 1\)"),
+    ({"grids": (8, 4, 1)}, r"grids = \(8, 4, 1\), .*expected four")])
 def test_unknown_ablations_raise(wrong, message):
     with pytest.raises(ValueError, match=message):
         STViT(num_classes=5, drop_path_rate=0., **{**TINY, **wrong})
