@@ -76,7 +76,7 @@ BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
     "mask_rcnn": dict(backbone="linglo_b0", epochs=5, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=240, drop_path=0.0,
                       rois=32, clip_grad=1.0),
     "cascade_mask_rcnn": dict(backbone="linglo_b0", epochs=5, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=480,
-                              drop_path=0.0, schedule="1x", rois=16, clip_grad=1.0, box_head="2fc"),      # 4conv1fc is 30 times the work
+                              drop_path=0.0, schedule="1x", rois=16, clip_grad=1.0, box_head="2fc"),      # 4conv1fc: nine times the work
     "pose": dict(backbone="linglo_b0", epochs=36, batch_size=8, lr=1e-3, img_size=128, warmup_iters=50, eval_every=600, jitter=0.2),
 }
 OPTIONAL = dict(min_lr=0.0, clip_grad=None, micro_batch=None, drop_path=None, eval_every=None, released=False, frozen_bn=None, sync_bn=None,
@@ -100,13 +100,14 @@ def parse_args(argv=None):
     p.add_argument("--boxes", metavar="FILE", help="COCO detections whose persons pose tests or draws instead of the annotated ones")
     p.add_argument("--output", help="folder for log.jsonl, last.pt, best.pt, curves.png, pictures (default runs/TASK_BACKBONE)")
     p.add_argument("--iters", type=count, help="updates of the whole run; semfpn 80000 (LinGlo 40000), upernet 160000")
-    p.add_argument("--epochs", type=count, help="length in epochs instead; retinanet 12, pose 210")
+    p.add_argument("--epochs", type=count, help="length in epochs instead; detection 12, with --schedule 3x 36, pose 210")
     p.add_argument("--batch-size", type=count, help="images or persons an update, over all processes; 16, LinGlo's semfpn 32, pose 512")
     p.add_argument("--micro-batch", type=count, help="images a process computes at once, then accumulates; up to 16, detection 2, pose 64")
-    p.add_argument("--lr", type=size, help="peak learning rate, never rescaled; 1e-4, upernet 6e-5, pose 5e-4")
+    p.add_argument("--lr", type=size, help="peak learning rate, never rescaled; 1e-4, upernet 6e-5, pose 5e-4, ClusTR's mask_rcnn 2e-4")
     p.add_argument("--min-lr", type=size, help="rate that the polynomial of segmentation ends at; 0")
     p.add_argument("--warmup-iters", type=number(int, 0), help="linear warm-up; semfpn 0, upernet 1500, others 500")
-    p.add_argument("--weight-decay", type=size, help="AdamW's; 1e-4, upernet, pose 0.01 (from 0.01 on norms are exempt, not pose's)")
+    p.add_argument("--weight-decay", type=size, help="AdamW's; 1e-4, upernet, pose 0.01, (cascade_)mask_rcnn 0.05, ClusTR's and LinGlo's "
+                   "1e-4; from 0.01 on norms are exempt, but not pose's")
     p.add_argument("--clip-grad", type=number(float, 0, above=True), help="largest gradient norm, larger ones are scaled down; off")
     p.add_argument("--img-size", type=number(int, 64), help="side of crops, of pose's the height, shorter side to detect in; 512, 256, 800")
     p.add_argument("--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block; papers', 0.1, upernet 0.3, pose 0")
@@ -126,7 +127,7 @@ def parse_args(argv=None):
     p.add_argument("--ms-test", action="store_true", help="test segmentation at six scales, each also mirrored")
     p.add_argument("--predict", nargs="+", metavar="IMAGE", help="write overlays of these images to --output")
     p.add_argument("--score", metavar="RESULTS", help="score a COCO results file, or a folder of label PNGs, without a model")
-    p.add_argument("--eval-every", type=count, help="updates between tests; a tenth of the run, retinanet an epoch")
+    p.add_argument("--eval-every", type=count, help="updates between tests; a tenth of --iters, or an epoch")
     p.add_argument("--max-steps", type=count, help="save and stop after this many updates; the schedule is not shortened")
     p.add_argument("--log-every", type=count, help="updates between log lines; 50")
     p.add_argument("--deterministic", **switch, help="only deterministic GPU kernels: slower, repeatable bit for bit")
