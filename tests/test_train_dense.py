@@ -738,8 +738,9 @@ def test_score_of_the_truth_is_perfect(scenes, tmp_path, capsys):
         assert scores["AP"] == scores["AR100"] == 1
 
 
-def test_two_processes_equal_one(scenes, tmp_path):
-    flags = ["--task", "retinanet", "--data", str(scenes), *FAST[:-1], "linglo_b0", "--iters", "3", "--eval-every", "3"]
+@pytest.mark.parametrize("task", ["retinanet", "mask_rcnn"])
+def test_two_processes_equal_one(scenes, tmp_path, task):
+    flags = ["--task", task, "--data", str(scenes), *FAST[:-1], "linglo_b0", "--iters", "2", "--eval-every", "2", *EXTRA.get(task, [])]
     runs = []
     for world in (1, 2):
         command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if world > 1 else []),
