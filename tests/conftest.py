@@ -23,10 +23,11 @@ def seed():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """train_dense.py with a shrunk secvit_t, and few RoIs and channels in box heads; signal handlers put back afterwards."""
+    """train_dense.py with a shrunk secvit_t, UPerNet and box heads, and few RoIs; signal handlers put back afterwards."""
     small = dict(num_classes=7, drop_path_rate=0.1, depths=(1, 1, 1, 2), dims=(16, 16, 32, 32), heads=(2, 2, 2, 2))
     proposals, best_pairs = train_dense.proposals, train_dense.best_pairs
     monkeypatch.setitem(train_dense.MODELS, "secvit_t", lambda **options: secvit.SecViT(**{**small, **options}))
+    monkeypatch.setitem(train_dense.ARCHITECTURES, "upernet", (partial(train_dense.UPerNet, dim=32), (0, 1, 2, 3)))
     monkeypatch.setattr(train_dense, "BoxHead", partial(train_dense.BoxHead, hidden=16))
     monkeypatch.setattr(train_dense, "proposals", lambda *one, **limits: proposals(*one, **{**limits, "most": 20}))
     monkeypatch.setattr(train_dense, "best_pairs", lambda boxes, scores, *_: best_pairs(boxes, scores, 0.05, 10))
