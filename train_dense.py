@@ -9,10 +9,10 @@
     python train_dense.py --task retinanet --score results.json --data /data/coco
     python train_dense.py --eval --boxes detections.json --weights runs/pose_clustr_s/best.pt --data /data/coco
 
-Reading order is the order in which data flow: settings, scenes, data sets and transforms, boxes, necks and heads, losses, inference,
-metrics, tasks, loop. A task knows how to build its data, its model, its loss, its predictions and their score, nothing else.
-Processes, schedule of samples, checkpoints and log are those of train_imagenet.py, and so are its promises: draws depend only on seed,
-epoch, step and sample, a resumed run goes on exactly, one line on stderr for what the user got wrong.
+Reading order is the order in which data flow: settings, scenes, the human body, data sets and transforms, boxes, regions of interest,
+necks and heads, losses, inference, metrics, tasks, loop. A task knows how to build its data, its model, its loss, its predictions and
+their score, nothing else. Processes, schedule of samples, checkpoints and log are those of train_imagenet.py, and so are its promises:
+draws depend only on seed, epoch, step and sample, a resumed run goes on exactly, one line on stderr for what the user got wrong.
 
 Letters: B batch, C channels, H x W a map, K classes, A anchors, G boxes of an image (padded to the largest number in the batch).
 Boxes are float x1, y1, x2, y2 in pixels without "+ 1"; COCO files hold x, y, width, height.
@@ -1056,11 +1056,11 @@ def base_anchors(strides, scales, ratios=(0.5, 1.0, 2.0)):
     return torch.tensor([(-w / 2, -h / 2, w / 2, h / 2) for w, h in sides]).view(len(strides), -1, 4)
 
 
-def proposals(scores, deltas, anchors, counts, size, *, per_level, most, iou_threshold=0.7):
+def proposals(scores, deltas, anchors, counts, size, *, per_level, most):
     """Boxes (n, 4), best first, that an RPN proposes for one image of size (H, W).
 
     Args: scores (A,), any monotone ones; deltas, anchors (A, 4); counts: anchors of each level. The `per_level` best of a level, clipped
-    and not empty, go through NMS of their own; the `most` best of all levels remain.
+    and not empty, go through NMS of their own at an IoU of 0.7; the `most` best of all levels remain.
     """
     kept = []
     for level, (score, delta, anchor) in enumerate(zip(scores.split(counts), deltas.split(counts), anchors.split(counts))):
@@ -1069,7 +1069,7 @@ def proposals(scores, deltas, anchors, counts, size, *, per_level, most, iou_thr
     boxes, scores, levels = (torch.cat(parts) for parts in zip(*kept))
     solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
     boxes, scores, levels = boxes[solid], scores[solid], levels[solid]
-    return boxes[nms_by_class(boxes, scores, levels, iou_threshold, most)]
+    return boxes[nms_by_class(boxes, scores, levels, 0.7, most)]
 
 
 def refine(boxes, deltas, labels, scores, stds):
@@ -1364,12 +1364,12 @@ class BoxHead(nn.Module):
     kind: two linear layers ("2fc"), or four convolutions with BatchNorm and one linear layer ("4conv1fc").
     """
 
-    def __init__(self, classes, kind, class_specific, dim=256, hidden=1024, side=7):
+    def __init__(self, classes, kind, class_specific, dim=256, hidden=1024):
         super().__init__()
         convs = 4 if kind == "4conv1fc" else 0
         self.convs = nn.Sequential(*(conv_norm(dim, dim, 3) for _ in range(convs)))
         self.convs.apply(init_head)
-        widths = [dim * side ** 2, hidden] + [hidden] * (not convs)
+        widths = [dim * 7 ** 2, hidden] + [hidden] * (not convs)
         self.linears = nn.Sequential(*(layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.ReLU(inplace=True))))
         for linear in self.linears[::2]:
             nn.init.xavier_uniform_(linear.weight)
@@ -1449,7 +1449,8 @@ class MaskRCNN(nn.Module):
         candidates = nn.utils.rnn.pad_sequence([*found, boxes[0, :1]], batch_first=True)[:-1]               # (B, P, 4), P > 0
         there = torch.arange(candidates.shape[1], device=boxes.device) < torch.tensor([[len(x)] for x in found], device=boxes.device)
         total = 0
-        for (iou, stds, weight), box_head, mask_head in zip(self.stages, self.box_heads, self.mask_heads):
+        for stage, (box_head, mask_head) in enumerate(zip(self.box_heads, self.mask_heads), 1):
+            iou, stds, weight = self.stages[stage - 1]
             with torch.no_grad():
                 index = assign(boxes, labels, candidates, there, positive=iou, negative=iou, least=2.0 if self.cascade else iou)
                 index = torch.cat([torch.where(labels >= 0, numbers, -2), index], 1)    # objects are proposals, too
@@ -1467,10 +1468,11 @@ class MaskRCNN(nn.Module):
             mask_logits = mask_logits.take_along_dim(label[positive, None, None, None], 1)[:, 0]
             mask_loss = F.binary_cross_entropy_with_logits(mask_logits, target.float(), reduction="sum") / max(target.numel(), 1)
             total = total + weight * (box_loss(logits, deltas, rois[:, 1:], label, boxes[image, index], stds, self.beta) + mask_loss)
-            refined = clip_boxes(refine(rois[:, 1:], deltas, label, logits, stds), sizes[image])
-            candidates = candidates.index_put((image, place), refined)
-            kept = (pick[image, place] >= G) & refined.isfinite().all(1)                # not the objects; what diverged has no place
-            there = torch.zeros_like(pick, dtype=torch.bool).index_put((image, place), kept)
+            if stage < len(self.stages):
+                refined = clip_boxes(refine(rois[:, 1:], deltas, label, logits, stds), sizes[image])
+                candidates = candidates.index_put((image, place), refined)
+                kept = (pick[image, place] >= G) & refined.isfinite().all(1)            # not the objects; what diverged has no place
+                there = torch.zeros_like(pick, dtype=torch.bool).index_put((image, place), kept)
         return total
 
     def find(self, maps, image, boxes, size):
@@ -1578,13 +1580,13 @@ def retinanet_loss(outputs, boxes, labels, sizes, base, strides):
     return (classification + regression) / positive.sum(1).clamp(min=1).sum()
 
 
-def rpn_loss(scores, deltas, anchors, there, boxes, labels, *, beta, count=256):
-    """Binary cross-entropy and smooth L1 loss (L1 if beta is 0) of `count` anchors of each image, over their number.
+def rpn_loss(scores, deltas, anchors, there, boxes, labels, *, beta):
+    """Binary cross-entropy and smooth L1 loss (L1 if beta is 0) of 256 anchors of each image, over their number.
 
     Args: scores (B, A), deltas (B, A, 4), anchors (A, 4), there (B, A): those that count; boxes (B, G, 4), labels (B, G), -1 where padded.
     """
     index = assign(boxes, labels, anchors, there, positive=0.7, negative=0.3, least=0.3)                # (B, A)
-    pick, role = sample(index >= 0, index == -1, count, count // 2)                     # (B, count)
+    pick, role = sample(index >= 0, index == -1, 256, 128)                              # (B, 256)
     positive, start = role > 0, anchors[pick]
     box = boxes.take_along_dim(index.gather(1, pick).clamp(min=0)[..., None], 1)
     box = torch.where(positive[..., None], box, start)                                  # no logarithm of a padded box
@@ -1720,7 +1722,7 @@ def best_pairs(boxes, scores, least=0.05, most=100):
 
 
 @torch.no_grad()
-def estimate_pose(model, image, boxes, args, device, *, chunk=32):
+def estimate_pose(model, image, boxes, args, device):
     """Keypoints of the persons of a PIL image: boxes (P, 5) -> points (n, K, 3) in its pixels, scores (n,), best first.
 
     Each crop and its mirror image are averaged; a person's score is the box's times the mean confidence of its points
@@ -1728,8 +1730,8 @@ def estimate_pose(model, image, boxes, args, device, *, chunk=32):
     """
     centres, sizes = crop_frame(boxes[:, :2], boxes[:, 2:4], 1.25)
     flip, nowhere, points = FLIP[:args.keypoints], np.zeros((1, 3)), [np.zeros((0, args.keypoints, 3))]
-    for first in range(0, len(boxes), chunk):
-        frames = centres[first:first + chunk], sizes[first:first + chunk]
+    for first in range(0, len(boxes), 32):                                              # so many persons at once
+        frames = centres[first:first + 32], sizes[first:first + 32]
         crops = np.stack([crop_person(image, nowhere, centre, size, 0.0, args.img_size)[0] for centre, size in zip(*frames)])
         x = normalize(torch.from_numpy(crops).to(device))
         with autocast(args, device):
