@@ -1,23 +1,31 @@
 """Train or evaluate any of the backbones as an image classifier. Plain PyTorch, one visible loop.
 
-    python train_imagenet.py                                            # no data needed: draws its own, minutes on a CPU
+    python train_imagenet.py                                    # no data needed: draws its own
     python train_imagenet.py --model secvit_t --released --data /data/imagenet --output runs/t
-    torchrun --nproc-per-node 8 train_imagenet.py --model stvit_s --data /data/imagenet --output runs/s
-    torchrun --nproc-per-node 8 --max-restarts 3 train_imagenet.py ... --output runs/s --resume auto
+    torchrun --nproc-per-node 8 train_imagenet.py --model stvit_s --data /data/imagenet \\
+        --output runs/s
+    torchrun --nproc-per-node 8 --max-restarts 3 train_imagenet.py ... --resume auto
     python train_imagenet.py --eval --weights runs/s/best.pt --data /data/imagenet
     # STViT at 384:
-    torchrun --nproc-per-node 8 train_imagenet.py --model stvit_s --data /data/imagenet --weights runs/s/last.pt --output runs/s384 \\
-        --frozen-bn --img-size 384 --epochs 30 --batch-size 512 --lr 5e-6 --min-lr 5e-6 --warmup-epochs 0 --weight-decay 1e-8
+    torchrun --nproc-per-node 8 train_imagenet.py --model stvit_s --data /data/imagenet \\
+        --weights runs/s/last.pt --output runs/s384 --frozen-bn --img-size 384 --epochs 30 \\
+        --batch-size 512 --lr 5e-6 --min-lr 5e-6 --warmup-epochs 0 --weight-decay 1e-8
 
-Reading order is the order of the run: settings, processes, data, augmentation, schedule, checkpoints, log, evaluation, loop.
-Defaults are the papers' (DeiT's recipe); each model's own values are in RECIPES, those of the built-in data in BUILT_IN.
-Randomness is stateless: a sample's draws depend on (seed, epoch, sample), a micro-batch's on (seed, step, its place in the
-step). So the run is the same for any number of workers and after any interruption, and any number of processes with the same
---micro-batch (and no SyncBN) have the same training loss; BN's running statistics are those of the first process.
+Reading order: settings, processes, data, augmentation, schedule, checkpoints, log, the task, the
+training loop, command line. The loop is in `train`; train_dense.py uses the same one with other
+task objects (see `Classification` for what a task is).
 
-Against the authors' scripts, on purpose: --batch-size is global; the rate is a function of the step, not of the epoch; a
-plain run reshuffles every epoch; layer-scale vectors are exempt from weight decay (theirs are 4-D tensors and decayed);
-evaluation counts each image once. SecViT's peak rate 2e-3 is from the authors' logs, the paper gives none.
+Defaults are the papers' (DeiT's recipe, arXiv 2012.12877); OVERRIDES holds what a model family or
+the drawn images change. Randomness is stateless: a sample's augmentation depends on (seed, epoch,
+sample), a micro-batch's mixing and drop path on (seed, step, its index in the step). So the run is
+the same for any number of workers and after any interruption, and any number of processes with the
+same --micro-batch (and no SyncBN) has the same training loss; BatchNorm's running statistics are
+those of the first process.
+
+Differences from the authors' scripts, on purpose: --batch-size is global; the rate is a function
+of the step, not of the epoch; a plain run reshuffles every epoch; layer-scale vectors are exempt
+from weight decay (theirs are 4-D tensors and decayed); evaluation counts each image once. SecViT's
+peak rate 2e-3 is from the authors' logs, the paper gives none.
 """
 import argparse
 import copy
@@ -33,13 +41,14 @@ import sys
 import time
 from functools import cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageEnhance, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -48,172 +57,316 @@ import linglo
 import secvit
 import stvit
 
-MODELS = {name: getattr(module, name) for module in (clustr, secvit, linglo, stvit) for name in module.VARIANTS}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SAMPLE, BATCH, ORDER, DRAWING = range(4)  # first entry of every seed, so that no two streams share one
-
-# ------------------------------------------------------------------------------------------------------------ settings
-DEIT = dict(  # arXiv 2012.12877, as the papers' authors use it; see each flag's help
-    epochs=300, batch_size=1024, lr=1e-3, min_lr=1e-5, warmup_epochs=5, weight_decay=0.05, img_size=224, mixup=0.8, cutmix=1.0,
-    label_smoothing=0.1, randaug="rand-m9-mstd0.5-inc1", random_erase=0.25, repeated_aug=3, min_crop=0.08, ema=0.0, sync_bn=False)
-RECIPES = dict.fromkeys(("secvit", "sec"), dict(lr=2e-3, ema=0.99992, sync_bn=True))  # what differs, by the first part of the model's name
-BUILT_IN = dict(epochs=12, batch_size=32, lr=1e-3, warmup_epochs=1, img_size=64, mixup=0.0, cutmix=0.0, randaug="none", random_erase=0.0,
-                repeated_aug=1, min_crop=0.9, test_crop=1.0, ema=0.0, drop_path=0.0)
-OPTIONAL = dict(test_crop=None, drop_path=None, clip_grad=None, micro_batch=None, seed=0, log_every=50, released=False, compile=False,
-                channels_last=False, frozen_bn=False, deterministic=False)
+MODELS = {}
+for module in (clustr, linglo, secvit, stvit):
+    MODELS |= {name: getattr(module, name) for name in module.VARIANTS}
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet
+STD = (0.229, 0.224, 0.225)
+SAMPLE, BATCH, ORDER, DRAWING = range(4)  # first entry of every seed: no two streams share one
 
 
+# ----------------------------------------------------------------------------------------- settings
 class InputError(ValueError):
-    """Something the user gave is wrong; the message names the value and the rule and is all that is printed."""
+    """A user's mistake; the message names the value and the rule and is all that is printed."""
+
+
+class Flag(NamedTuple):
+    """One row of a table of flags.
+
+    type: bool for a switch, argparse.BooleanOptionalAction for --name and --no-name, a tuple of
+    choices, or a function from the typed text to the value; default: a value, or None if it
+    depends on other flags, which `help` then explains; restored: whether a run that continues
+    takes it from the checkpoint; several: whether it takes a list.
+    """
+
+    type: object
+    default: object
+    help: str
+    restored: bool = True
+    several: bool = False
+
+
+OnceFlag = partial(Flag, restored=False)  # of one start, not of the run
 
 
 def number(kind, low, high=math.inf, *, above=False):
-    """Parser type: an int or float from `low` to `high`, or above `low`."""
+    """Flag type: an int or float from `low` to `high`, or above `low`."""
     def parse(text):
         value = kind(text)
-        if not (low < value if above else low <= value) or not value <= high or value == math.inf:
-            limit = f", at most {high}" if high < math.inf else ""
-            raise argparse.ArgumentTypeError(f"{text}, expected {'above' if above else 'at least'} {low}{limit}")
+        too_low = not (low < value if above else low <= value)  # true for nan
+        if too_low or value > high or value == math.inf:
+            rule = f"{'above' if above else 'at least'} {low}"
+            if high < math.inf:
+                rule += f", at most {high}"
+            raise argparse.ArgumentTypeError(f"{text}, expected {rule}")
         return value
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
 
-def refuse(message):
-    """What the parser does with an error."""
+COUNT = number(int, 1)
+POSITIVE = number(float, 0, above=True)
+NOT_NEGATIVE = number(float, 0)
+FRACTION = number(float, 0, 1)
+BELOW_ONE = number(float, 0, 0.99)
+ON_OFF = argparse.BooleanOptionalAction
+
+RUN_FLAGS = {  # of both scripts
+    "released": Flag(bool, False, "SecViT as its authors released it"),
+    "output": OnceFlag(str, None, "folder for log.jsonl, last.pt, best.pt, curves.png"),
+    "batch_size": Flag(COUNT, 1024, "images per update, over all processes and accumulation"),
+    "micro_batch": Flag(COUNT, None, "images per process and forward pass; gradients accumulate "
+                        "up to --batch-size; default: a divisor of it"),
+    "lr": Flag(NOT_NEGATIVE, 1e-3, "peak learning rate at this --batch-size, never rescaled"),
+    "weight_decay": Flag(NOT_NEGATIVE, 0.05, "AdamW's weight decay"),
+    "clip_grad": Flag(POSITIVE, None, "clip gradients to this norm; default off"),
+    "drop_path": Flag(BELOW_ONE, None, "stochastic depth of the last block; default: the paper's"),
+    "ema": Flag(number(float, 0, 0.9999999), 0.0, "decay of averaged weights, 0 is off"),
+    "amp": Flag(("none", "bf16", "fp16"), None, "autocast type of training and evaluation; "
+                "default bf16 on a GPU, else none"),
+    "compile": Flag(bool, False, "torch.compile the model for training"),
+    "channels_last": Flag(bool, False, "store convolution weights channels-last"),
+    "deterministic": Flag(bool, False, "only deterministic GPU kernels: slower, repeatable"),
+    "workers": OnceFlag(number(int, 0), None, "loader processes per process; changes speed only; "
+                        "default: its CPU cores, at most 10"),
+    "seed": Flag(number(int, 0, 2 ** 63 - 1), 0, "of weights, order and augmentation"),
+    "log_every": Flag(COUNT, 50, "updates between log lines"),
+    "max_steps": OnceFlag(COUNT, None, "save and stop after this many updates; the schedule "
+                          "stays"),
+    "resume": OnceFlag(str, None, "checkpoint to continue exactly; it restores every flag you do "
+                       "not override; auto: the latest readable one in --output, if any"),
+    "weights": OnceFlag(str, None, "start from these weights"),
+    "eval": OnceFlag(bool, False, "only evaluate --weights and print one JSON line"),
+}
+FLAGS = {
+    "model": Flag(str, "linglo_b0", f"one of {', '.join(MODELS)}"),
+    "data": OnceFlag(str, None, "folder with train/<class>/* and val/<class>/*; default: drawn "
+                     "images"),
+    "epochs": Flag(COUNT, 300, "length of training and of the cosine"),
+    **RUN_FLAGS,
+    "min_lr": Flag(NOT_NEGATIVE, 1e-5, "learning rate at the end of the cosine"),
+    "warmup_epochs": Flag(NOT_NEGATIVE, 5.0, "linear warm-up from 1e-6"),
+    "img_size": Flag(number(int, 32), 224, "side of the square images"),
+    "mixup": Flag(NOT_NEGATIVE, 0.8, "Beta parameter of mixup, 0 is off"),
+    "cutmix": Flag(NOT_NEGATIVE, 1.0, "Beta parameter of CutMix, 0 is off"),
+    "label_smoothing": Flag(BELOW_ONE, 0.1, "fraction of a target spread over all classes"),
+    "randaug": Flag(str, "rand-m9-mstd0.5-inc1", "RandAugment in timm's notation, or none"),
+    "random_erase": Flag(FRACTION, 0.25, "probability of replacing a box of an image by noise"),
+    "repeated_aug": Flag(COUNT, 3, "copies of each image per epoch, of fewer images, 1 is off"),
+    "min_crop": Flag(number(float, 0, 1, above=True), 0.08, "smallest area of a random crop"),
+    "test_crop": Flag(number(float, 0.1, 1), None, "evaluated fraction of the resized shorter "
+                      "side; default 0.875, from 384 pixels on 1"),
+    "sync_bn": Flag(ON_OFF, False, "batch statistics over all GPUs"),
+    "frozen_bn": Flag(bool, False, "train in eval mode: BatchNorm statistics fixed, no drop path"),
+}
+OVERRIDES = {  # what a model family, then the drawn images, set differently
+    "secvit": dict(lr=2e-3, ema=0.99992, sync_bn=True),
+    "sec": dict(lr=2e-3, ema=0.99992, sync_bn=True),
+    "drawn images": dict(
+        epochs=12, batch_size=32, lr=1e-3, warmup_epochs=1.0, img_size=64, mixup=0.0, cutmix=0.0,
+        randaug="none", random_erase=0.0, repeated_aug=1, min_crop=0.9, test_crop=1.0, ema=0.0,
+        drop_path=0.0),
+}
+
+
+def raise_input_error(message):
     raise InputError(message)
 
 
-def parse_args(argv=None):
-    """The command line; flags that were not given are None, so that checkpoint, preset and recipe can fill them."""
-    p = argparse.ArgumentParser(description="Train or test a backbone on ImageNet-like folders, or on images drawn here.",
-                                formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=120))
-    p.error = refuse
-    count, share, size = number(int, 1), number(float, 0, 1), number(float, 0)
-    switch = dict(action="store_true", default=None)
-    p.add_argument("--model", help=f"one of {', '.join(MODELS)} (default linglo_b0)")
-    p.add_argument("--released", **switch, help="SecViT as the authors released it, which the paper's accuracies belong to")
-    p.add_argument("--data", help="folder with train/<class>/* and val/<class>/*; without it images are drawn")
-    p.add_argument("--output", help="folder for log.jsonl, last.pt, best.pt, curves.png (default runs/MODEL)")
-    p.add_argument("--epochs", type=count, help="length of training and of the cosine; 300")
-    p.add_argument("--batch-size", type=count, help="images an update, over all processes and accumulation; 1024")
-    p.add_argument("--micro-batch", type=count, help="images a process computes at once, the rest is accumulated; a divisor up to 128")
-    p.add_argument("--lr", type=size, help="peak learning rate at this --batch-size, never rescaled; 1e-3, SecViT and SEC-* 2e-3")
-    p.add_argument("--min-lr", type=size, help="learning rate the cosine ends at; 1e-5")
-    p.add_argument("--warmup-epochs", type=size, help="linear warm-up from 1e-6; 5")
-    p.add_argument("--weight-decay", type=size, help="AdamW decay of weights with two or more axes; 0.05")
-    p.add_argument("--clip-grad", type=number(float, 0, above=True), help="largest gradient norm, larger ones are scaled down; off")
-    p.add_argument("--img-size", type=number(int, 32), help="side of the square images the model sees; 224")
-    p.add_argument("--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block; the paper's for each model")
-    p.add_argument("--mixup", type=size, help="Beta parameter of mixup, 0 is off; 0.8")
-    p.add_argument("--cutmix", type=size, help="Beta parameter of CutMix, 0 is off; 1.0")
-    p.add_argument("--label-smoothing", type=number(float, 0, 0.99), help="share of each target spread over all classes; 0.1")
-    p.add_argument("--randaug", help="RandAugment as timm writes it, or none; rand-m9-mstd0.5-inc1")
-    p.add_argument("--random-erase", type=share, help="probability of replacing a box of an image by noise; 0.25")
-    p.add_argument("--repeated-aug", type=count, help="copies of each image an epoch, with as many fewer images, 1 is off; 3")
-    p.add_argument("--min-crop", type=number(float, 0, 1, above=True), help="smallest share of the area a random crop keeps; 0.08")
-    p.add_argument("--test-crop", type=number(float, 0.1, 1), help="tested share of the resized shorter side; 0.875, from 384 on 1.0")
-    p.add_argument("--ema", type=number(float, 0, 0.9999999), help="decay of averaged weights, 0 is off; SecViT, SEC-* 0.99992, else off")
-    p.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast type of training and testing; bf16 on a GPU, else none")
-    p.add_argument("--compile", **switch, help="torch.compile the model for training")
-    p.add_argument("--channels-last", **switch, help="store convolution weights channels-last")
-    p.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, help="batch statistics over all GPUs; on for SecViT and SEC-*")
-    p.add_argument("--frozen-bn", **switch, help="train in eval mode: BN statistics fixed, drop path off (STViT at 384)")
-    p.add_argument("--workers", type=number(int, 0), help="loader processes a process; changes speed only; its CPU cores, at most 10")
-    p.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), help="of weights, order, augmentation; 0")
-    p.add_argument("--resume", help="checkpoint to go on from exactly, or auto: the newest readable one of --output if any")
-    p.add_argument("--weights", help="start from these weights: our checkpoint, a bare state dict or an authors' file")
-    p.add_argument("--eval", action="store_true", help="only test --weights (the average too if it holds one), print one JSON line")
-    p.add_argument("--max-steps", type=count, help="save and stop after this many updates; the schedule is not shortened")
-    p.add_argument("--log-every", type=count, help="updates between log lines; 50")
-    p.add_argument("--deterministic", **switch, help="only deterministic GPU kernels: slower, repeatable bit for bit")
-    return p.parse_args(argv)
+def make_parser(description, flags, overrides):
+    """The parser of a table of flags; what is not given is None, see `fill_defaults`."""
+    def formatter(prog):
+        return argparse.HelpFormatter(prog, max_help_position=28, width=100)
+
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=formatter)
+    parser.error = raise_input_error
+    for name, flag in flags.items():
+        options = dict(default=None, help=help_text(name, flag, overrides))
+        if flag.type is bool:
+            options["action"] = "store_true"
+        elif flag.type is ON_OFF:
+            options["action"] = ON_OFF
+        elif isinstance(flag.type, tuple):
+            options["choices"] = flag.type
+        else:
+            options["type"] = flag.type
+        if flag.several:
+            options["nargs"] = "+"
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    return parser
 
 
-def settle(args, checkpoint=None):
-    """Fill every flag not given: from the checkpoint if one is continued or tested, then preset, recipe, DeiT's values.
+def help_text(name, flag, overrides):
+    """A flag's help with its default and what each group of `overrides` sets instead."""
+    defaults = []
+    if flag.default is not None and flag.type is not bool:
+        defaults.append(f"default {flag.default}")
+    for group, values in overrides.items():
+        if name in values:
+            defaults.append(f"{group} {values[name]}")
+    return flag.help + (f" ({'; '.join(defaults)})" if defaults else "")
 
-    Raises: InputError for an unknown model and flags that contradict each other.
+
+def fill_defaults(args, flags, overrides, saved):
+    """A copy of `args` in which every flag that was not given has its value.
+
+    In rising order of preference: the table's default, the `overrides` (dicts) in their order, the
+    `saved` arguments of a checkpoint, what the user typed.
     """
-    saved = checkpoint.get("args") if checkpoint else None
-    saved = saved if isinstance(saved, dict) and saved.get("model") in MODELS else {}  # authors' files hold other arguments
-    args.model = args.model or saved.get("model") or "linglo_b0"
-    if args.model not in MODELS:
-        raise InputError(f"unknown --model {args.model!r}, expected one of {', '.join(MODELS)}")
-    args.data, args.output = args.data or saved.get("data"), args.output or saved.get("output") or f"runs/{args.model}"
-    defaults = dict(DEIT, **RECIPES.get(args.model.split("_")[0], {}), **OPTIONAL, amp="bf16" if torch.cuda.is_available() else "none")
-    for name, value in {**defaults, **({} if args.data else BUILT_IN), **{k: v for k, v in saved.items() if k in defaults}}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    if args.released and not args.model.startswith("secvit_"):
-        raise InputError(f"--released is a variant of SecViT, not of {args.model}")
-    parse_randaug(args.randaug)
+    values = {name: flag.default for name, flag in flags.items()}
+    for override in overrides:
+        values |= override
+    values |= {k: v for k, v in saved.items() if k in flags and flags[k].restored}
+    values |= {k: v for k, v in vars(args).items() if v is not None}
+    return argparse.Namespace(**values)
+
+
+def resolve_run(args, saved, default_output):
+    """Fill the flags of both scripts that depend on the machine, in place."""
+    args.output = args.output or saved.get("output") or default_output
+    if args.amp is None:
+        args.amp = "bf16" if torch.cuda.is_available() else "none"
     if args.workers is None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.workers = min(10, cores) if args.data else 0
 
 
-# ----------------------------------------------------------------------------------------------------------- processes
-class Processes:
-    """The processes of this run: one when started plainly, torchrun's otherwise; NCCL on GPUs, gloo on CPUs.
+def choose_micro_batch(args, max_micro_batch):
+    """--micro-batch, or the largest divisor of each process's part of --batch-size up to a limit.
 
-    `patience`: seconds after which a process that waits for another gives up.
+    Raises: InputError if the batch does not split evenly.
+    """
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    part, remainder = divmod(args.batch_size, world)
+    if remainder:
+        raise InputError(f"--batch-size {args.batch_size} does not split over {world} processes")
+    if args.micro_batch is None:
+        return max(m for m in range(1, min(part, max_micro_batch) + 1) if part % m == 0)
+    if part % args.micro_batch:
+        raise InputError(f"--batch-size {args.batch_size} is not a multiple of "
+                         f"--micro-batch {args.micro_batch} x {world} processes")
+    return args.micro_batch
+
+
+def resolve_args(argv=None):
+    """The command line with every flag filled in, and the checkpoint it names, if any.
+
+    Raises: InputError for an unknown model and for flags that contradict each other.
+    """
+    parser = make_parser("Train or evaluate a backbone on ImageNet-like folders.", FLAGS, OVERRIDES)
+    typed = parser.parse_args(argv)
+    checkpoint = None
+    if typed.eval:
+        if not typed.weights:
+            raise InputError("--eval needs --weights FILE")
+        checkpoint = read_checkpoint(typed.weights)
+    elif typed.resume:
+        model = typed.model or FLAGS["model"].default
+        checkpoint = find_checkpoint(typed.resume, typed.output or f"runs/{model}", "model")
+    saved = checkpoint.get("args") if checkpoint else None
+    if not isinstance(saved, dict) or saved.get("model") not in MODELS:
+        saved = {}  # the authors' files hold other arguments
+    if typed.resume and typed.model not in (None, saved.get("model", typed.model)):
+        raise InputError(f"the checkpoint holds {saved['model']}, but --model is {typed.model}")
+
+    model = typed.model or saved.get("model") or FLAGS["model"].default
+    if model not in MODELS:
+        raise InputError(f"unknown --model {model!r}, expected one of {', '.join(MODELS)}")
+    typed.data = typed.data or saved.get("data")
+    overrides = [OVERRIDES.get(model.split("_")[0], {})]
+    if not typed.data:
+        overrides.append(OVERRIDES["drawn images"])
+    args = fill_defaults(typed, FLAGS, overrides, saved)
+    resolve_run(args, saved, f"runs/{args.model}")
+    if args.released and not args.model.startswith("secvit_"):
+        raise InputError(f"--released is a variant of SecViT, not of {args.model}")
+    parse_randaug(args.randaug)
+    if args.eval:
+        args.micro_batch = args.micro_batch or 128
+        return args, checkpoint
+    args.micro_batch = choose_micro_batch(args, max_micro_batch=128)
+    if args.micro_batch == 1 and args.img_size == 32 and not args.frozen_bn:
+        raise InputError("--micro-batch 1 at --img-size 32 leaves batch norm a single value per "
+                         "channel; use 2 or more")
+    return args, checkpoint
+
+
+# ---------------------------------------------------------------------------------------- processes
+class Processes:
+    """The processes of this run: one when started plainly, torchrun's otherwise.
+
+    NCCL on GPUs, gloo on CPUs. timeout: seconds a process waits for another before it gives up.
     """
 
-    def __init__(self, patience=60):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        local, cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.is_available()
+    def __init__(self, timeout=60):
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        cuda = torch.cuda.is_available()
         if cuda and local >= torch.cuda.device_count():
-            raise InputError(f"process {local} of this machine has no GPU: {torch.cuda.device_count()} found, one needed for each process")
+            raise InputError(f"process {local} of this machine has no GPU: "
+                             f"{torch.cuda.device_count()} found, one needed per process")
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:
             torch.cuda.set_device(local)
-        self.control = self.writing = None
+        self.gloo_group = None
+        self.checkpoint_group = None
         if self.world > 1:
-            timeout = datetime.timedelta(seconds=patience)
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
-            self.control = dist.new_group(backend="gloo", timeout=timeout)      # never waits for a GPU
-            self.writing = dist.new_group(backend="gloo", timeout=datetime.timedelta(minutes=30))
+            limit = datetime.timedelta(seconds=timeout)
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
+            self.gloo_group = dist.new_group(backend="gloo", timeout=limit)  # never waits for a GPU
+            long = datetime.timedelta(minutes=30)
+            self.checkpoint_group = dist.new_group(backend="gloo", timeout=long)
 
-    def together(self, collective, *args, **options):
-        """Call a collective operation; exit with a message if another process is gone."""
-        if self.world > 1:
-            try:
-                collective(*args, **options)
-            except RuntimeError as error:
-                sys.exit(f"process {self.rank}: another process is gone or silent, stopping ({str(error).splitlines()[0]})")
+    def run_collective(self, collective, *args, **options):
+        """Call a collective operation; exit with a message if another process died or timed out."""
+        if self.world == 1:
+            return
+        try:
+            collective(*args, **options)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            sys.exit(f"process {self.rank}: another process died or timed out, stopping ({reason})")
 
-    def reduce(self, numbers, operation=dist.ReduceOp.SUM):
-        """Element-wise sum (or another reduction) of a float64 tensor over all processes, as a list."""
-        numbers = numbers.cpu()
-        self.together(dist.all_reduce, numbers, operation, group=self.control)
-        return numbers.tolist()
+    def reduce(self, values, operation=dist.ReduceOp.SUM):
+        """Sum (or another reduction) of a float64 tensor over all processes, as lists."""
+        values = values.cpu()
+        self.run_collective(dist.all_reduce, values, operation, group=self.gloo_group)
+        return values.tolist()
 
     def any(self, flag):
         """True on every process if `flag` is true on one."""
         return bool(self.reduce(torch.tensor([float(flag)]), dist.ReduceOp.MAX)[0])
 
-    def agree(self, step):
-        """Raise InputError unless all processes go on from the same update."""
-        if self.reduce(torch.tensor([step, -step], dtype=torch.float64), dist.ReduceOp.MAX) != [step, -step]:
-            raise InputError("the processes found different checkpoints; --output must be on a disk that all of them share")
+    def check_same_step(self, step):
+        """Raise InputError unless all processes continue from the same update."""
+        extremes = torch.tensor([step, -step], dtype=torch.float64)
+        if self.reduce(extremes, dist.ReduceOp.MAX) != [step, -step]:
+            raise InputError("the processes found different checkpoints; --output must be on a "
+                             "disk that all of them share")
 
     def share_buffers(self, *models):
         """Copy the first process's BatchNorm statistics to all."""
-        if self.world > 1:
-            for model in models:
-                for buffer in model.buffers():
-                    dist.broadcast(buffer, 0)
+        if self.world == 1:
+            return
+        for model in models:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
 
     def gather(self, items):
-        """All processes' lists in one."""
+        """All processes' lists, joined, tensors on the CPU."""
+        items = [item.cpu() if isinstance(item, torch.Tensor) else item for item in items]
         lists = [items] * self.world
-        self.together(dist.all_gather_object, lists, items, group=self.control)
-        return [item for part in lists for item in part]
+        self.run_collective(dist.all_gather_object, lists, items, group=self.gloo_group)
+        joined = []
+        for part in lists:
+            joined += part
+        return joined
 
     def wait(self):
         """Wait until all processes are here, however long the first one writes."""
-        self.together(dist.barrier, group=self.writing)
+        self.run_collective(dist.barrier, group=self.checkpoint_group)
 
     def close(self):
         if self.world > 1:
@@ -221,7 +374,10 @@ class Processes:
 
 
 class StopSignal:
-    """Remembers SIGTERM or SIGINT so that the loop can finish its step; a second Ctrl-C acts at once."""
+    """Remembers SIGTERM or SIGINT until the loop has finished its step.
+
+    A second Ctrl-C acts at once.
+    """
 
     def __init__(self):
         self.caught = False
@@ -234,24 +390,80 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
+class UnreadableImage(Exception):
+    """An image file that cannot be decoded; the message names the file and the reason."""
+
+
+def read_image(path, upright=False):
+    """An image file as RGB, with `upright` turned by its EXIF orientation. Raises: UnreadableImage.
+
+    Grey of more than 8 bits is stretched from its darkest to its brightest value; Pillow's own
+    conversion would clip it to white.
+    """
+    try:
+        with Image.open(path) as image:
+            if upright:
+                image = turn_upright(image)
+            if image.mode.startswith(("I", "F")):
+                image = stretch(image)
+            return image.convert("RGB")
+    except Exception as error:  # broken files make Pillow raise nearly anything
+        raise UnreadableImage(f"{path}: {error}") from None
+
+
+TURNS = {  # EXIF orientation: how to turn the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def turn_upright(image):
+    """Turn by the EXIF orientation. ImageOps.exif_transpose rewrites all tags, which can fail."""
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image if turn is None else image.transpose(turn)
+
+
+def stretch(image):
+    """A grey image of any depth as one of 8 bits, darkest value 0, brightest 255."""
+    values = np.asarray(image, np.float32)
+    stretched = 255 * (values - values.min()) / max(np.ptp(values), 1e-9)
+    return Image.fromarray(stretched.astype(np.uint8))
+
+
 class ImageFolder:
-    """Labelled image files of folder/<class>/*, classes in order of name. Paths sit in one array, which workers share."""
+    """Labelled image files of folder/<class>/*, classes in order of name.
+
+    Paths stand in one array, which the loader's workers share. Hidden folders are left out.
+    Raises: InputError for a missing folder and for a class without images.
+    """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise InputError(f"{folder} is not a folder; expected DIR/train/<class>/* and DIR/val/<class>/*")
-        self.classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        Image.init()
-        paths, labels = [], []
+            raise InputError(f"{folder} is not a folder; expected DIR/train/<class>/* and "
+                             "DIR/val/<class>/*")
+        folders = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+        self.classes = sorted(name for name in folders if not name.startswith("."))
+        paths = []
+        labels = []
         for label, name in enumerate(self.classes):
-            files = sorted(e.name for e in os.scandir(self.folder / name) if Path(e.name).suffix.lower() in Image.EXTENSION)
+            files = image_files(self.folder / name)
             paths += [os.fsencode(f"{name}/{file}") for file in files]
             labels += [label] * len(files)
         if not paths:
             raise InputError(f"{folder} holds no image in any <class> folder")
-        self.paths, self.labels = np.array(paths), np.array(labels)
+        empty = sorted(set(range(len(self.classes))) - set(labels))
+        if empty:
+            raise InputError(f"{self.folder / self.classes[empty[0]]} holds no image; expected "
+                             "image files directly in each class folder")
+        self.paths = np.array(paths)
+        self.labels = np.array(labels)
 
     def __len__(self):
         return len(self.labels)
@@ -260,19 +472,29 @@ class ImageFolder:
         return str(self.folder / os.fsdecode(bytes(self.paths[index])))
 
     def read(self, index):
-        with Image.open(self.name(index)) as image:
-            return image.convert("RGB")
+        return read_image(self.name(index))
+
+
+def image_files(folder):
+    """Sorted names of the files in a folder whose extension Pillow knows."""
+    Image.init()
+    names = (entry.name for entry in os.scandir(folder))
+    return sorted(name for name in names if Path(name).suffix.lower() in Image.EXTENSION)
 
 
 class DrawnShapes:
-    """Images drawn here: a shape filled with a texture on clutter, 64 x 64; 5 shapes x 2 textures make 10 classes."""
+    """Images drawn here, 64 x 64: a textured shape on clutter, 10 classes of shape and texture."""
 
-    shapes, textures = ("disc", "square", "triangle", "cross", "ring"), ("stripes", "dots")
+    shapes = ("disc", "square", "triangle", "cross", "ring")
+    textures = ("stripes", "dots")
 
     def __init__(self, split, images):
-        self.classes = [f"{shape}-{texture}" for shape in self.shapes for texture in self.textures]
+        self.classes = [f"{s}-{t}" for s in self.shapes for t in self.textures]
         self.labels = np.arange(images) % len(self.classes)
-        self.images = [self.draw(np.random.default_rng((DRAWING, split == "val", i)), label) for i, label in enumerate(self.labels)]
+        self.images = []
+        for i, label in enumerate(self.labels):
+            rng = np.random.default_rng((DRAWING, split == "val", i))
+            self.images.append(self.draw(rng, label))
 
     def __len__(self):
         return len(self.labels)
@@ -285,206 +507,290 @@ class DrawnShapes:
 
     @classmethod
     def draw(cls, rng, label, side=64):
-        """One image of class `label`: colours, size, place, angle, clutter and noise are random and tell nothing."""
-        image = Image.new("RGB", (side, side), tuple(rng.integers(0, 256, 3)))
-        draw = ImageDraw.Draw(image)
-        for _ in range(5):  # clutter: lines and small blobs
-            x, y, w, h = rng.integers(0, side, 2).tolist() + rng.integers(2, side // 4, 2).tolist()
-            colour = tuple(rng.integers(0, 256, 3))
-            draw.line((x, y, *rng.integers(0, side, 2)), colour, 2) if rng.random() < 0.5 else draw.rectangle((x, y, x + w, y + h), colour)
+        """An image of class `label`; everything else about it is random."""
+        image = draw_clutter(rng, side)
         radius = rng.uniform(0.3, 0.45) * side
         centre = rng.uniform(radius, side - radius, 2)
-        turn = rng.uniform(-0.5, 0.5)
+        angle = rng.uniform(-0.5, 0.5)
         y, x = np.mgrid[:side, :side] - centre[::-1, None, None]
-        u, v = (x * np.cos(turn) + y * np.sin(turn)) / radius, (y * np.cos(turn) - x * np.sin(turn)) / radius
+        u = (x * np.cos(angle) + y * np.sin(angle)) / radius
+        v = (y * np.cos(angle) - x * np.sin(angle)) / radius
+        inside = cls.shape_mask(cls.shapes[label // 2], u, v)
+        period = rng.uniform(5, 8)
+        phase = rng.uniform(0, 2 * np.pi, 2)
+        waves = [np.sin(2 * np.pi * t / period + p) for t, p in zip((x, y), phase)]
+        if cls.textures[label % 2] == "stripes":
+            bright = waves[rng.integers(2)] > 0
+        else:
+            bright = (waves[0] > 0.1) & (waves[1] > 0.1)
+        dark_colour = rng.uniform(0, 110, 3)
+        texture = np.where(bright[..., None], 255 - rng.uniform(0, 80, 3), dark_colour)
+        pixels = np.where(inside[..., None], texture, np.asarray(image))
+        noisy = pixels + rng.normal(0, 8, pixels.shape)
+        return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+    @staticmethod
+    def shape_mask(shape, u, v):
+        """Boolean mask of a shape in coordinates u, v, in units of its radius."""
         distance = np.hypot(u, v)
-        mask = {"disc": distance < 1, "square": np.maximum(abs(u), abs(v)) < 0.75,
-                "triangle": (v < 0.5) & (v > 1.7 * abs(u) - 1), "ring": (distance < 1) & (distance > 0.5),
-                "cross": (np.minimum(abs(u), abs(v)) < 0.28) & (np.maximum(abs(u), abs(v)) < 0.95)}[cls.shapes[label // 2]]
-        period, phase = rng.uniform(5, 8), rng.uniform(0, 2 * np.pi, 2)
-        waves = np.sin(2 * np.pi * x / period + phase[0]), np.sin(2 * np.pi * y / period + phase[1])
-        lit = waves[rng.integers(2)] > 0 if cls.textures[label % 2] == "stripes" else (waves[0] > 0.1) & (waves[1] > 0.1)
-        dark = rng.uniform(0, 110, 3)
-        pixels = np.where(mask[..., None], np.where(lit[..., None], 255 - rng.uniform(0, 80, 3), dark), np.asarray(image))
-        return Image.fromarray((pixels + rng.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8))
+        longer = np.maximum(abs(u), abs(v))
+        shorter = np.minimum(abs(u), abs(v))
+        if shape == "disc":
+            return distance < 1
+        if shape == "square":
+            return longer < 0.75
+        if shape == "triangle":
+            return (v < 0.5) & (v > 1.7 * abs(u) - 1)
+        if shape == "ring":
+            return (distance < 1) & (distance > 0.5)
+        return (shorter < 0.28) & (longer < 0.95)  # cross
 
 
-def open_data(folder):
-    """Training and validation images: of `folder`, or drawn. Raises InputError if the two name different classes."""
-    if folder is None:
-        return DrawnShapes("train", 1000), DrawnShapes("val", 300)
-    train, val = ImageFolder(Path(folder) / "train"), ImageFolder(Path(folder) / "val")
-    if train.classes != val.classes:
-        raise InputError(f"train and val of {folder} differ in classes {sorted(set(train.classes) ^ set(val.classes))}")
-    return train, val
+def draw_clutter(rng, side):
+    """A plain image with random lines and small rectangles."""
+    image = Image.new("RGB", (side, side), tuple(rng.integers(0, 256, 3)))
+    draw = ImageDraw.Draw(image)
+    for _ in range(5):
+        x, y = rng.integers(0, side, 2).tolist()
+        w, h = rng.integers(2, side // 4, 2).tolist()
+        colour = tuple(rng.integers(0, 256, 3))
+        if rng.random() < 0.5:
+            draw.line((x, y, *rng.integers(0, side, 2)), colour, 2)
+        else:
+            draw.rectangle((x, y, x + w, y + h), colour)
+    return image
 
 
 class Samples(torch.utils.data.Dataset):
-    """Decoded and augmented images by key (epoch, index, copy): (uint8 (S, S, 3) array or None, label, unreadable files).
+    """What `prepare(source, index, rng)` makes of each key (epoch, index, copy).
 
-    A file that cannot be decoded is replaced by the next one, at most `replace` times in a row; after that the image is None.
+    An item is (sample, unreadable files). A file that cannot be decoded is replaced by the next
+    one, at most `max_replacements` times in a row; after that the sample is None.
     """
 
-    def __init__(self, source, transform, seed, replace):
-        self.source, self.transform, self.seed, self.replace = source, transform, seed, replace
+    def __init__(self, source, prepare, seed, max_replacements):
+        self.source = source
+        self.prepare = prepare
+        self.seed = seed
+        self.max_replacements = max_replacements
 
     def __getitem__(self, key):
-        epoch, index, _ = key
+        _, index, _ = key
         unreadable = []
-        while True:
+        for _ in range(self.max_replacements + 1):
+            rng = random.Random(repr((SAMPLE, self.seed, *key)))
             try:
-                image = self.source.read(index)
-            except InputError:
-                raise
-            except Exception as error:  # broken files make Pillow raise nearly anything
-                unreadable.append(f"{self.source.name(index)}: {error}")
-                if len(unreadable) > self.replace:
-                    return None, 0, unreadable
+                return self.prepare(self.source, index, rng), unreadable
+            except UnreadableImage as error:
+                unreadable.append(str(error))
                 index = (index + 1) % len(self.source)
-                continue
-            return *self.prepare(image, index, key), unreadable
-
-    def prepare(self, image, index, key):
-        """What the loader gets of a decoded image: augmented pixels and label."""
-        image = self.transform(image, random.Random(repr((SAMPLE, self.seed, *key))))
-        return np.asarray(image), int(self.source.labels[index])
+        return None, unreadable
 
 
-def collate(items):
-    """List of samples -> uint8 images (B, S, S, 3) or None if one is missing, labels (B,), all unreadable files."""
-    images, labels, unreadable = zip(*items)
-    unreadable = [file for files in unreadable for file in files]
-    return None if any(i is None for i in images) else torch.from_numpy(np.stack(images)), torch.tensor(labels), unreadable
+def collate(collate_samples, items):
+    """A list of `Samples` items -> batch or None if a sample is missing, all unreadable files."""
+    samples = []
+    unreadable = []
+    for sample, files in items:
+        samples.append(sample)
+        unreadable += files
+    if any(sample is None for sample in samples):
+        return None, unreadable
+    return collate_samples(samples), unreadable
 
 
 class StepSampler:
     """Keys of the micro-batches that one process runs in updates `first` to `last`, in order.
 
-    Each update takes the next `batch` entries of its epoch's order; micro-batch j of the J in an update holds every J-th of
-    them, process r of W runs j = r, r + W, ... So the micro-batches do not depend on the number of processes.
-    With `repeats` > 1 (repeated augmentation, arXiv 1902.05509) every image stands that many times in a row in the order, which
-    ends after N // 256 * 256 entries: an epoch shows 1 / `repeats` of the images, and with at least that many micro-batches an
-    update no micro-batch sees an image twice.
+    Each update takes the next `batch` entries of its epoch's order; micro-batch j of the J in an
+    update holds every J-th of them, process r of W runs j = r, r + W, ... So the micro-batches do
+    not depend on the number of processes. With `repeats` > 1 (repeated augmentation, arXiv
+    1902.05509) every image appears that many times in a row in the order, which ends after
+    N // 256 * 256 entries: an epoch shows 1 / `repeats` of the images, and with at least that many
+    micro-batches per update no micro-batch sees an image twice.
     """
 
     def __init__(self, *, images, batch, micro, rank, world, seed, repeats, first=0, last=0):
-        self.images, self.batch, self.count, self.rank, self.world = images, batch, batch // micro, rank, world
-        self.seed, self.repeats, self.first, self.last = seed, repeats, first, last
+        self.images = images
+        self.batch = batch
+        self.count = batch // micro  # micro-batches per update
+        self.rank = rank
+        self.world = world
+        self.seed = seed
+        self.repeats = repeats
+        self.first = first
+        self.last = last
         self.used = images // 256 * 256 if repeats > 1 and images >= 256 else images
         self.per_epoch = self.used // batch
 
     def order(self, epoch):
         """(used, 2): image and number of the copy."""
         images = np.random.default_rng((ORDER, self.seed, epoch)).permutation(self.images)
-        return np.stack([images.repeat(self.repeats), np.tile(np.arange(self.repeats), self.images)], 1)[:self.used]
+        copies = np.tile(np.arange(self.repeats), self.images)
+        return np.stack([images.repeat(self.repeats), copies], 1)[:self.used]
 
     def __iter__(self):
-        epoch, order = None, None
+        epoch = None
         for step in range(self.first, self.last):
             if step // self.per_epoch != epoch:
                 epoch = step // self.per_epoch
                 order = self.order(epoch)
             start = step % self.per_epoch * self.batch
             for j in range(self.rank, self.count, self.world):
-                yield [(epoch, int(i), int(turn)) for i, turn in order[start + j:start + self.batch:self.count]]
+                entries = order[start + j:start + self.batch:self.count]
+                yield [(epoch, int(i), int(copy)) for i, copy in entries]
 
 
-def loader(samples, batches, workers, device, collate=collate):
+def make_loader(samples, batches, collate_samples, workers, device):
     """DataLoader over lists of keys."""
-    return torch.utils.data.DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=collate,
-                                       pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+    return torch.utils.data.DataLoader(
+        samples, batch_sampler=batches, collate_fn=partial(collate, collate_samples),
+        num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
 
 
 def ignore_signals(_worker):
-    """Worker start: Ctrl-C and SIGTERM are for the training process, which ends its workers itself."""
+    """Ctrl-C and SIGTERM are for the training process, which ends its workers itself."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
-# -------------------------------------------------------------------------------------------------------- augmentation
-def random_resized_crop(image, size, min_share, rng):
-    """Crop of U(min_share, 1) of the area with sides' ratio in [3/4, 4/3], resized to size x size (arXiv 1409.4842)."""
+# ------------------------------------------------------------------------------------- augmentation
+def random_resized_crop(image, size, min_area, rng):
+    """A random crop resized to size x size (arXiv 1409.4842).
+
+    It keeps U(min_area, 1) of the area with a ratio of sides in [3/4, 4/3].
+    """
     W, H = image.size
     for _ in range(10):
-        area = rng.uniform(min_share, 1.0) * W * H
+        area = rng.uniform(min_area, 1.0) * W * H
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        w = round(math.sqrt(area * ratio))
+        h = round(math.sqrt(area / ratio))
         if 0 < w <= W and 0 < h <= H:
-            x, y = rng.randint(0, W - w), rng.randint(0, H - h)
+            x = rng.randint(0, W - w)
+            y = rng.randint(0, H - h)
             break
     else:  # very elongated images: the whole shorter side
-        w, h = min(W, round(H * 4 / 3)), min(H, round(W / (3 / 4)))
-        x, y = (W - w) // 2, (H - h) // 2
+        w = min(W, round(H * 4 / 3))
+        h = min(H, round(W / (3 / 4)))
+        x = (W - w) // 2
+        y = (H - h) // 2
     return image.crop((x, y, x + w, y + h)).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def center_crop(image, _rng=None, *, size, share):
-    """Resize the shorter side to size / share and cut the central size x size."""
+def center_crop(image, size, fraction):
+    """Resize the shorter side to size / fraction and cut the central size x size."""
     W, H = image.size
-    if max(W, H) > 8 * min(W, H):  # nothing near the ends is looked at, and a 30000 x 1 image would be enlarged to gigabytes
-        w, h = min(W, 8 * H), min(H, 8 * W)
-        x, y = (W - w) // 2, (H - h) // 2
-        image, W, H = image.crop((x, y, x + w, y + h)), w, h
-    short = int(size / share)
-    w, h = (short, int(short * H / W)) if W < H else (int(short * W / H), short)
-    x, y = round((w - size) / 2), round((h - size) / 2)
-    return image.resize((w, h), Image.Resampling.BICUBIC).crop((x, y, x + size, y + size))
+    if max(W, H) > 8 * min(W, H):  # else a 30000 x 1 image would be enlarged to gigabytes
+        w = min(W, 8 * H)
+        h = min(H, 8 * W)
+        x = (W - w) // 2
+        y = (H - h) // 2
+        image = image.crop((x, y, x + w, y + h))
+        W, H = image.size
+    shorter = int(size / fraction)
+    if W < H:
+        w, h = shorter, int(shorter * H / W)
+    else:
+        w, h = int(shorter * W / H), shorter
+    x = round((w - size) / 2)
+    y = round((h - size) / 2)
+    resized = image.resize((w, h), Image.Resampling.BICUBIC)
+    return resized.crop((x, y, x + size, y + size))
 
 
-FILL = tuple(round(255 * m) for m in MEAN)
+FILL = tuple(round(255 * m) for m in MEAN)  # colour outside of a turned or shifted image
 
 
 def affine(image, *coefficients):
     """Pillow's affine map, output -> input pixels, bicubic, mean colour outside."""
-    return image.transform(image.size, Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC, fillcolor=FILL)
+    return image.transform(image.size, Image.Transform.AFFINE, coefficients,
+                           Image.Resampling.BICUBIC, fillcolor=FILL)
 
 
-def posterize(image, bits):
+def rotate(image, m, sign):
+    return image.rotate(sign * 30 * m / 10, Image.Resampling.BICUBIC, fillcolor=FILL)
+
+
+def posterize(image, m, _sign):
     """Keep the upper bits; Pillow 13 refuses 0 bits, which older versions turn black."""
+    bits = 4 - int(4 * m / 10)
     return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)
 
 
-def solarize_add(image, amount):
+def solarize(image, m, _sign):
+    return ImageOps.solarize(image, 256 - min(256, int(256 * m / 10)))
+
+
+def solarize_add(image, m, _sign):
     """Add to the values below 128."""
-    return image.point([min(255, v + amount) if v < 128 else v for v in range(256)] * 3)
+    amount = min(128, int(110 * m / 10))
+    table = [min(255, v + amount) if v < 128 else v for v in range(256)]
+    return image.point(table * 3)
 
 
 def enhance(kind):
-    """An operation (image, m, sign) that moves one of Pillow's enhancers away from 1 by 0.9 m / 10."""
-    return lambda image, m, sign: kind(image).enhance(max(0.1, 1 + sign * 0.9 * m / 10))
+    """An operation that moves one of Pillow's enhancers away from 1 by 0.9 m / 10."""
+    def operation(image, m, sign):
+        return kind(image).enhance(max(0.1, 1 + sign * 0.9 * m / 10))
+    return operation
 
 
-RANDAUGMENT = (  # (image, magnitude m in [0, 10], sign) -> image; timm's "increasing" set in its order
+def shear_x(image, m, sign):
+    return affine(image, 1, sign * 0.3 * m / 10, 0, 0, 1, 0)
+
+
+def shear_y(image, m, sign):
+    return affine(image, 1, 0, 0, sign * 0.3 * m / 10, 1, 0)
+
+
+def translate_x(image, m, sign):
+    return affine(image, 1, 0, sign * 0.45 * m / 10 * image.width, 0, 1, 0)
+
+
+def translate_y(image, m, sign):
+    return affine(image, 1, 0, 0, 0, 1, sign * 0.45 * m / 10 * image.height)
+
+
+RANDAUGMENT = (  # (image, magnitude m in [0, 10], sign) -> image; timm's "increasing" set in order
     lambda image, m, sign: ImageOps.autocontrast(image),
     lambda image, m, sign: ImageOps.equalize(image),
     lambda image, m, sign: ImageOps.invert(image),
-    lambda image, m, sign: image.rotate(sign * 30 * m / 10, Image.Resampling.BICUBIC, fillcolor=FILL),
-    lambda image, m, sign: posterize(image, 4 - int(4 * m / 10)),
-    lambda image, m, sign: ImageOps.solarize(image, 256 - min(256, int(256 * m / 10))),
-    lambda image, m, sign: solarize_add(image, min(128, int(110 * m / 10))),
+    rotate,
+    posterize,
+    solarize,
+    solarize_add,
     enhance(ImageEnhance.Color),
     enhance(ImageEnhance.Contrast),
     enhance(ImageEnhance.Brightness),
     enhance(ImageEnhance.Sharpness),
-    lambda image, m, sign: affine(image, 1, sign * 0.3 * m / 10, 0, 0, 1, 0),                       # shear x
-    lambda image, m, sign: affine(image, 1, 0, 0, sign * 0.3 * m / 10, 1, 0),                       # shear y
-    lambda image, m, sign: affine(image, 1, 0, sign * 0.45 * m / 10 * image.width, 0, 1, 0),        # translate x
-    lambda image, m, sign: affine(image, 1, 0, 0, 0, 1, sign * 0.45 * m / 10 * image.height),       # translate y
+    shear_x,
+    shear_y,
+    translate_x,
+    translate_y,
 )
 
 
 def parse_randaug(text):
-    """"rand-m9-mstd0.5-inc1" -> (magnitude, its standard deviation, layers); "none" -> None. Raises InputError otherwise."""
+    """"rand-m9-mstd0.5-inc1" -> (magnitude, its standard deviation, layers); "none" -> None.
+
+    Raises: InputError for anything else.
+    """
     if text == "none":
         return None
-    found = re.fullmatch(r"rand-m(\d+(?:\.\d+)?)(?:-n(\d+))?(?:-mstd(\d+(?:\.\d+)?))?-inc1", text)
-    if not found or float(found[1]) > 10:
-        raise InputError(f"--randaug {text!r}, expected none or rand-mM[-nLAYERS][-mstdS]-inc1 with M at most 10")
-    return float(found[1]), float(found[3] or 0), int(found[2] or 2)
+    number = r"(\d+(?:\.\d+)?)"
+    match = re.fullmatch(rf"rand-m{number}(?:-n(\d+))?(?:-mstd{number})?-inc1", text)
+    if not match or float(match[1]) > 10:
+        raise InputError(f"--randaug {text!r}, expected none or rand-mM[-nLAYERS][-mstdS]-inc1 "
+                         "with M at most 10")
+    return float(match[1]), float(match[3] or 0), int(match[2] or 2)
 
 
 def randaugment(image, magnitude, deviation, layers, rng):
-    """`layers` operations drawn with replacement, each carried out with probability 1/2 (arXiv 1909.13719, timm's form)."""
+    """`layers` operations sampled with replacement, each applied with probability 1/2.
+
+    arXiv 1909.13719 in timm's form.
+    """
     for operation in rng.choices(RANDAUGMENT, k=layers):
         if rng.random() <= 0.5:
             m = min(10.0, max(0.0, rng.gauss(magnitude, deviation)))
@@ -493,7 +799,7 @@ def randaugment(image, magnitude, deviation, layers, rng):
 
 
 def augment(image, rng, *, size, min_crop, randaug):
-    """Random crop, flip and RandAugment (`parse_randaug`'s result) of an RGB image; `rng` makes all draws."""
+    """Random crop, flip and RandAugment (`parse_randaug`'s result) of an RGB image."""
     image = random_resized_crop(image, size, min_crop, rng)
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -501,75 +807,103 @@ def augment(image, rng, *, size, min_crop, randaug):
 
 
 def normalize(images):
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) with ImageNet's mean and deviation, channels-last in memory."""
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W), ImageNet's mean 0 and deviation 1.
+
+    The result is channels-last in memory.
+    """
     mean, std = pixel_statistics(images.device)
     return ((images - mean) / std).permute(0, 3, 1, 2)
 
 
 @cache
 def pixel_statistics(device):
-    """255 * ImageNet's mean and deviation, copied to the device once: every copy would wait for it."""
-    return tuple(255 * torch.tensor(t, device=device) for t in (MEAN, STD))
+    """255 * ImageNet's mean and deviation, copied to the device once: a copy waits for the GPU."""
+    return 255 * torch.tensor(MEAN, device=device), 255 * torch.tensor(STD, device=device)
 
 
 def erase(x, probability, rng):
-    """Random erasing (arXiv 1708.04896) of x (B, C, H, W): with `probability` an image gets one box of N(0, 1) noise a pixel."""
+    """Random erasing (arXiv 1708.04896) of x (B, C, H, W): a box of N(0, 1) noise per image."""
     if probability == 0:
         return x
     B, _, H, W = x.shape
-    boxes = np.zeros((B, 4, 1, 1, 1), np.int64)             # top, bottom, left, right
+    boxes = np.zeros((B, 4), np.int64)                                  # top, bottom, left, right
     for i in range(B):
-        if rng.random() > probability:
-            continue
-        for _ in range(10):
-            area, ratio = rng.uniform(0.02, 1 / 3) * H * W, math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
-            h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if h < H and w < W:
-                top, left = rng.randint(0, H - h), rng.randint(0, W - w)
-                boxes[i, :, 0, 0, 0] = top, top + h, left, left + w
-                break
+        if rng.random() <= probability:
+            boxes[i] = random_box(H, W, rng)
     boxes = torch.from_numpy(boxes)
     boxes = (boxes.pin_memory() if x.is_cuda else boxes).to(x.device, non_blocking=True)
-    top, bottom, left, right = boxes.unbind(1)                                                       # each (B, 1, 1, 1)
-    row, column = torch.arange(H, device=x.device)[:, None], torch.arange(W, device=x.device)
-    inside = (row >= top) & (row < bottom) & (column >= left) & (column < right)                     # (B, 1, H, W)
-    return torch.where(inside, torch.randn_like(x), x)
+    top, bottom, left, right = boxes[:, :, None, None, None].unbind(1)  # each (B, 1, 1, 1)
+    row = torch.arange(H, device=x.device)[:, None]
+    column = torch.arange(W, device=x.device)
+    inside_rows = (row >= top) & (row < bottom)
+    inside_columns = (column >= left) & (column < right)
+    return torch.where(inside_rows & inside_columns, torch.randn_like(x), x)
+
+
+def random_box(H, W, rng):
+    """Top, bottom, left, right of a box of 2 to 33 % of the area; zeros if ten tries do not fit."""
+    for _ in range(10):
+        area = rng.uniform(0.02, 1 / 3) * H * W
+        ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+        h = round(math.sqrt(area * ratio))
+        w = round(math.sqrt(area / ratio))
+        if h < H and w < W:
+            top = rng.randint(0, H - h)
+            left = rng.randint(0, W - w)
+            return top, top + h, left, left + w
+    return 0, 0, 0, 0
 
 
 def mix(x, labels, *, classes, smoothing, mixup, cutmix, rng):
-    """Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899) of a batch with its reverse, one draw a batch.
+    """Mixup (arXiv 1710.09412) or CutMix (arXiv 1905.04899) of a batch with its reverse.
 
-    Args: x (B, C, H, W); labels (B,); mixup, cutmix: Beta parameters, 0 is off, both on means a fair coin.
-    Returns: x and soft targets (B, classes), label smoothing included.
+    Args: x (B, C, H, W); labels (B,); smoothing: label smoothing; mixup, cutmix: Beta parameters,
+    0 is off, if both are on a fair coin chooses, once per batch.
+    Returns: x and soft targets (B, classes).
     """
     targets = torch.full((len(x), classes), smoothing / classes, device=x.device)
     targets.scatter_(1, labels[:, None], 1 - smoothing + smoothing / classes)
     if not (mixup or cutmix):
         return x, targets
     if cutmix and (not mixup or rng.random() < 0.5):
-        H, W = x.shape[2:]
-        cut = math.sqrt(1 - rng.betavariate(cutmix, cutmix))
-        h, w, y, x0 = int(H * cut), int(W * cut), rng.randrange(H), rng.randrange(W)
-        top, bottom, left, right = max(0, y - h // 2), min(H, y + h // 2), max(0, x0 - w // 2), min(W, x0 + w // 2)
-        other, x = x.flip(0), x.clone()
-        x[:, :, top:bottom, left:right] = other[:, :, top:bottom, left:right]
-        keep = 1 - (bottom - top) * (right - left) / (H * W)
+        x, kept = cut_and_paste(x, rng.betavariate(cutmix, cutmix), rng)
     else:
-        keep = rng.betavariate(mixup, mixup)
-        x = x * keep + x.flip(0) * (1 - keep)
-    return x, targets * keep + targets.flip(0) * (1 - keep)
+        kept = rng.betavariate(mixup, mixup)
+        x = x * kept + x.flip(0) * (1 - kept)
+    return x, targets * kept + targets.flip(0) * (1 - kept)
 
 
-# ------------------------------------------------------------------------------------------------ schedule and weights
+def cut_and_paste(x, kept, rng):
+    """CutMix of x (B, C, H, W) with its reverse, in a random box of about (1 - kept) of the area.
+
+    Returns: the new x and the exact fraction of the area that was kept.
+    """
+    H, W = x.shape[2:]
+    side = math.sqrt(1 - kept)
+    h = int(H * side)
+    w = int(W * side)
+    y = rng.randrange(H)
+    x_centre = rng.randrange(W)
+    top, bottom = max(0, y - h // 2), min(H, y + h // 2)
+    left, right = max(0, x_centre - w // 2), min(W, x_centre + w // 2)
+    mixed = x.clone()
+    mixed[:, :, top:bottom, left:right] = x.flip(0)[:, :, top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / (H * W)
+
+
+# ----------------------------------------------------------------------------------------- schedule
 def lr_at(step, *, peak, floor, warmup, total, start=1e-6):
-    """Learning rate of an update: linear from `start` over `warmup` updates, then a cosine that began at update 0."""
+    """Learning rate of an update: linear from `start` over `warmup` updates, then a cosine.
+
+    The cosine begins at update 0, so it has already fallen a little when the warm-up ends.
+    """
     if step < warmup:
         return start + (peak - start) * step / warmup
     return floor + (peak - floor) * (1 + math.cos(math.pi * step / total)) / 2
 
 
 def decay_groups(model, weight_decay):
-    """AdamW groups: decay for weights with two axes or more, none for biases, norms and layer-scale vectors."""
+    """AdamW groups: decay for weights of two or more axes, none for biases, norms, layer scales."""
     weights = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     return [dict(params=weights, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
@@ -577,18 +911,111 @@ def decay_groups(model, weight_decay):
 
 @torch.no_grad()
 def update_average(average, model, decay):
-    """Exponential moving average of all weights and statistics, in place; integer buffers are copied."""
-    pairs = list(zip(average.state_dict().values(), model.state_dict().values()))
-    averaged, current = zip(*[pair for pair in pairs if pair[0].is_floating_point()])
-    torch._foreach_lerp_(averaged, current, 1 - decay)
-    for ours, theirs in pairs:
-        if not ours.is_floating_point():
+    """Exponential moving average of all weights and statistics, in place; integers are copied."""
+    averaged = []
+    current = []
+    for ours, theirs in zip(average.state_dict().values(), model.state_dict().values()):
+        if ours.is_floating_point():
+            averaged.append(ours)
+            current.append(theirs)
+        else:
             ours.copy_(theirs)
+    torch._foreach_lerp_(averaged, current, 1 - decay)
 
 
-# --------------------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
+class TrainState:
+    """All that a checkpoint holds: model, averaged weights, optimizer, scaler, counters.
+
+    step: updates done; evaluated_at: the step of the last evaluation; best: best metric so far;
+    period_losses: sums of each loss since the last evaluation; unreadable: files since then.
+    """
+
+    counters = ("step", "evaluated_at", "best", "period_losses", "unreadable")
+
+    def __init__(self, model, optimizer, scaler, ema):
+        self.model = model
+        self.average = copy.deepcopy(model).eval().requires_grad_(False) if ema else None
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.step = 0
+        self.evaluated_at = 0
+        self.best = -math.inf
+        self.period_losses = {}
+        self.unreadable = 0
+        self.lr = 0.0         # of the last update
+        self.saved_at = None  # step of the last checkpoint
+
+    def save(self, name, args, procs, **facts):
+        """Write output/name on rank 0. `facts` are what a run that continues must agree with."""
+        total = sum(p.detach().double().sum() for p in self.model.parameters())
+        if not math.isfinite(total):
+            raise InputError(not_finite("weights", self.step, self.lr, args.output, self.saved_at))
+        procs.share_buffers(*(model for model in (self.model, self.average) if model))
+        if procs.rank == 0:
+            state = {name: getattr(self, name) for name in self.counters}
+            state["model"] = self.model.state_dict()
+            state["ema"] = self.average.state_dict() if self.average else None
+            state["optimizer"] = self.optimizer.state_dict()
+            state["scaler"] = self.scaler.state_dict()
+            save_checkpoint(Path(args.output) / name, state | facts | {"args": vars(args)})
+        procs.wait()
+        self.saved_at = self.step
+
+    def restore(self, checkpoint, args, **facts):
+        """Put a checkpoint's states back, strictly, and empty it to free its memory.
+
+        Raises: InputError if it belongs to another run.
+        """
+        if checkpoint["per_epoch"] != facts["per_epoch"]:
+            raise InputError(f"epochs of the checkpoint have {checkpoint['per_epoch']} updates, of "
+                             f"this run {facts['per_epoch']}: other data or batch size?")
+        check_classes("the checkpoint", checkpoint["classes"], facts["classes"])
+        try:
+            self.model.load_state_dict(checkpoint["model"])
+            if self.average:
+                self.average.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.scaler.load_state_dict(checkpoint["scaler"])
+            for name in self.counters:
+                setattr(self, name, checkpoint[name])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"the checkpoint does not fit this run: {reason}") from None
+        for group, decay in zip(self.optimizer.param_groups, (args.weight_decay, 0.0)):
+            group["weight_decay"] = decay
+            for p in group["params"]:
+                self.match_layout(p)
+        self.saved_at = self.step
+        checkpoint.clear()
+
+    def match_layout(self, p):
+        """Fused AdamW needs a parameter's moments in the memory layout of the parameter."""
+        state = self.optimizer.state[p]
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state:
+                state[name] = torch.empty_like(p).copy_(state[name])
+
+
+def not_finite(what, step, lr, output, saved_at):
+    """The message of a run that stops because something became infinite or not a number."""
+    checkpoint = "none yet" if saved_at is None else f"{output}/last.pt of update {saved_at}"
+    return (f"{what} at update {step} not finite, learning rate {lr:.3g}; "
+            f"last finite checkpoint: {checkpoint}")
+
+
+def check_classes(what, classes, expected):
+    """Raise InputError unless two lists of class names agree."""
+    if classes != expected:
+        ours, theirs = (f"{len(c)} ({', '.join(c[:5])}, ...)" for c in (classes, expected))
+        raise InputError(f"{what} knows the classes {ours}, the data has {theirs}")
+
+
 def save_checkpoint(path, state):
-    """Write to a temporary file, sync, rename: whatever happens, `path` is whole. Raises InputError if the disk refuses."""
+    """Write to a temporary file, sync, rename: whatever happens, `path` is whole.
+
+    Raises: InputError if the disk refuses.
+    """
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -598,63 +1025,103 @@ def save_checkpoint(path, state):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
-        raise InputError(f"cannot write {path} ({str(error).splitlines()[0]}); the previous checkpoint is untouched") from None
+        reason = str(error).splitlines()[0]
+        raise InputError(f"cannot write {path} ({reason}); the previous checkpoint is untouched"
+                         ) from None
 
 
 def read_checkpoint(path):
-    """A checkpoint or weight file on the CPU, tensors and plain types only. Raises InputError if missing or damaged."""
+    """A checkpoint or weight file on the CPU, tensors and plain types only.
+
+    Raises: InputError if it is missing or damaged.
+    """
     if not Path(path).is_file():
         raise InputError(f"no checkpoint {path}")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):        # the authors' files hold one
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files hold one
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises half a dozen types for damaged files
-        raise InputError(f"cannot read {path}: damaged or not a checkpoint ({type(error).__name__})") from None
+        raise InputError(f"cannot read {path}: damaged or not a checkpoint "
+                         f"({type(error).__name__})") from None
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
     return state
 
 
-def find_checkpoint(resume, output):
-    """The checkpoint that `--resume` means: the file itself; for "auto" the newest readable one of `output`, or None."""
+def find_checkpoint(resume, output, owner):
+    """The checkpoint that --resume means: the file itself; for "auto" the latest one of `output`.
+
+    owner: the argument, "model" or "task", that a checkpoint of this script holds.
+    Returns: None if there is none for "auto". Raises: InputError for a file that is no checkpoint.
+    """
     if resume != "auto":
-        return read_checkpoint(resume)
-    for path in sorted(Path(output).glob("*.pt"), key=lambda p: p.stat().st_mtime, reverse=True):
+        state = read_checkpoint(resume)
+        if not is_checkpoint(state, owner):
+            raise InputError(f"{resume} is no checkpoint of this script; "
+                             "to start from its weights use --weights")
+        return state
+    latest = None
+    for path in sorted(Path(output).glob("*.pt")):
         try:
             state = read_checkpoint(path)
-            if "step" in state:
-                return state
         except InputError as error:
             print(f"skipped: {error}", file=sys.stderr)
-    return None
+            continue
+        if is_checkpoint(state, owner) and (latest is None or state["step"] > latest["step"]):
+            latest = state
+    return latest
+
+
+def is_checkpoint(state, owner):
+    """Whether a file's dict is a whole checkpoint of the script whose arguments include `owner`."""
+    fields = {"model", "ema", "optimizer", "scaler", "per_epoch", "classes", "args"}
+    if not fields | set(TrainState.counters) <= state.keys():
+        return False
+    return isinstance(state["args"], dict) and owner in state["args"]
 
 
 def load_weights(model, state, entry="model"):
-    """Copy a weight file into `model`; all must fit but the classifier, which another number of classes leaves out.
+    """Copy a weight file into `model`; a classifier of another number of classes is left out.
 
-    Args: state, our checkpoint (`entry` of it), a bare state dict, or the authors' released file.
-    Returns: names of the classifier's tensors left as they were. Raises: InputError if the weights are another model's.
+    Args: state, our checkpoint (`entry` of it), a bare state dict, one under "state_dict", or the
+    authors' released file.
+    Returns: names of the classifier's tensors that were not loaded.
+    Raises: InputError if anything else does not fit.
     """
-    state = state[entry] if isinstance(state.get(entry), dict) else state
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-    if "patch_embed.proj.0.weight" in state and hasattr(model, "convert_released"):
-        state = model.convert_released(state)
-    own = model.state_dict()
-    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    odd = [k for k in own.keys() ^ fits.keys() | state.keys() ^ fits.keys() if not k.startswith("head.")]
-    if odd:
-        raise InputError(f"the weights do not fit {type(model).__name__}: {len(odd)} tensors are missing, left over or of another shape, "
-                         f"first {min(odd)}; another model's, or is --released wrong?")
-    model.load_state_dict({**own, **fits})
-    return sorted(own.keys() - fits.keys())
+    for key in (entry, "state_dict"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+            break
+    weights = {}
+    for name, tensor in state.items():
+        if isinstance(name, str) and isinstance(tensor, torch.Tensor):
+            weights[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = tensor
+    if "patch_embed.proj.0.weight" in weights and hasattr(model, "convert_released"):
+        weights = model.convert_released(weights)
+    expected = model.state_dict()
+    matching = {}
+    for name, tensor in weights.items():
+        if name in expected and tensor.shape == expected[name].shape:
+            matching[name] = tensor
+    missing = expected.keys() - matching.keys()
+    different = missing | (weights.keys() - matching.keys())
+    mismatched = [name for name in different if not name.startswith("head.")]
+    if mismatched:
+        raise InputError(f"the weights do not fit {type(model).__name__}: {len(mismatched)} "
+                         "tensors are missing, left over or of another shape, first "
+                         f"{min(mismatched)}; another model's, or is --released wrong?")
+    model.load_state_dict({**expected, **matching})
+    return sorted(missing)
 
 
-# ----------------------------------------------------------------------------------------------------------------- log
+# ---------------------------------------------------------------------------------------------- log
 def append(path, **record):
     """Add one JSON line to a log, on a line of its own even after a write that was cut off."""
     with open(path, "ab+") as file:
-        if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
-            file.write(b"\n")
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
         file.write(json.dumps(record).encode() + b"\n")
 
 
@@ -665,340 +1132,532 @@ def describe_run(args, procs, model):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     except OSError:  # no git on this machine
         commit = None
-    device = torch.cuda.get_device_name() if procs.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return dict(args=vars(args), commit=commit, python=sys.version.split()[0], torch=torch.__version__,
-                numpy=np.__version__, pillow=PIL.__version__, device=device, processes=procs.world,
+    if procs.device.type == "cuda":
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"CPU, {torch.get_num_threads()} threads"
+    return dict(args=vars(args), commit=commit, python=sys.version.split()[0],
+                torch=torch.__version__, numpy=np.__version__, pillow=PIL.__version__,
+                device=device, processes=procs.world,
                 parameters=sum(p.numel() for p in model.parameters()))
 
 
+class RunLog:
+    """log.jsonl and the progress bar; only rank 0 writes.
+
+    `add` collects the losses of micro-batches without waiting for the device; `flush` waits.
+    """
+
+    def __init__(self, args, procs, state, per_epoch, last_step):
+        self.args = args
+        self.procs = procs
+        self.per_epoch = per_epoch
+        self.path = Path(args.output) / "log.jsonl" if procs.rank == 0 else None
+        self.losses = []         # {name: scalar} of each update since the last line
+        self.unreadable = []     # files that could not be decoded since the last line
+        self.reported = set()    # those already named
+        self.train_seconds = 0.0
+        self.clock = time.perf_counter()
+        self.bar = tqdm(total=last_step * args.batch_size, initial=state.step * args.batch_size,
+                        unit="img", disable=procs.rank > 0)
+
+    def write(self, **record):
+        if self.path:
+            append(self.path, **record)
+
+    def start_update(self):
+        if not self.losses:
+            self.clock = time.perf_counter()
+        self.losses.append({})
+
+    def add(self, losses, weight):
+        """Add a micro-batch's losses, each times `weight`, to those of the current update."""
+        update = self.losses[-1]
+        for name, value in losses.items():
+            update[name] = update.get(name, 0) + value.detach() * weight
+
+    def end_update(self, step):
+        self.bar.update(self.args.batch_size)
+        self.bar.set_description(f"epoch {step / self.per_epoch:.1f}")
+
+    def flush(self, state):
+        """Write one line of what was added. Raises: InputError if a loss is not finite."""
+        if not self.losses:
+            return
+        names = list(self.losses[0])
+        table = torch.stack([torch.stack(list(update.values())) for update in self.losses])
+        rows = (np.array(self.procs.reduce(table.double())) / self.procs.world)  # (updates, terms)
+        totals = rows.sum(1)
+        if not np.isfinite(totals).all():
+            index = int(np.isfinite(totals).argmin())
+            step = state.step - len(rows) + index + 1
+            raise InputError(not_finite(f"loss {totals[index]}", step, state.lr, self.args.output,
+                                        state.saved_at))
+        elapsed = time.perf_counter() - self.clock
+        self.train_seconds += elapsed
+        for name, value in zip(names, rows.sum(0).tolist()):
+            state.period_losses[name] = state.period_losses.get(name, 0.0) + value
+        self.report_unreadable(state)
+        means = dict(zip(names, rows.mean(0).tolist()))
+        self.write(step=state.step, epoch=state.step / self.per_epoch, loss=float(totals.mean()),
+                   losses=means, lr=state.lr, time=time.time(),
+                   images_per_s=len(rows) * self.args.batch_size / elapsed)
+        terms = means if len(means) > 1 else {}
+        self.bar.set_postfix(loss=f"{totals.mean():.3f}", lr=f"{state.lr:.1e}",
+                             **{name: f"{value:.3f}" for name, value in terms.items()})
+        self.losses = []
+
+    def report_unreadable(self, state):
+        """Name each file that could not be decoded once."""
+        files = self.procs.gather(self.unreadable)
+        state.unreadable += len(files)
+        for file in sorted(set(files) - self.reported):
+            self.write(unreadable_file=file)
+            if self.path:
+                tqdm.write(f"cannot decode {file}; using the next file", file=sys.stderr)
+        self.reported.update(files)
+        self.unreadable = []
+
+    def write_evaluation(self, state, scores):
+        """Write one line with the metrics and the means of the losses since the last evaluation."""
+        updates = state.step - state.evaluated_at
+        means = {name: value / updates for name, value in state.period_losses.items()}
+        first = state.optimizer.state[next(state.model.parameters())]
+        self.write(step=state.step, epoch=state.step / self.per_epoch,
+                   train_loss=sum(means.values()), train_losses=means, **scores, best=state.best,
+                   unreadable=state.unreadable,
+                   scaler_skips=state.step - int(first["step"]),  # fp16 overflows
+                   train_seconds=self.train_seconds, time=time.time())
+        self.train_seconds = 0.0
+
+
+COLOURS = ("#1f6fb4", "#d9541e", "#3a923a", "#7d4fa0", "#8c564b", "#c44e8c", "#7f7f7f", "#17a2b0")
+
+
 def draw_curves(output, metrics):
-    """Draw curves.png of a run's log: training and validation loss, and the `metrics` of its epochs, over updates."""
-    records = []
-    for line in (output / "log.jsonl").read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:  # a kill or a full disk leaves half a line
-            continue
-    steps = {r["step"]: r for r in records if "step" in r and "lr" in r}
-    epochs = {r["step"]: r for r in records if "step" in r and "lr" not in r}
-    panels = [{"training loss": {s: r["loss"] for s, r in steps.items()},
-               "validation loss": {s: r["loss"] for s, r in epochs.items() if "loss" in r}},
-              {m: {s: r[m] for s, r in epochs.items() if m in r} for m in metrics}]
+    """Plot curves.png of a run's log: losses and the `metrics` of its evaluations, over updates."""
+    records = read_log(output / "log.jsonl")
+    logged = {r["step"]: r for r in records if "step" in r and "lr" in r}
+    evaluated = {r["step"]: r for r in records if "step" in r and "lr" not in r}
+    losses = {"training loss": {s: r["loss"] for s, r in logged.items()}}
+    losses["validation loss"] = {s: r["loss"] for s, r in evaluated.items() if "loss" in r}
+    names = list(next(iter(logged.values()), {}).get("losses", {}))
+    for name in names if len(names) > 1 else ():
+        losses[name] = {s: r["losses"][name] for s, r in logged.items() if name in r["losses"]}
+    scores = {}
+    for metric in metrics:
+        scores[metric] = {s: r[metric] for s, r in evaluated.items() if metric in r}
     sheet = Image.new("RGB", (1000, 380), "white")
-    draw = ImageDraw.Draw(sheet)
-    for left, lines in zip((60, 560), panels):
-        lines = {name: {s: v for s, v in line.items() if math.isfinite(v)} for name, line in lines.items()}
-        points = [(s, v) for line in lines.values() for s, v in line.items()]
-        if not points:
-            continue
-        (s0, s1), (v0, v1) = ((min(axis), max(axis)) for axis in zip(*points))
-        place = lambda s, v: (left + 400 * (s - s0) / max(s1 - s0, 1), 340 - 290 * (v - v0) / max(v1 - v0, 1e-9))  # noqa: B023, E731
-        draw.rectangle((left, 50, left + 400, 340), outline="black")
-        for value in (v0, (v0 + v1) / 2, v1):
-            draw.text((left - 6, place(s0, value)[1]), f"{value:.3g}", "black", anchor="rm")
-        for s in (s0, s1):
-            draw.text((place(s, v0)[0], 346), f"update {s}", "black", anchor="ma")
-        for i, (name, line) in enumerate(lines.items()):
-            colour = ("#1f6fb4", "#d9541e", "#3a923a", "#7d4fa0")[i]
-            draw.text((left + 130 * i, 30), name, colour)
-            line = [place(s, v) for s, v in sorted(line.items())]
-            draw.line(line, colour, 2)
-            for x, y in line if len(line) < 60 else ():
-                draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+    plot_lines(ImageDraw.Draw(sheet), 60, losses)
+    plot_lines(ImageDraw.Draw(sheet), 560, scores)
     sheet.save(output / "curves.png")
 
 
-# ---------------------------------------------------------------------------------------------------------- evaluation
-@torch.no_grad()
-def evaluate(model, source, args, procs):
-    """Top-1 and top-5 (per cent) and mean loss of `model` over all images of `source`, each counted once on any number of processes.
+def read_log(path):
+    """The records of a log; a kill or a full disk can leave half a line, which is passed over."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
 
-    Raises: InputError for an unreadable image; testing never substitutes.
+
+def plot_lines(draw, left, lines):
+    """Plot {name: {step: value}} into a panel of 400 x 290 pixels."""
+    finite = {}
+    for name, line in lines.items():
+        points = sorted((s, v) for s, v in line.items() if math.isfinite(v))
+        if points:
+            finite[name] = points
+    if not finite:
+        return
+    steps, values = np.concatenate(list(finite.values())).T
+    first, last = int(steps.min()), int(steps.max())
+    low, high = values.min(), values.max()
+
+    def position(step, value):
+        x = left + 400 * (step - first) / max(last - first, 1)
+        return x, 340 - 290 * (value - low) / max(high - low, 1e-9)
+
+    draw.rectangle((left, 50, left + 400, 340), outline="black")
+    for value in (low, (low + high) / 2, high):
+        draw.text((left - 6, position(first, value)[1]), f"{value:.3g}", "black", anchor="rm")
+    for step in (first, last):
+        draw.text((position(step, low)[0], 346), f"update {step}", "black", anchor="ma")
+    for i, (name, points) in enumerate(finite.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        draw.text((left + 130 * (i % 3), 4 + 14 * (i // 3)), name, colour)
+        path = [position(*point) for point in points]
+        draw.line(path, colour, 2)
+        if len(path) < 60:
+            for x, y in path:
+                draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+
+
+# --------------------------------------------------------------------------------------------- task
+class Classification:
+    """What the loop asks of a task; train_dense.py's tasks have the same methods.
+
+    metric: name of the metric that picks best.pt, larger is better; train_mode: what the loop
+    calls model.train() with; identity: names the run in its output.
     """
-    model.eval()
-    share = range(procs.rank, len(source), procs.world)
-    batches = [[(0, i, 0) for i in share[start:start + args.micro_batch]] for start in range(0, len(share), args.micro_batch)]
-    crop = args.test_crop or (0.875 if args.img_size < 384 else 1.0)
-    samples = Samples(source, partial(center_crop, size=args.img_size, share=crop), args.seed, replace=0)
-    sums, seen = torch.zeros(3, dtype=torch.float64, device=procs.device), 0        # top-1, top-5, loss; images
-    for images, labels, unreadable in loader(samples, batches, args.workers, procs.device):
-        if images is None:
-            raise InputError(f"validation image cannot be decoded: {unreadable[0]}")
-        labels = labels.to(procs.device, non_blocking=True)
-        with autocast(args, procs.device):
-            logits = model(normalize(images.to(procs.device, non_blocking=True)))
+
+    metric = "top1"
+    decimals = 2
+
+    def __init__(self, args, device):
+        self.args = args
+        self.device = device
+        self.train_mode = not args.frozen_bn
+        self.identity = {"model": args.model}
+
+    def open_data(self, procs, *splits):
+        """Sources of the splits "train" and "val", with read(index), labels and classes."""
+        return open_data(self.args.data, *splits, announce=procs.rank == 0)
+
+    def sampler(self, source, **schedule):
+        return StepSampler(images=len(source), repeats=self.args.repeated_aug, **schedule)
+
+    def train_sample(self, source, index, rng):
+        """An augmented image (S, S, 3) uint8 and its label."""
+        image = augment(source.read(index), rng, size=self.args.img_size,
+                        min_crop=self.args.min_crop, randaug=parse_randaug(self.args.randaug))
+        return np.asarray(image), int(source.labels[index])
+
+    def test_sample(self, source, index, _rng):
+        fraction = self.args.test_crop or (0.875 if self.args.img_size < 384 else 1.0)
+        image = center_crop(source.read(index), self.args.img_size, fraction)
+        return np.asarray(image), int(source.labels[index])
+
+    def collate(self, samples):
+        """Samples -> images (B, S, S, 3) uint8, labels (B,)."""
+        images, labels = zip(*samples)
+        return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+
+    collate_test = collate
+
+    @property
+    def test_batch(self):
+        """Images per forward pass of an evaluation."""
+        return self.args.micro_batch
+
+    def build_model(self, classes):
+        """The backbone that the flags name, with its paper's drop path unless the flag is given."""
+        options = {"num_classes": len(classes)}
+        if self.args.drop_path is not None:
+            options["drop_path_rate"] = self.args.drop_path
+        if self.args.released:
+            options["released"] = True
+        self.classes = len(classes)
+        return MODELS[self.args.model](**options)
+
+    def load_pretrained(self, model):
+        """Load --weights, if given. Returns: one line that says so, or None."""
+        if not self.args.weights:
+            return None
+        missing = load_weights(model, read_checkpoint(self.args.weights))
+        without = f", without {' and '.join(missing)}: other classes" if missing else ""
+        return f"{self.args.weights}: loaded{without}"
+
+    def param_groups(self, model):
+        return decay_groups(model, self.args.weight_decay)
+
+    def total_updates(self, per_epoch):
+        return self.args.epochs * per_epoch
+
+    def eval_every(self, per_epoch, _total):
+        return per_epoch
+
+    def lr_at(self, step, total, per_epoch):
+        return lr_at(step, peak=self.args.lr, floor=self.args.min_lr,
+                     warmup=self.args.warmup_epochs * per_epoch, total=total)
+
+    def losses(self, net, batch):
+        """Named losses of a micro-batch; mixing draws from `random`, which the loop has seeded."""
+        images, labels = batch
+        x = erase(normalize(images), self.args.random_erase, random)
+        x, targets = mix(x, labels, classes=self.classes, smoothing=self.args.label_smoothing,
+                         mixup=self.args.mixup, cutmix=self.args.cutmix, rng=random)
+        return {"loss_cls": F.cross_entropy(net(x).float(), targets)}
+
+    def record(self, model, _source, batch):
+        """Sums over a batch (4,) float64: top-1 and top-5 hits, loss, images."""
+        images, labels = (t.to(self.device, non_blocking=True) for t in batch)
+        with autocast(self.args, self.device):
+            logits = model(normalize(images))
         logits = logits.float()
-        best = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]      # (B, 5)
+        top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]      # (B, 5)
         loss = F.cross_entropy(logits, labels, reduction="sum")
-        sums, seen = sums + torch.stack([best[:, 0].sum(), best.sum(), loss]).double(), seen + len(labels)
-    top1, top5, loss, images = procs.reduce(torch.cat([sums.cpu(), torch.tensor([seen], dtype=torch.float64)]))
-    assert images == len(source), f"{images} images counted, {len(source)} exist"
-    return dict(top1=100 * top1 / images, top5=100 * top5 / images, loss=loss / images)
+        sums = torch.stack([top5[:, 0].sum(), top5.sum(), loss]).double()
+        return F.pad(sums, (0, 1), value=len(labels))
+
+    def summarize(self, source, records):
+        """Top-1 and top-5 in per cent, mean loss, of all processes' records."""
+        top1, top5, loss, images = sum(records, torch.zeros(4, dtype=torch.float64)).tolist()
+        assert images == len(source), f"{images} images counted, {len(source)} exist"
+        return dict(top1=100 * top1 / images, top5=100 * top5 / images, loss=loss / images)
+
+
+def open_data(folder, *splits, announce):
+    """The splits "train" and "val" of `folder`, or drawn images if it is None.
+
+    Raises: InputError if the splits name different classes.
+    """
+    if folder is None:
+        counts = {"train": 1000, "val": 300}
+        if announce:
+            print("no --data given: drawing 1000 training and 300 validation images of 10 classes",
+                  file=sys.stderr)
+        return [DrawnShapes(split, counts[split]) for split in splits]
+    sources = [ImageFolder(Path(folder) / split) for split in splits]
+    names = [set(source.classes) for source in sources]
+    if names[0] != names[-1]:
+        raise InputError(f"train and val of {folder} differ in classes "
+                         f"{sorted(names[0] ^ names[-1])}")
+    return sources
 
 
 def autocast(args, device):
     """The autocast context that --amp asks for."""
-    return torch.autocast(device.type, torch.float16 if args.amp == "fp16" else torch.bfloat16, enabled=args.amp != "none")
+    dtype = torch.float16 if args.amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=args.amp != "none")
 
 
-# ---------------------------------------------------------------------------------------------------------------- loop
-def build_model(args, classes):
-    """The backbone that the flags name, with its paper's drop path unless --drop-path is given."""
-    options = {} if args.drop_path is None else {"drop_path_rate": args.drop_path}
-    return MODELS[args.model](num_classes=classes, **options, **({"released": True} if args.released else {}))
+# --------------------------------------------------------------------------------------------- loop
+def train(task, args, procs, checkpoint):
+    """The run of either script: update after update until the end, --max-steps or a signal.
 
-
-def split_batch(args, world, most=128):
-    """Settle --micro-batch: the largest divisor of each process's share up to `most` unless given. Raises InputError if uneven."""
-    share, rest = divmod(args.batch_size, world)
-    if rest:
-        raise InputError(f"--batch-size {args.batch_size} does not split over {world} processes")
-    args.micro_batch = args.micro_batch or max(m for m in range(1, min(share, most) + 1) if share % m == 0)
-    if share % args.micro_batch:
-        raise InputError(f"--batch-size {args.batch_size} is not a multiple of --micro-batch {args.micro_batch} x {world} processes")
-    if args.micro_batch == 1 and args.img_size == 32 and not args.frozen_bn:
-        raise InputError("--micro-batch 1 at --img-size 32 leaves batch norm a single value a channel; use 2 or more")
-
-
-def train(args, procs, checkpoint):
-    """The run: data, model, optimizer, then update after update until the last epoch, --max-steps or a signal."""
-    train_set, val_set = open_data(args.data)
-    procs.wait()                                                            # listing a million files takes nodes unequal times
-    classes = len(train_set.classes)
-    split_batch(args, procs.world)
-    schedule = dict(images=len(train_set), batch=args.batch_size, micro=args.micro_batch, rank=procs.rank, world=procs.world,
-                    seed=args.seed, repeats=args.repeated_aug)
-    sampler = StepSampler(**schedule)
-    per_epoch = sampler.per_epoch
+    task: see `Classification`; checkpoint: that of the run to continue, or None.
+    """
+    train_set, val_set = task.open_data(procs, "train", "val")
+    procs.wait()                # listing a million files takes different times on different nodes
+    schedule = dict(batch=args.batch_size, micro=args.micro_batch, rank=procs.rank,
+                    world=procs.world, seed=args.seed)
+    per_epoch = task.sampler(train_set, **schedule).per_epoch
     if per_epoch == 0:
-        raise InputError(f"--batch-size {args.batch_size} is larger than the {sampler.used} training images of an epoch")
-    total = args.epochs * per_epoch
-    last = min(total, args.max_steps or total)
+        raise InputError(f"--batch-size {args.batch_size} is larger than the {len(train_set)} "
+                         "training images of an epoch")
+    total = task.total_updates(per_epoch)
+    last_step = min(total, args.max_steps or total)
+    eval_every = task.eval_every(per_epoch, total)
+    facts = dict(classes=train_set.classes, per_epoch=per_epoch)
 
     torch.manual_seed(args.seed)
-    model = build_model(args, classes)
-    if args.weights and not checkpoint:
-        left = load_weights(model, read_checkpoint(args.weights))
-        if procs.rank == 0:
-            print(f"{args.weights}: loaded{', without ' + ' and '.join(left) + ': other classes' if left else ''}")
+    model = task.build_model(train_set.classes)
+    loaded = None if checkpoint else task.load_pretrained(model)
     if args.sync_bn and procs.world > 1 and procs.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(procs.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
-    average = copy.deepcopy(model).eval().requires_grad_(False) if args.ema else None
-    optimizer = torch.optim.AdamW(decay_groups(model, args.weight_decay), lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    layout = torch.channels_last if args.channels_last else torch.preserve_format
+    model.to(procs.device, memory_format=layout)
+    optimizer = torch.optim.AdamW(task.param_groups(model), lr=args.lr, betas=(0.9, 0.999),
+                                  eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(procs.device.type, enabled=args.amp == "fp16")
-    step, evaluated, best, epoch_loss, unreadable = 0, 0, -1.0, 0.0, 0
-    resumed = bool(checkpoint)                                              # restore() empties it
-    if resumed:
-        step, evaluated, best, epoch_loss, unreadable = restore(checkpoint, model, average, optimizer, scaler, args, per_epoch)
-    procs.agree(step)
-    net = torch.compile(model) if args.compile else model
-    if procs.world > 1 and args.compile:
-        torch._dynamo.config.optimize_ddp = False                           # torch 2.6 cannot split graphs around our gradients
-    if procs.world > 1:
-        net = DistributedDataParallel(net, device_ids=[procs.device.index] if procs.device.type == "cuda" else None)
+    state = TrainState(model, optimizer, scaler, args.ema)
+    if checkpoint:
+        state.restore(checkpoint, args, **facts)
+    procs.check_same_step(state.step)
+    net = wrap_model(model, args, procs)
 
-    output = Path(args.output)
-    log = partial(append, output / "log.jsonl") if procs.rank == 0 else lambda **record: None
-    if procs.rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            (output / "log.jsonl").unlink(missing_ok=True)
-        log(**describe_run(args, procs, model), resumed_at=step)
-        print(f"{args.model}: batch {args.batch_size}, {args.micro_batch} at once on each of {procs.world} processes, "
-              f"peak rate {args.lr:g}, {total} updates in {args.epochs} epochs of {per_epoch}, on {procs.device.type}, amp {args.amp}")
-    saved_at = step if resumed else None
-
-    def save(name):
-        nonlocal saved_at
-        if not math.isfinite(sum(p.detach().double().sum() for p in model.parameters())):
-            raise InputError(not_finite("weights", step, lr, output, saved_at))
-        procs.share_buffers(*(m for m in (model, average) if m))
-        if procs.rank == 0:
-            save_checkpoint(output / name, dict(
-                model=model.state_dict(), ema=average.state_dict() if average else None, optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(), step=step, evaluated=evaluated, best=best, epoch_loss=epoch_loss, unreadable=unreadable,
-                per_epoch=per_epoch, args=vars(args)))
-        procs.wait()
-        saved_at = step
-
-    samples = Samples(train_set, partial(augment, size=args.img_size, min_crop=args.min_crop, randaug=parse_randaug(args.randaug)),
-                      args.seed, replace=9)
-    batches = iter(loader(samples, StepSampler(**schedule, first=step, last=last), args.workers, procs.device))
-    stop, scores, named = StopSignal(), {}, set()                           # named: unreadable files reported so far
-    lr, losses, broken, clock, seconds = 0.0, [], [], 0.0, 0.0              # losses, broken, clock: since the last log line
-    with tqdm(total=last * args.batch_size, initial=step * args.batch_size, unit="img", disable=procs.rank > 0) as bar:
-        while True:
-            stopping = procs.any(stop.caught)
-            epoch_ends = step // per_epoch > evaluated
-            if losses and (len(losses) >= args.log_every or epoch_ends or stopping or step == last):
-                values = [v / procs.world for v in procs.reduce(torch.stack(losses).double())]
-                for i, value in enumerate(values):
-                    if not math.isfinite(value):
-                        failed = step - len(values) + i
-                        rate = lr_at(failed, peak=args.lr, floor=args.min_lr, warmup=args.warmup_epochs * per_epoch, total=total)
-                        raise InputError(not_finite(f"loss {value}", failed + 1, rate, output, saved_at))
-                elapsed = time.perf_counter() - clock
-                seconds, epoch_loss = seconds + elapsed, epoch_loss + sum(values)
-                files = procs.gather(broken)
-                unreadable += len(files)
-                for file in sorted(set(files) - named) if procs.rank == 0 else ():
-                    log(unreadable_file=file)
-                    tqdm.write(f"cannot decode {file}; using the next file", file=sys.stderr)
-                named.update(files)
-                log(step=step, epoch=step / per_epoch, loss=sum(values) / len(values), lr=lr, time=time.time(),
-                    images_per_s=len(values) * args.batch_size / elapsed)
-                bar.set_postfix(loss=f"{values[-1]:.3f}", lr=f"{lr:.1e}", **{k: f"{v:.1f}" for k, v in scores.items() if "top1" in k})
-                losses, broken = [], []
-            if epoch_ends and not stopping:
-                save("last.pt")                                             # first of all: testing takes a while and may be killed
-                scores = evaluate(model, val_set, args, procs)
-                if average:
-                    scores |= {f"ema_{k}": v for k, v in evaluate(average, val_set, args, procs).items()}
-                evaluated, score = step // per_epoch, max(scores["top1"], scores.get("ema_top1", 0.0))
-                improved, best = score > best, max(score, best)
-                state = optimizer.state[next(model.parameters())]           # fp16: an overflow skips an update and halves the scale
-                log(step=step, epoch=evaluated, train_loss=epoch_loss / per_epoch, **scores, best=best, unreadable=unreadable,
-                    scaler_skips=step - int(state["step"]), train_seconds=seconds, time=time.time())
-                epoch_loss, unreadable, seconds = 0.0, 0, 0.0
-                for name in ("best.pt", "last.pt") if improved else ("last.pt",):
-                    save(name)
-                if procs.rank == 0:
-                    draw_curves(output, [m for m in ("top1", "ema_top1") if m in scores])
-                continue
-            if step >= last or stopping:
-                break
-            if not losses:
-                clock = time.perf_counter()
-            lr = lr_at(step, peak=args.lr, floor=args.min_lr, warmup=args.warmup_epochs * per_epoch, total=total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, files = update(net, optimizer, scaler, batches, step, classes, args, procs)
-            if average:
-                update_average(average, model, args.ema)
-            losses.append(loss)
-            broken += files
-            step += 1
-            bar.update(args.batch_size)
-            bar.set_description(f"epoch {step / per_epoch:.1f}/{args.epochs}")
-    if saved_at != step:
-        save("last.pt")
-    if procs.rank == 0:
-        if stopping and (step < total or epoch_ends):                       # the last epoch may be untested
-            print(f"stopped after update {step}; resume with --resume {output / 'last.pt'}")
-        else:
-            print(f"update {step}: " + "".join(f"{k} {v:.2f} %, " for k, v in scores.items() if "top" in k)
-                  + (f"best {best:.2f} %; see {output}/log.jsonl, last.pt, best.pt, curves.png" if best >= 0
-                     else f"not tested yet; see {output}/log.jsonl, last.pt"))
-
-
-def update(net, optimizer, scaler, batches, step, classes, args, procs):
-    """One update of the weights from this process's micro-batches.
-
-    Returns: mean loss (a tensor, so that nothing waits for the device) and the files that could not be decoded.
-    """
-    net.train(not args.frozen_bn)
+    log = RunLog(args, procs, state, per_epoch, last_step)
+    announce(task, log, state, total, loaded)
+    samples = Samples(train_set, task.train_sample, args.seed, max_replacements=9)
+    sampler = task.sampler(train_set, **schedule, first=state.step, last=last_step)
+    batches = iter(make_loader(samples, sampler, task.collate, args.workers, procs.device))
     accumulate = args.batch_size // (args.micro_batch * procs.world)
-    total, unreadable = torch.zeros((), device=procs.device), []
-    for i in range(accumulate):
-        images, labels, broken = next(batches)
-        unreadable += broken
-        if images is None:
-            raise InputError(f"ten files in a row cannot be decoded, the last one {broken[-1]}")
-        rng = random.Random(repr((BATCH, args.seed, step, i * procs.world + procs.rank)))
-        torch.manual_seed(rng.getrandbits(63))                              # for erasing noise and drop path
-        x = erase(normalize(images.to(procs.device, non_blocking=True)), args.random_erase, rng)
-        x, targets = mix(x, labels.to(procs.device, non_blocking=True), classes=classes, smoothing=args.label_smoothing,
-                         mixup=args.mixup, cutmix=args.cutmix, rng=rng)
-        if procs.world > 1:
-            net.require_backward_grad_sync = i == accumulate - 1            # DDP exchanges gradients once an update
-        with autocast(args, procs.device):
-            loss = F.cross_entropy(net(x).float(), targets) / accumulate
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    if args.clip_grad:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    return total, unreadable
+    stop = StopSignal()
+    stopping = False
+    scores = {}
+    if evaluation_due(state, eval_every, total):  # the run was killed while it was evaluating
+        scores = evaluate_and_save(task, state, val_set, log, **facts)
+
+    while state.step < last_step and not stopping:
+        state.lr = task.lr_at(state.step, total, per_epoch)
+        for group in optimizer.param_groups:
+            group["lr"] = state.lr
+        net.train(task.train_mode)
+        log.start_update()
+        for i in range(accumulate):
+            batch, unreadable = next(batches)
+            log.unreadable += unreadable
+            if batch is None:
+                raise InputError(f"ten files in a row cannot be decoded, last {unreadable[-1]}")
+            batch = [t.to(procs.device, non_blocking=True) for t in batch]
+            seed_micro_batch(args.seed, state.step, i * procs.world + procs.rank)
+            if procs.world > 1:
+                net.require_backward_grad_sync = i == accumulate - 1  # once per update
+            with autocast(args, procs.device):
+                losses = task.losses(net, batch)
+                loss = sum(losses.values()) / accumulate
+            scaler.scale(loss).backward()
+            log.add(losses, 1 / accumulate)
+        if args.clip_grad:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if state.average:
+            update_average(state.average, model, args.ema)
+        state.step += 1
+        log.end_update(state.step)
+
+        stopping = procs.any(stop.caught)
+        due = evaluation_due(state, eval_every, total)
+        if due or stopping or state.step == last_step or len(log.losses) >= args.log_every:
+            log.flush(state)
+        if due and not stopping:
+            scores = evaluate_and_save(task, state, val_set, log, **facts)
+    log.bar.close()
+    if state.saved_at != state.step:
+        state.save("last.pt", args, procs, **facts)
+    if procs.rank == 0:
+        print(last_words(task, args, state, stopping and state.evaluated_at < total, scores))
 
 
-def restore(checkpoint, model, average, optimizer, scaler, args, per_epoch):
-    """Put a checkpoint's states back, strictly, and empty it.
+def wrap_model(model, args, procs):
+    """The model as the loop calls it: compiled and wrapped for gradient exchange as asked."""
+    net = torch.compile(model) if args.compile else model
+    if procs.world == 1:
+        return net
+    if args.compile:
+        torch._dynamo.config.optimize_ddp = False  # torch 2.6 cannot split graphs at our gradients
+    devices = [procs.device.index] if procs.device.type == "cuda" else None
+    return DistributedDataParallel(net, device_ids=devices)
 
-    Returns: step, evaluated epochs, best score, sums of the unfinished epoch. Raises: InputError if it is another run's.
+
+def seed_micro_batch(seed, step, index):
+    """Seed what a micro-batch draws: mixing from `random`; noise and drop path from torch."""
+    random.seed(repr((BATCH, seed, step, index)))
+    torch.manual_seed(random.getrandbits(63))
+
+
+def announce(task, log, state, total, loaded):
+    """Open the log and say what starts, on rank 0."""
+    args = log.args
+    procs = log.procs
+    if procs.rank > 0:
+        return
+    Path(args.output).mkdir(parents=True, exist_ok=True)
+    if state.step == 0:
+        log.path.unlink(missing_ok=True)
+    log.write(**describe_run(args, procs, state.model), resumed_at=state.step)
+    if loaded:
+        print(loaded)
+    print(f"{' with '.join(task.identity.values())}: batch {args.batch_size}, {args.micro_batch} "
+          f"at once on each of {procs.world} processes, peak rate {args.lr:g}, {total} updates, "
+          f"{log.per_epoch} per epoch, on {procs.device.type}, amp {args.amp}")
+
+
+def evaluation_due(state, eval_every, total):
+    """Whether `eval_every` updates, or all of them, were completed since the last evaluation."""
+    periods = state.step // eval_every - state.evaluated_at // eval_every
+    return periods > 0 or state.evaluated_at < state.step == total
+
+
+def evaluate_and_save(task, state, val_set, log, **facts):
+    """Evaluate the model and its average, log the metrics, save last.pt and, if best, best.pt."""
+    args = log.args
+    procs = log.procs
+    state.save("last.pt", args, procs, **facts)  # save first: evaluation is slow and may be killed
+    scores = evaluate(task, state.model, val_set, args, procs)
+    if state.average:
+        averaged = evaluate(task, state.average, val_set, args, procs)
+        scores |= {f"ema_{name}": value for name, value in averaged.items()}
+    metrics = [m for m in (task.metric, f"ema_{task.metric}") if m in scores]
+    score = max(scores[m] for m in metrics)
+    improved = score > state.best
+    state.best = max(score, state.best)
+    log.write_evaluation(state, scores)
+    state.evaluated_at = state.step
+    state.period_losses = {}
+    state.unreadable = 0
+    if improved:
+        state.save("best.pt", args, procs, **facts)
+    state.save("last.pt", args, procs, **facts)
+    if procs.rank == 0:
+        draw_curves(Path(args.output), metrics)
+    return scores
+
+
+def last_words(task, args, state, stopped, scores):
+    """The last line of a run."""
+    if stopped:
+        return (f"stopped after update {state.step}; "
+                f"resume with --resume {Path(args.output) / 'last.pt'}")
+    if state.best == -math.inf:
+        return f"update {state.step}: not evaluated yet; see {args.output}/log.jsonl, last.pt"
+    values = [f"{name} {value:.{task.decimals}f}" for name, value in scores.items()]
+    values.append(f"best {task.metric} {state.best:.{task.decimals}f}")
+    return (f"update {state.step}: {', '.join(values)}; see {args.output}/log.jsonl, last.pt, "
+            "best.pt, curves.png")
+
+
+@torch.no_grad()
+def evaluate(task, model, source, args, procs):
+    """The task's metrics over all images of `source`, each counted once by any number of processes.
+
+    Raises: InputError for an unreadable image; evaluation never substitutes.
     """
-    if checkpoint["per_epoch"] != per_epoch:
-        raise InputError(f"epochs of the checkpoint have {checkpoint['per_epoch']} updates, of this run {per_epoch}: other data or batch?")
-    try:
-        model.load_state_dict(checkpoint["model"])
-        if average:
-            average.load_state_dict(checkpoint["ema"] or checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
-        counters = [checkpoint[k] for k in ("step", "evaluated", "best", "epoch_loss", "unreadable")]
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise InputError(f"the checkpoint does not fit this run: {' '.join(str(error).split())[:200]}") from None
-    for group, decay in zip(optimizer.param_groups, (args.weight_decay, 0.0)):
-        group["weight_decay"] = decay
-        for p in group["params"]:                                           # fused AdamW needs moments in their weights' layout
-            state = optimizer.state[p]
-            state.update({k: torch.empty_like(p).copy_(state[k]) for k in ("exp_avg", "exp_avg_sq") if k in state})
-    checkpoint.clear()
-    return counters
+    model.eval()
+    keys = [(0, index, 0) for index in range(procs.rank, len(source), procs.world)]
+    size = task.test_batch
+    batches = [keys[start:start + size] for start in range(0, len(keys), size)]
+    samples = Samples(source, task.test_sample, args.seed, max_replacements=0)
+    records = []
+    loader = make_loader(samples, batches, task.collate_test, args.workers, procs.device)
+    for batch, unreadable in loader:
+        if unreadable:
+            raise InputError(f"validation image cannot be decoded: {unreadable[0]}")
+        records.append(task.record(model, source, batch))
+    return task.summarize(source, procs.gather(records))
 
 
-def not_finite(what, step, lr, output, saved_at):
-    """The message of a run that stops because something became infinite or not a number."""
-    return (f"{what} at update {step} not finite, learning rate {lr:.3g}; last finite checkpoint: "
-            f"{'none yet' if saved_at is None else f'{output}/last.pt of update {saved_at}'}")
-
-
-def test(args, procs, checkpoint):
-    """--eval: print one JSON line with the scores of the weights, and of their average if the file holds one."""
-    _, val_set = open_data(args.data)
-    args.micro_batch = args.micro_batch or 128
+def test(task, args, procs, checkpoint):
+    """--eval: print one JSON line with the metrics of the weights, and of their average if any."""
+    val_set, = task.open_data(procs, "val")
+    check_classes(args.weights, checkpoint.get("classes", val_set.classes), val_set.classes)
     scores = {}
     for entry in ("model", "ema") if checkpoint.get("ema") else ("model",):
-        model = build_model(args, len(val_set.classes))
+        model = task.build_model(val_set.classes)
         if load_weights(model, checkpoint, entry):
-            raise InputError(f"the classifier of {args.weights} is not one of {len(val_set.classes)} classes")
-        result = evaluate(model.to(procs.device), val_set, args, procs)
-        scores |= {f"ema_{k}" if entry == "ema" else k: v for k, v in result.items()}
+            raise InputError(f"the classifier of {args.weights} is not one of "
+                             f"{len(val_set.classes)} classes")
+        result = evaluate(task, model.to(procs.device), val_set, args, procs)
+        prefix = "ema_" if entry == "ema" else ""
+        scores |= {prefix + name: value for name, value in result.items()}
     if procs.rank == 0:
-        print(json.dumps(dict(model=args.model, weights=args.weights, images=len(val_set), **scores)))
+        facts = dict(task.identity, weights=args.weights, images=len(val_set))
+        print(json.dumps(facts | scores))
 
 
-def main(argv=None):
-    """Settle the arguments, start the processes, train or test."""
-    args = parse_args(argv)
-    checkpoint = None
-    if args.eval:
-        if not args.weights:
-            raise InputError("--eval needs --weights FILE")
-        checkpoint = read_checkpoint(args.weights)
-    elif args.resume:
-        checkpoint = find_checkpoint(args.resume, args.output or f"runs/{args.model or 'linglo_b0'}")
-        if checkpoint and not {"step", "args", "per_epoch"} <= checkpoint.keys():
-            raise InputError(f"{args.resume} is no checkpoint of this script; to start from its weights use --weights")
-        if checkpoint and args.model and args.model != checkpoint["args"]["model"]:
-            raise InputError(f"the checkpoint is one of {checkpoint['args']['model']}, --model says {args.model}")
-    settle(args, checkpoint)
+# ------------------------------------------------------------------------------------- command line
+def launch(command, make_task, args, checkpoint):
+    """Start the processes, run `command(task, args, procs, checkpoint)`, end them."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.deterministic)
-    procs = Processes(patience=600 if args.compile else 60)
-    if procs.rank == 0 and not args.data:
-        print("no --data given: drawing 1000 training and 300 validation images of 10 classes", file=sys.stderr)
-    (test if args.eval else train)(args, procs, checkpoint)
+    procs = Processes(timeout=600 if args.compile else 60)
+    command(make_task(args, procs.device), args, procs, checkpoint)
     procs.close()
 
 
-if __name__ == "__main__":
+def main(argv=None):
+    """Resolve the arguments, then train or evaluate."""
+    args, checkpoint = resolve_args(argv)
+    launch(test if args.eval else train, Classification, args, checkpoint)
+
+
+def run_main(main, script):
+    """Call a script's main; a user's mistake ends in one line on stderr and status 2."""
     try:
         main()
     except (InputError, OSError) as error:
-        print(f"train_imagenet.py: {' '.join(str(error).split())}", file=sys.stderr)
+        message = str(error).split("InputError: ")[-1]  # a loader process adds its traceback
+        print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    run_main(main, "train_imagenet.py")
