@@ -189,6 +189,7 @@ def make_parser(description, flags, overrides):
             options["action"] = ON_OFF
         elif isinstance(flag.type, tuple):
             options["choices"] = flag.type
+            options["type"] = type(flag.type[0])
         else:
             options["type"] = flag.type
         if flag.several:
