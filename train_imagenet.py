@@ -114,11 +114,8 @@ ON_OFF = argparse.BooleanOptionalAction
 RUN_FLAGS = {  # of both scripts
     "released": Flag(bool, False, "SecViT as its authors released it"),
     "output": OnceFlag(str, None, "folder for log.jsonl, last.pt, best.pt, curves.png"),
-    "batch_size": Flag(COUNT, 1024, "images per update, over all processes and accumulation"),
     "micro_batch": Flag(COUNT, None, "images per process and forward pass; gradients accumulate "
                         "up to --batch-size; default: a divisor of it"),
-    "lr": Flag(NOT_NEGATIVE, 1e-3, "peak learning rate at this --batch-size, never rescaled"),
-    "weight_decay": Flag(NOT_NEGATIVE, 0.05, "AdamW's weight decay"),
     "clip_grad": Flag(POSITIVE, None, "clip gradients to this norm; default off"),
     "drop_path": Flag(BELOW_ONE, None, "stochastic depth of the last block; default: the paper's"),
     "ema": Flag(number(float, 0, 0.9999999), 0.0, "decay of averaged weights, 0 is off"),
@@ -144,6 +141,9 @@ FLAGS = {
                      "images"),
     "epochs": Flag(COUNT, 300, "length of training and of the cosine"),
     **RUN_FLAGS,
+    "batch_size": Flag(COUNT, 1024, "images per update, over all processes and accumulation"),
+    "lr": Flag(NOT_NEGATIVE, 1e-3, "peak learning rate at this --batch-size, never rescaled"),
+    "weight_decay": Flag(NOT_NEGATIVE, 0.05, "AdamW's weight decay"),
     "min_lr": Flag(NOT_NEGATIVE, 1e-5, "learning rate at the end of the cosine"),
     "warmup_epochs": Flag(NOT_NEGATIVE, 5.0, "linear warm-up from 1e-6"),
     "img_size": Flag(number(int, 32), 224, "side of the square images"),
@@ -516,7 +516,7 @@ class DrawnShapes:
         y, x = np.mgrid[:side, :side] - centre[::-1, None, None]
         u = (x * np.cos(angle) + y * np.sin(angle)) / radius
         v = (y * np.cos(angle) - x * np.sin(angle)) / radius
-        inside = cls.shape_mask(cls.shapes[label // 2], u, v)
+        inside = shape_mask(cls.shapes[label // 2], u, v)
         period = rng.uniform(5, 8)
         phase = rng.uniform(0, 2 * np.pi, 2)
         waves = [np.sin(2 * np.pi * t / period + p) for t, p in zip((x, y), phase)]
@@ -530,21 +530,20 @@ class DrawnShapes:
         noisy = pixels + rng.normal(0, 8, pixels.shape)
         return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
-    @staticmethod
-    def shape_mask(shape, u, v):
-        """Boolean mask of a shape in coordinates u, v, in units of its radius."""
-        distance = np.hypot(u, v)
-        longer = np.maximum(abs(u), abs(v))
-        shorter = np.minimum(abs(u), abs(v))
-        if shape == "disc":
-            return distance < 1
-        if shape == "square":
-            return longer < 0.75
-        if shape == "triangle":
-            return (v < 0.5) & (v > 1.7 * abs(u) - 1)
-        if shape == "ring":
-            return (distance < 1) & (distance > 0.5)
-        return (shorter < 0.28) & (longer < 0.95)  # cross
+
+def shape_mask(shape, u, v):
+    """Boolean mask of a shape in coordinates u, v, in units of its radius."""
+    distance = np.hypot(u, v)
+    longer = np.maximum(abs(u), abs(v))
+    shorter = np.minimum(abs(u), abs(v))
+    masks = {
+        "disc": distance < 1,
+        "square": longer < 0.75,
+        "triangle": (v < 0.5) & (v > 1.7 * abs(u) - 1),
+        "cross": (shorter < 0.28) & (longer < 0.95),
+        "ring": (distance < 1) & (distance > 0.5),
+    }
+    return masks[shape]
 
 
 def draw_clutter(rng, side):
@@ -701,74 +700,47 @@ def center_crop(image, size, fraction):
 
 
 FILL = tuple(round(255 * m) for m in MEAN)  # colour outside of a turned or shifted image
+BICUBIC = Image.Resampling.BICUBIC
 
 
 def affine(image, *coefficients):
     """Pillow's affine map, output -> input pixels, bicubic, mean colour outside."""
-    return image.transform(image.size, Image.Transform.AFFINE, coefficients,
-                           Image.Resampling.BICUBIC, fillcolor=FILL)
+    method = Image.Transform.AFFINE
+    return image.transform(image.size, method, coefficients, BICUBIC, fillcolor=FILL)
 
 
-def rotate(image, m, sign):
-    return image.rotate(sign * 30 * m / 10, Image.Resampling.BICUBIC, fillcolor=FILL)
-
-
-def posterize(image, m, _sign):
+def posterize(image, bits):
     """Keep the upper bits; Pillow 13 refuses 0 bits, which older versions turn black."""
-    bits = 4 - int(4 * m / 10)
     return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)
 
 
-def solarize(image, m, _sign):
-    return ImageOps.solarize(image, 256 - min(256, int(256 * m / 10)))
-
-
-def solarize_add(image, m, _sign):
+def solarize_add(image, amount):
     """Add to the values below 128."""
-    amount = min(128, int(110 * m / 10))
     table = [min(255, v + amount) if v < 128 else v for v in range(256)]
     return image.point(table * 3)
 
 
 def enhance(kind):
     """An operation that moves one of Pillow's enhancers away from 1 by 0.9 m / 10."""
-    def operation(image, m, sign):
-        return kind(image).enhance(max(0.1, 1 + sign * 0.9 * m / 10))
-    return operation
-
-
-def shear_x(image, m, sign):
-    return affine(image, 1, sign * 0.3 * m / 10, 0, 0, 1, 0)
-
-
-def shear_y(image, m, sign):
-    return affine(image, 1, 0, 0, sign * 0.3 * m / 10, 1, 0)
-
-
-def translate_x(image, m, sign):
-    return affine(image, 1, 0, sign * 0.45 * m / 10 * image.width, 0, 1, 0)
-
-
-def translate_y(image, m, sign):
-    return affine(image, 1, 0, 0, 0, 1, sign * 0.45 * m / 10 * image.height)
+    return lambda image, m, sign: kind(image).enhance(max(0.1, 1 + sign * 0.9 * m / 10))
 
 
 RANDAUGMENT = (  # (image, magnitude m in [0, 10], sign) -> image; timm's "increasing" set in order
     lambda image, m, sign: ImageOps.autocontrast(image),
     lambda image, m, sign: ImageOps.equalize(image),
     lambda image, m, sign: ImageOps.invert(image),
-    rotate,
-    posterize,
-    solarize,
-    solarize_add,
+    lambda image, m, sign: image.rotate(sign * 30 * m / 10, resample=BICUBIC, fillcolor=FILL),
+    lambda image, m, sign: posterize(image, 4 - int(4 * m / 10)),
+    lambda image, m, sign: ImageOps.solarize(image, 256 - min(256, int(256 * m / 10))),
+    lambda image, m, sign: solarize_add(image, min(128, int(110 * m / 10))),
     enhance(ImageEnhance.Color),
     enhance(ImageEnhance.Contrast),
     enhance(ImageEnhance.Brightness),
     enhance(ImageEnhance.Sharpness),
-    shear_x,
-    shear_y,
-    translate_x,
-    translate_y,
+    lambda image, m, sign: affine(image, 1, sign * 0.3 * m / 10, 0, 0, 1, 0),   # shear x
+    lambda image, m, sign: affine(image, 1, 0, 0, sign * 0.3 * m / 10, 1, 0),   # shear y
+    lambda image, m, sign: affine(image, 1, 0, sign * 0.45 * m / 10 * image.width, 0, 1, 0),
+    lambda image, m, sign: affine(image, 1, 0, 0, 0, 1, sign * 0.45 * m / 10 * image.height),
 )
 
 
@@ -985,18 +957,11 @@ class TrainState:
             raise InputError(f"the checkpoint does not fit this run: {reason}") from None
         for group, decay in zip(self.optimizer.param_groups, (args.weight_decay, 0.0)):
             group["weight_decay"] = decay
-            for p in group["params"]:
-                self.match_layout(p)
+        for p, moments in self.optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # fused AdamW needs them in p's memory layout
+                moments[name] = torch.empty_like(p).copy_(moments[name])
         self.saved_at = self.step
         checkpoint.clear()
-
-    def match_layout(self, p):
-        """Fused AdamW needs a parameter's moments in the memory layout of the parameter."""
-        state = self.optimizer.state[p]
-        for name in ("exp_avg", "exp_avg_sq"):
-            if name in state:
-                state[name] = torch.empty_like(p).copy_(state[name])
-
 
 def not_finite(what, step, lr, output, saved_at):
     """The message of a run that stops because something became infinite or not a number."""
