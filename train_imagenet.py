@@ -29,9 +29,11 @@ peak rate 2e-3 is from the authors' logs, the paper gives none.
 """
 import argparse
 import copy
+import ctypes
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -39,6 +41,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -315,7 +319,12 @@ class Processes:
         self.checkpoint_group = None
         if self.world > 1:
             limit = datetime.timedelta(seconds=timeout)
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=limit)
+            store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            # torchrun's store survives a restart: the keys of a dead attempt must not be read again
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank,
+                                    world_size=world, timeout=limit)
             self.gloo_group = dist.new_group(backend="gloo", timeout=limit)  # never waits for a GPU
             long = datetime.timedelta(minutes=30)
             self.checkpoint_group = dist.new_group(backend="gloo", timeout=long)
@@ -645,13 +654,30 @@ def make_loader(samples, batches, collate_samples, workers, device):
     """DataLoader over lists of keys."""
     return torch.utils.data.DataLoader(
         samples, batch_sampler=batches, collate_fn=partial(collate, collate_samples),
-        num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals)
+        num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=follow_parent)
 
 
-def ignore_signals(_worker):
-    """Ctrl-C and SIGTERM are for the training process, which ends its workers itself."""
+def follow_parent(_worker):
+    """Ctrl-C and SIGTERM are for the training process; its workers live exactly as long as it.
+
+    It kills them when it ends (`kill_workers`); Linux does if it was killed itself.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if multiprocessing.parent_process() is None or not multiprocessing.parent_process().is_alive():
+        os._exit(1)  # it died before the line above
+
+
+def kill_workers():
+    """End the loader's processes, which ignore SIGTERM; Python would wait for them at its exit."""
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises for each killed one
+    for worker in multiprocessing.active_children():
+        worker.kill()
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
 
 
 # ------------------------------------------------------------------------------------- augmentation
@@ -991,6 +1017,8 @@ def save_checkpoint(path, state):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
+        if is_dead_worker(error):
+            raise
         reason = str(error).splitlines()[0]
         raise InputError(f"cannot write {path} ({reason}); the previous checkpoint is untouched"
                          ) from None
@@ -1004,11 +1032,18 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise InputError(f"no checkpoint {path}")
     try:
+        if zipfile.is_zipfile(path):
+            damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare checksums
+            if damaged:
+                raise ValueError(f"{damaged} is damaged")
         with torch.serialization.safe_globals([argparse.Namespace]):  # the authors' files hold one
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen types for damaged files
+    except Exception as error:  # half a dozen types for damaged files
+        reason = re.sub(r"\x1b\[\d*m", "", str(error))
+        unsupported = re.search(r"Unsupported global: GLOBAL \S+", reason)
+        reason = unsupported[0] if unsupported else reason.split(". ")[0][:120]
         raise InputError(f"cannot read {path}: damaged or not a checkpoint "
-                         f"({type(error).__name__})") from None
+                         f"({type(error).__name__}: {reason})") from None
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}, expected a dict of tensors")
     return state
@@ -1126,6 +1161,9 @@ class RunLog:
         self.clock = time.perf_counter()
         self.bar = tqdm(total=last_step * args.batch_size, initial=state.step * args.batch_size,
                         unit="img", disable=procs.rank > 0)
+
+    def close(self):
+        self.bar.close()
 
     def write(self, **record):
         if self.path:
@@ -1426,56 +1464,55 @@ def train(task, args, procs, checkpoint):
     procs.check_same_step(state.step)
     net = wrap_model(model, args, procs)
 
-    log = RunLog(args, procs, state, per_epoch, last_step)
-    announce(task, log, state, total, loaded)
-    samples = Samples(train_set, task.train_sample, args.seed, max_replacements=9)
-    sampler = task.sampler(train_set, **schedule, first=state.step, last=last_step)
-    batches = iter(make_loader(samples, sampler, task.collate, args.workers, procs.device))
-    accumulate = args.batch_size // (args.micro_batch * procs.world)
-    stop = StopSignal()
-    stopping = False
-    scores = {}
-    if evaluation_due(state, eval_every, total):  # the run was killed while it was evaluating
-        scores = evaluate_and_save(task, state, val_set, log, **facts)
-
-    while state.step < last_step and not stopping:
-        state.lr = task.lr_at(state.step, total, per_epoch)
-        for group in optimizer.param_groups:
-            group["lr"] = state.lr
-        net.train(task.train_mode)
-        log.start_update()
-        for i in range(accumulate):
-            batch, unreadable = next(batches)
-            log.unreadable += unreadable
-            if batch is None:
-                raise InputError(f"ten files in a row cannot be decoded, last {unreadable[-1]}")
-            batch = [t.to(procs.device, non_blocking=True) for t in batch]
-            seed_micro_batch(args.seed, state.step, i * procs.world + procs.rank)
-            if procs.world > 1:
-                net.require_backward_grad_sync = i == accumulate - 1  # once per update
-            with autocast(args, procs.device):
-                losses = task.losses(net, batch)
-                loss = sum(losses.values()) / accumulate
-            scaler.scale(loss).backward()
-            log.add(losses, 1 / accumulate)
-        if args.clip_grad:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if state.average:
-            update_average(state.average, model, args.ema)
-        state.step += 1
-        log.end_update(state.step)
-
-        stopping = procs.any(stop.caught)
-        due = evaluation_due(state, eval_every, total)
-        if due or stopping or state.step == last_step or len(log.losses) >= args.log_every:
-            log.flush(state)
-        if due and not stopping:
+    with closing(RunLog(args, procs, state, per_epoch, last_step)) as log:
+        announce(task, log, state, total, loaded)
+        samples = Samples(train_set, task.train_sample, args.seed, max_replacements=9)
+        sampler = task.sampler(train_set, **schedule, first=state.step, last=last_step)
+        batches = iter(make_loader(samples, sampler, task.collate, args.workers, procs.device))
+        accumulate = args.batch_size // (args.micro_batch * procs.world)
+        stop = StopSignal()
+        stopping = False
+        scores = {}
+        if evaluation_due(state, eval_every, total):  # the run was killed while it was evaluating
             scores = evaluate_and_save(task, state, val_set, log, **facts)
-    log.bar.close()
+
+        while state.step < last_step and not stopping:
+            state.lr = task.lr_at(state.step, total, per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = state.lr
+            net.train(task.train_mode)
+            log.start_update()
+            for i in range(accumulate):
+                batch, unreadable = next(batches)
+                log.unreadable += unreadable
+                if batch is None:
+                    raise InputError(f"ten files in a row cannot be decoded, last {unreadable[-1]}")
+                batch = [t.to(procs.device, non_blocking=True) for t in batch]
+                seed_micro_batch(args.seed, state.step, i * procs.world + procs.rank)
+                if procs.world > 1:
+                    net.require_backward_grad_sync = i == accumulate - 1  # once per update
+                with autocast(args, procs.device):
+                    losses = task.losses(net, batch)
+                    loss = sum(losses.values()) / accumulate
+                scaler.scale(loss).backward()
+                log.add(losses, 1 / accumulate)
+            if args.clip_grad:
+                scaler.unscale_(optimizer)
+                torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            if state.average:
+                update_average(state.average, model, args.ema)
+            state.step += 1
+            log.end_update(state.step)
+
+            stopping = procs.any(stop.caught)
+            due = evaluation_due(state, eval_every, total)
+            if due or stopping or state.step == last_step or len(log.losses) >= args.log_every:
+                log.flush(state)
+            if due and not stopping:
+                scores = evaluate_and_save(task, state, val_set, log, **facts)
     if state.saved_at != state.step:
         state.save("last.pt", args, procs, **facts)
     if procs.rank == 0:
@@ -1605,7 +1642,10 @@ def launch(command, make_task, args, checkpoint):
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.deterministic)
     procs = Processes(timeout=600 if args.compile else 60)
-    command(make_task(args, procs.device), args, procs, checkpoint)
+    try:
+        command(make_task(args, procs.device), args, procs, checkpoint)
+    finally:
+        kill_workers()
     procs.close()
 
 
@@ -1623,6 +1663,16 @@ def run_main(main, script):
         message = str(error).split("InputError: ")[-1]  # a loader process adds its traceback
         print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not is_dead_worker(error):
+            raise
+        print(f"{script}: a loader process died, out of memory perhaps ({error})", file=sys.stderr)
+        sys.exit(1)
+
+
+def is_dead_worker(error):
+    """Whether torch's handler of SIGCHLD raised this, anywhere, for a loader process."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 if __name__ == "__main__":
