@@ -51,7 +51,6 @@ The text is silent.
 import argparse
 import colorsys
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -172,8 +171,12 @@ def aggregate(x, score, index, clusters):
     return (total[..., :C] / total[..., C:]).to(x.dtype)                    # (B, M, C)
 
 
-@torch.library.custom_op("clustr::cluster_tokens", mutates_args=())
-def cluster_tokens(x: torch.Tensor, neighbours: int, clusters: Sequence[int]) -> torch.Tensor:
+@torch.library.custom_op(
+    "clustr::cluster_tokens",
+    mutates_args=(),
+    schema="(Tensor x, SymInt neighbours, SymInt[] clusters) -> Tensor",
+)
+def cluster_tokens(x, neighbours, clusters):
     """`density_peaks` once, then `assign_clusters` per number of clusters: (B, N, C) -> (L, B, N).
 
     One opaque operator, so that data-dependent loops stay out of torch.compile's graph.
