@@ -342,7 +342,7 @@ class ClusteringGuidedAttention(nn.Module):
 
     def __init__(self, dim, heads, ratios, neighbours=5, aggregation="cluster"):
         super().__init__()
-        if dim % heads:
+        if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"dim = {dim} does not split into {heads} heads")
         if not ratios or min(ratios) < 1:
             raise ValueError(f"ratios = {ratios}, expected one or more, all at least 1")
@@ -452,6 +452,17 @@ class Block(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------- model
+def check_arguments(num_classes, drop_path_rate, **stages):
+    """Raise ValueError unless every tuple in `stages` holds four integers of at least 1."""
+    if num_classes < 0:
+        raise ValueError(f"num_classes = {num_classes}, expected at least 0")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate = {drop_path_rate}, expected 0 <= rate < 1")
+    for name, values in stages.items():
+        if len(values) != 4 or min(values) < 1:
+            raise ValueError(f"{name} = {values}, expected four values of at least 1, one per stage")
+
+
 def build_stages(depths, drop_path_rate, block):
     """Four stages of blocks, each from `block(stage, rate)`.
 
@@ -474,13 +485,14 @@ class ClusTR(nn.Module):
 
     Args:
         num_classes: width of the classifier.
-        drop_path_rate: stochastic depth of the last block; rates rise linearly from 0 in the first.
-        depths, dims, heads: one number per stage.
+        drop_path_rate: stochastic depth of the last block, in [0, 1); rates rise linearly from 0.
+        depths, dims, heads: one number per stage, at least 1; heads divide dims.
         ratios: one tuple of token reductions per stage; single-scale (Table 9) is
             ((64,), (16,), (4,), (1,)).
         neighbours: k of the densities.
         aggregation: "cluster", or "grid" or "knn" (Tables 7 and 8).
     `channels` holds the widths of the four feature maps.
+    Raises: ValueError for values outside these.
     """
 
     def __init__(
@@ -496,6 +508,9 @@ class ClusTR(nn.Module):
         aggregation="cluster",
     ):
         super().__init__()
+        check_arguments(num_classes, drop_path_rate, depths=depths, dims=dims, heads=heads)
+        if len(ratios) != 4:
+            raise ValueError(f"ratios = {ratios}, expected four tuples, one per stage")
         self.channels = tuple(dims)
         self.embeds = nn.ModuleList([PatchEmbedding(3, dims[0], 7, 4)])
         for i in range(1, 4):

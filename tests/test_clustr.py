@@ -485,6 +485,26 @@ def test_classifier_takes_the_mean_of_the_last_map():
     assert_close(model(images), model.head(pooled))
 
 
+WRONG_OPTIONS = [
+    ({"depths": (1, 1, 1)}, "depths = "),
+    ({"depths": (1, 1, 0, 1)}, "depths = "),
+    ({"dims": (8, 16, 16, -32)}, "dims = "),
+    ({"heads": (1, 2, 2, 4, 4)}, "heads = "),
+    ({"heads": (0, 2, 2, 4)}, "heads = "),
+    ({"heads": (1, 2, 3, 4)}, "dim = 16 does not split into 3 heads"),
+    ({"ratios": ((16,), (4,), (1,))}, "ratios = .*four tuples"),
+    ({"num_classes": -1}, "num_classes = -1"),
+    ({"drop_path_rate": 1.0}, "drop_path_rate = 1.0"),
+    ({"drop_path_rate": -0.1}, "drop_path_rate = -0.1"),
+]
+
+
+@pytest.mark.parametrize("overrides, message", WRONG_OPTIONS)
+def test_model_rejects_wrong_options(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        clustr.clustr_t(**{**TINY, **overrides})
+
+
 @pytest.fixture(scope="module")
 def untrained():
     return clustr.clustr_t()
