@@ -484,7 +484,7 @@ class ClusTR(nn.Module):
     """Four stages of clustering-guided blocks at strides 4, 8, 16 and 32 (Fig. 3 and Table 1).
 
     Args:
-        num_classes: width of the classifier.
+        num_classes: width of the classifier; 0 for none.
         drop_path_rate: stochastic depth of the last block, in [0, 1); rates rise linearly from 0.
         depths, dims, heads: one number per stage, at least 1; heads divide dims.
         ratios: one tuple of token reductions per stage; single-scale (Table 9) is
@@ -522,7 +522,7 @@ class ClusTR(nn.Module):
 
         self.stages = build_stages(depths, drop_path_rate, block)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
-        self.head = nn.Linear(dims[3], num_classes)
+        self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
     def forward_features(self, images):
@@ -546,7 +546,7 @@ class ClusTR(nn.Module):
         return tuple(maps)
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, num_classes)."""
+        """(B, 3, H, W) -> logits (B, num_classes), or pooled features (B, C_4) without classifier."""
         pooled = self.forward_features(images)[-1].mean((2, 3))             # (B, C_4)
         return self.head(pooled)
 

@@ -485,6 +485,13 @@ def test_classifier_takes_the_mean_of_the_last_map():
     assert_close(model(images), model.head(pooled))
 
 
+def test_without_classes_the_model_returns_pooled_features():
+    model = clustr.clustr_t(**{**TINY, "num_classes": 0}).eval()
+    images = torch.randn(2, 3, 64, 96)
+    pooled = model.forward_features(images)[3].mean((2, 3))
+    assert_close(model(images), pooled)
+
+
 WRONG_OPTIONS = [
     ({"depths": (1, 1, 1)}, "depths = "),
     ({"depths": (1, 1, 0, 1)}, "depths = "),
