@@ -56,7 +56,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 # ----------------------------------------------------------------------------------------- variants
 VARIANTS = {  # Table 1
@@ -460,7 +460,7 @@ def check_arguments(num_classes, drop_path_rate, **stages):
         raise ValueError(f"drop_path_rate = {drop_path_rate}, expected 0 <= rate < 1")
     for name, values in stages.items():
         if len(values) != 4 or min(values) < 1:
-            raise ValueError(f"{name} = {values}, expected four values of at least 1, one per stage")
+            raise ValueError(f"{name} = {values}, expected 4 values of at least 1, one per stage")
 
 
 def build_stages(depths, drop_path_rate, block):
@@ -485,7 +485,7 @@ class ClusTR(nn.Module):
 
     Args:
         num_classes: width of the classifier; 0 for none.
-        drop_path_rate: stochastic depth of the last block, in [0, 1); rates rise linearly from 0.
+        drop_path_rate: stochastic depth of the last block, in [0, 1); rises linearly from 0.
         depths, dims, heads: one number per stage, at least 1; heads divide dims.
         ratios: one tuple of token reductions per stage; single-scale (Table 9) is
             ((64,), (16,), (4,), (1,)).
@@ -546,7 +546,7 @@ class ClusTR(nn.Module):
         return tuple(maps)
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, num_classes), or pooled features (B, C_4) without classifier."""
+        """(B, 3, H, W) -> logits (B, num_classes), without classifier pooled features (B, C_4)."""
         pooled = self.forward_features(images)[-1].mean((2, 3))             # (B, C_4)
         return self.head(pooled)
 
@@ -709,6 +709,18 @@ def draw_clusters(model, image):
 
 
 # ------------------------------------------------------------------------------------- command line
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {  # EXIF orientation -> what turns the stored image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def example_picture():
     """A 480 x 320 landscape, so that the command line works without a photo."""
     image = Image.new("RGB", (480, 320))
@@ -729,12 +741,31 @@ def example_picture():
     return image
 
 
-def load_picture(path, longer_side=512):
-    """Read an image file as RGB, upright by its EXIF orientation, no side under 32 pixels.
+def turn_upright(image):
+    """Turn an image by its EXIF orientation; with unreadable EXIF data it stays as stored."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+    except Exception:  # Pillow raises SyntaxError, struct.error and others on damaged EXIF data
+        return image
+    if orientation not in UPRIGHT:
+        return image
+    return image.transpose(UPRIGHT[orientation])
 
-    Grey images of more than 8 bits are stretched from their darkest to their brightest value.
+
+def load_picture(path, longer_side=512):
+    """Read an image file: upright, RGB, with the given longer side and no side under 32 pixels.
+
+    Grey values of more than 8 bits, which Pillow would clip, are stretched to 0 .. 255.
+    Raises: OSError if the file cannot be read or holds no image, ValueError if it is damaged.
     """
-    image = ImageOps.exif_transpose(Image.open(path))
+    try:
+        image = Image.open(path)
+        image.load()
+    except OSError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise ValueError(f"damaged image ({type(error).__name__}: {error})") from error
+    image = turn_upright(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, np.float32)
         values = 255 * (values - values.min()) / max(np.ptp(values), 1e-9)
@@ -762,7 +793,7 @@ def main():
         model = load_weights(factory, path) if path else factory().eval()
         path = args.output
         draw_clusters(model, image).save(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"{path}: {' '.join(str(error).split())}\n")
     print(f"wrote {args.output}")
 

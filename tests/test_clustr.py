@@ -1,15 +1,17 @@
 """ClusTR's core and layers against slow references written from the paper.
 
 Equivalence tests run in float64 with B > 1 and compare outputs and the gradients of all inputs.
-Order and letters as in clustr.py: references, core, layers, block, model, ablations, drawing.
+Order and letters as in clustr.py: references, core, layers, block, model, ablations, drawing,
+command line.
 """
 import math
+import struct
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from test_models import LargestTensor
 from torch import nn
 from torch.testing import assert_close
@@ -612,3 +614,61 @@ def test_panels_have_a_colour_per_cluster():
     for i, count in enumerate(clusters, 1):
         panel = sheet.crop((136 * i, 20, 136 * i + 128, 116))
         assert len(panel.getcolors()) == count
+
+
+# ------------------------------------------------------------------------------------- command line
+def exif_with_broken_rational(orientation):
+    """EXIF data with an orientation and a resolution of -1 / 0, which Pillow cannot write."""
+    orientation_entry = struct.pack("<HHLHH", 0x112, 3, 1, orientation, 0)
+    resolution_entry = struct.pack("<HHLL", 0x11A, 10, 1, 38)
+    entries = struct.pack("<H", 2) + orientation_entry + resolution_entry
+    return b"Exif\0\0II*\0" + struct.pack("<L", 8) + entries + struct.pack("<Lll", 0, -1, 0)
+
+
+def save_half_red(path, **options):
+    """A 40 x 20 image, red in its left half and blue in its right half."""
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    image.paste((0, 0, 255), (20, 0, 40, 20))
+    image.save(path, **options)
+
+
+def test_odd_exif_data_still_turns_the_image(tmp_path):
+    save_half_red(tmp_path / "odd.jpg", exif=exif_with_broken_rational(orientation=6))
+    image = clustr.load_picture(tmp_path / "odd.jpg")
+    assert image.size == (256, 512)
+    assert image.getpixel((128, 100))[0] > 200      # red above
+
+
+def test_unreadable_exif_data_leaves_the_image_as_stored(tmp_path):
+    path = tmp_path / "unreadable.webp"
+    save_half_red(path, exif=b"Exif\0\0XX*\0" + bytes(20))
+    assert clustr.load_picture(path).size == (512, 256)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientations_are_pillows(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.png"
+    save_half_red(path, exif=exif)
+    with Image.open(path) as stored:
+        expected = ImageOps.exif_transpose(stored)
+    turned = clustr.turn_upright(Image.open(path))
+    assert turned.tobytes() == expected.tobytes()
+
+
+PILLOW_ERRORS = [struct.error, SyntaxError, Image.DecompressionBombError, OSError]
+
+
+@pytest.mark.parametrize("error", PILLOW_ERRORS)
+def test_whatever_pillow_raises_becomes_one_line(error, tmp_path, monkeypatch, capsys):
+    def raise_error(_):
+        raise error("two\nlines")
+
+    monkeypatch.setattr(Image, "open", raise_error)
+    monkeypatch.setattr("sys.argv", ["clustr.py", str(tmp_path / "photo.jpg")])
+    with pytest.raises(SystemExit):
+        clustr.main()
+    message = capsys.readouterr().err
+    assert "photo.jpg" in message
+    assert message.count("\n") == 1
