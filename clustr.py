@@ -45,8 +45,8 @@ The text is silent.
 - k is 5. M is N / lambda, rounded up. Ratio 1 keeps the tokens as they are and has no score.
 - The FFN expands 8, 8, 4 and 4 times, which Table 2's sizes need.
 - As in PVTv2: 7x7/4 and 3x3/2 patch embeddings with LayerNorm, LayerNorm after every stage, initial
-  weights. Our choice: stochastic depth of 0.1 / 0.2 / 0.3 for T / S / B, and that
-  `aggregation="knn"` keeps half of the keys.
+  weights but for the biases of patch embeddings, see `init_weights`. Our choice: stochastic depth
+  of 0.1 / 0.2 / 0.3 for T / S / B, and that `aggregation="knn"` keeps half of the keys.
 """
 import argparse
 import colorsys
@@ -421,7 +421,10 @@ class ConvFFN(nn.Module):
 def init_weights(module):
     """PVTv2's rule: linear weights N(0, 0.02) truncated, convolutions N(0, sqrt(2 / fan-out)).
 
-    Biases are 0, norms as constructed. Raises: TypeError for a module with parameters and no rule.
+    Biases are 0, but dense convolutions (patch embeddings) keep PyTorch's default. With a bias of 0
+    padded pixels, which are 0, would become zero tokens, and every LayerNorm multiplies the
+    gradient of a zero token by 1 / sqrt(eps) = 1000. Norms stay as constructed.
+    Raises: TypeError for a module with parameters and no rule.
     """
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
@@ -429,7 +432,8 @@ def init_weights(module):
     elif isinstance(module, nn.Conv2d):
         fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        nn.init.zeros_(module.bias)
+        if module.groups > 1:  # depth-wise
+            nn.init.zeros_(module.bias)
     elif list(module.parameters(recurse=False)) and not isinstance(module, nn.LayerNorm):
         raise TypeError(f"no initialization rule for {type(module).__name__}")
 

@@ -534,6 +534,24 @@ def test_initial_weights_of_linear_layers(untrained):
     assert_close(weight.std(), torch.tensor(0.02), rtol=0.02, atol=0)
 
 
+def gradient_norm(images):
+    """Of the loss of an untrained clustr_t, over all its parameters."""
+    torch.manual_seed(0)
+    model = clustr.clustr_t(num_classes=10)
+    F.cross_entropy(model(images), torch.tensor([1, 3])).backward()
+    squares = [parameter.grad.square().sum() for parameter in model.parameters()]
+    return torch.stack(squares).sum().sqrt()
+
+
+@pytest.mark.parametrize("first_zero_column", [0, 32])
+def test_zero_pixels_give_gradients_of_ordinary_size(first_zero_column):
+    """With biases of 0 in the patch embeddings: NaN for a zero image, 2e4 for a half-padded one."""
+    images = torch.randn(2, 3, 64, 64)
+    ordinary = gradient_norm(images)
+    images[..., first_zero_column:] = 0
+    assert gradient_norm(images) < 3 * ordinary
+
+
 # ---------------------------------------------------------------------------------------- ablations
 @pytest.mark.parametrize("H, W", [(4, 6), (5, 7), (2, 3)])
 def test_grid_reduction_matches_loops(H, W, device):
