@@ -79,6 +79,7 @@ def density_peaks(x, neighbours=5, chunk=160):
         log_density = -nearest.square().mean(1)                             # Eq. 1
         denser = log_density[None, :] > log_density[:, None]                # j denser than i?
         delta, parent = distance.where(denser, torch.inf).min(1)            # Eq. 2
+        densest = log_density.argmax()
         delta[densest] = distance[densest].max()
         parent[densest] = densest
     The code never holds all distances. It computes them in chunks of rows, once per equation, so
@@ -122,6 +123,7 @@ def assign_clusters(log_density, delta, parent, clusters):
     Every other token joins the cluster of its parent:
         cluster(i) = i if i is a centre, else cluster(parent[i])
     The code follows all chains at once, and each step doubles the number of links followed.
+    (TCFormer's code sends tokens to the nearest centre instead, which the text does not say.)
 
     Args: log_density, delta, parent, each (B, N), from `density_peaks`; clusters M, 1 to N.
     Returns: (B, N), the cluster of each token in [0, M), clusters numbered by falling gamma.
@@ -613,6 +615,7 @@ def nearest_keys_attention(q, k, v, keep):
 
 
 # --------------------------------------------------------------------------------- released weights
+# The authors released no weights of ClusTR; these are train_imagenet.py's.
 def read_weights(path):
     """State dict in a file: a train_imagenet.py checkpoint or a bare one.
 
