@@ -2,7 +2,7 @@
 Yutong Xie, Jianpeng Zhang, Yong Xia, Anton van den Hengel, Qi Wu; arXiv 2208.13138v1
 
 Mechanism. Tokens are clustered around density peaks, and each cluster is merged into one token.
-All tokens attend to these few keys and values, at several numbers of clusters at once.
+Every token attends to the merged tokens, at several numbers of clusters at once.
 
 Symbols.
     paper                           here
