@@ -1,179 +1,290 @@
 """ClusTR: Exploring Efficient Self-attention via Clustering for Vision Transformers
-Yutong Xie, Jianpeng Zhang, Yong Xia, Anton van den Hengel, Qi Wu; arXiv 2208.13138
+Yutong Xie, Jianpeng Zhang, Yong Xia, Anton van den Hengel, Qi Wu; arXiv 2208.13138v1
 
-Mechanism: find density peaks among the tokens, give every other token to the cluster of its nearest denser token, melt each
-cluster into one token, and let all tokens attend to these few keys and values, at several numbers of clusters at once.
+Mechanism. Tokens are clustered around density peaks, and each cluster is merged into one token.
+Every token attends to the merged tokens, at several numbers of clusters at once.
 
-Letters: B batch, C channels, H x W the token grid, N = H * W tokens, h heads, d = C / h head width; L reduction ratios a layer,
-M = ceil(N / ratio) clusters, k neighbours that make a density.
-Reading order: density_peaks -> assign_clusters -> aggregate -> ClusteringGuidedAttention -> Block -> ClusTR; drawing and `main`
-come last.
-Memory order: every map inside a stage is channels-last, (B, H, W, C), so that linear layers, norms and convolutions share it.
+Symbols.
+    paper                           here
+    N, C                            N = H * W tokens of C channels, B samples
+    H, the number of heads          heads, h in shapes; H and W are the sides of the token map
+    k (Eq. 1)                       neighbours
+    rho, delta, gamma (sec. 3.1)    log_density, delta, log_gamma
+    M and G_1 ... G_M (Eq. 3)       clusters and index (B, N)
+    w_i (Eq. 3)                     weight, the softmax of `score` within the cluster
+    lambda_1 ... lambda_L (Eq. 7)   ratios, one tuple per stage
+    s (Eq. 4)                       d = C / h, the width of a head
+    Phi (Eq. 6 and 8)               proj
+Inside a stage every map is channels-last, (B, H, W, C): linear layers, norms and convolutions
+share this layout.
 
-What differs from the paper's text, and why:
-- Distances are divided by sqrt(C), as in TCFormer's code, the closest public one. Squared distances of LayerNorm-ed tokens are about
-  2 C, and exp(-x) is 0 in float32 beyond x = 103: undivided densities (Eq. 1) all underflow. For the same reason densities and
-  decision values stay logarithms here.
-- A token is one of its own k neighbours, as in TCFormer's code; equally dense tokens are ordered by their index.
-- Tokens follow their chain of nearest denser tokens, as the text says; TCFormer's code sends them to the nearest centre.
-Where the text is silent:
-- An FFN with a 3x3 depth-wise convolution before its GELU and expansions 8, 8, 4, 4, and K and V of their own for each ratio make
-  the sizes of Table 2 come out (11.68/22.69/40.25 M). Ratio 1 keeps the tokens as they are and has no score.
-- Tokens are aggregated, then projected to K and V: the same as the other way round, since the weights of a cluster sum to one.
-- Our choice is PVTv2's: 7x7/4 and 3x3/2 patch embeddings with LayerNorm, LayerNorm after each stage, initial weights. Also ours:
-  stochastic depth 0.1/0.2/0.3, and the half of the keys that `aggregation="knn"` keeps.
+Reading order. density_peaks -> assign_clusters -> aggregate -> ClusteringGuidedAttention -> Block
+-> ClusTR. What follows the factories is not needed to understand the model.
+
+Differs from the text.
+- Distances are divided by sqrt(C), as in TCFormer's code, the closest public one. That is a choice,
+  not a need: densities and gamma are logarithms here, so that they do not underflow. With undivided
+  distances, Eq. 1 to the letter, almost all centres are other tokens.
+- One clustering per layer, of the normalised input, serves K and V, all heads and all scales. By
+  Eq. 5 and 6 to the letter, K and V of every head would each be clustered.
+- Every scale has its own K and V, though W^K and W^V have no index j in Eq. 8, and the FFN ("fully
+  connected") has a 3x3 depth-wise convolution before its GELU. Table 2's sizes need both.
+- Tokens are aggregated first and projected to K and V afterwards. This is cheaper than Eq. 5 and
+  equal to it, since the weights of a cluster sum to one.
+
+The text is ambiguous.
+- Eq. 7 concatenates the tokens of all scales, Eq. 8 sums one attention per scale. Eq. 8 is built;
+  of Eq. 7 only the tokens remain, one tensor per scale.
+- w_i is "the learnable parameter for each token": here the softmax, within the cluster, of a linear
+  score of the token, with one score layer per scale.
+- A token may or may not be one of its own k neighbours: here it is, as in TCFormer's code.
+- Equally dense tokens: here the one with the smaller index counts as denser.
+- Tables 7 and 8 do not say their ratios. Their sizes are those of single-scale models.
+
+The text is silent.
+- k is 5. M is N / lambda, rounded up. Ratio 1 keeps the tokens as they are and has no score.
+- The FFN expands 8, 8, 4 and 4 times, which Table 2's sizes need.
+- As in PVTv2: 7x7/4 and 3x3/2 patch embeddings with LayerNorm, LayerNorm after every stage, initial
+  weights but for the biases of patch embeddings, see `init_weights`. Our choice: stochastic depth
+  of 0.1 / 0.2 / 0.3 for T / S / B, and that `aggregation="knn"` keeps half of the keys.
 """
 import argparse
 import colorsys
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
+# ----------------------------------------------------------------------------------------- variants
 VARIANTS = {  # Table 1
     "clustr_t": dict(depths=(1, 2, 6, 1), dims=(64, 128, 256, 512), heads=(1, 2, 4, 8)),
     "clustr_s": dict(depths=(3, 5, 13, 2), dims=(64, 128, 256, 512), heads=(1, 2, 4, 8)),
     "clustr_b": dict(depths=(3, 5, 18, 3), dims=(64, 128, 320, 512), heads=(1, 2, 5, 8)),
 }
+RATIOS = ((64, 16), (16, 4), (4, 1), (1,))  # Table 1, lambda
+FFN_RATIOS = (8, 8, 4, 4)  # expansion of the FFN in each stage, from the sizes of Table 2
 
 
-# ---------------------------------------------------------------------------------------------------------------- core
-def smallest(rows, k, group):
-    """The k smallest values of each row of rows (B, R, N), in any order; `group` divides N.
-
-    They lie in the k groups of columns with the smallest minima, so the slow selection sees N / group values only.
-    """
-    groups = rows.unflatten(2, (group, -1))                                             # (B, R, group, N / group)
-    best = groups.amin(2).topk(min(k, groups.shape[3]), largest=False, sorted=False).indices
-    candidates = groups.gather(3, best[:, :, None].expand(-1, -1, group, -1))
-    return candidates.flatten(2).topk(k, largest=False, sorted=False).values
-
-
-def squared_distance(without, norm):
-    """d^2 = `without` + norm, where what is within the rounding of the norm counts as 0: a copy of a token has distance 0."""
-    squared = without + norm
-    return squared.masked_fill(squared < 2 * torch.finfo(squared.dtype).eps * norm, 0)
-
-
+# --------------------------------------------------------------------------------------------- core
 @torch.no_grad()
-def density_peaks(x, k=5, chunk=160):
-    """k-nearest-neighbour density peaks over all tokens (paper, Eq. 1 and 2; Rodriguez and Laio, Science 2014).
+def density_peaks(x, neighbours=5, chunk=160):
+    """k-nearest-neighbour density peaks (Eq. 1 and 2; Rodriguez and Laio, Science 2014).
 
-    Args: x (B, N, C), tokens; k, neighbours that make a density, the token itself among them; chunk, rows of distances at a time.
-    Returns, without gradient, of type float32 at least (products that TF32 rounds move a few tokens to another cluster):
-        log_density (B, N), minus the mean squared distance to the k nearest tokens (all N if there are fewer than k);
-        delta (B, N), the distance to the nearest denser token, for the densest token the largest distance from it;
-        parent (B, N), that token; the denser one of several equally near, the densest token itself for the densest.
-    Raises: ValueError for k or chunk below 1.
-    Denser is a strict order, by density, then by smaller index. Distances are Euclidean over sqrt(C). Two passes over chunks of rows:
-    memory O(B * chunk * N). The second pass takes the tokens in order of density, so that the denser tokens are the columns before
-    one's own: half the distances, and no mask but in the diagonal block.
+    For one sample x (N, C) without ties, with all distances at once, this is
+        distance = torch.cdist(x, x) / C ** 0.5                             # (N, N)
+        nearest = distance.topk(neighbours, largest=False).values           # (N, k)
+        log_density = -nearest.square().mean(1)                             # Eq. 1
+        denser = log_density[None, :] > log_density[:, None]                # j denser than i?
+        delta, parent = distance.where(denser, torch.inf).min(1)            # Eq. 2
+        densest = log_density.argmax()
+        delta[densest] = distance[densest].max()
+        parent[densest] = densest
+    The code never holds all distances. It computes them in chunks of rows, once per equation, so
+    that memory is O(B * chunk * N).
+
+    Args:
+        x: (B, N, C), tokens.
+        neighbours: k of Eq. 1, the token itself included; all N if there are fewer than k.
+        chunk: rows of distances computed at a time.
+    Returns, without gradient and in at least float32 (with TF32 a few tokens change clusters):
+        log_density: (B, N).
+        delta: (B, N), distance to the nearest denser token.
+        parent: (B, N), index of that token; the densest one if several are equally near.
+    Of two equally dense tokens the one with the smaller index counts as denser.
+    Raises: ValueError for neighbours or chunk below 1.
     """
-    if k < 1 or chunk < 1:
-        raise ValueError(f"k = {k}, chunk = {chunk}, expected at least 1")
-    (B, N, C), group, wide = x.shape, 32, torch.promote_types(x.dtype, torch.float32)
-    chunk = min(chunk, N)
+    if neighbours < 1 or chunk < 1:
+        raise ValueError(f"neighbours = {neighbours}, chunk = {chunk}, expected at least 1")
+    _, N, C = x.shape
     with torch.autocast(x.device.type, enabled=False):
-        x = x.to(wide)
-        x = (x - x.mean(1, keepdim=True)) * C ** -0.5       # distances are what they were, their rounding errors smaller
-        norm = x.square().sum(2)                                                        # (B, N); d^2 = norm_i + norm_j - 2 x_i . x_j
-        columns = F.pad(x, (0, 0, 0, -N % group)).mT                                    # whole groups for `smallest`
-        column_norm = F.pad(norm, (0, -N % group), value=torch.inf)[:, None]
-        nearest = []
-        for start in range(0, N, chunk):
-            rows = slice(start, min(start + chunk, N))
-            squared = torch.baddbmm(column_norm, x[:, rows], columns, alpha=-2)         # (B, R, N) but for norm_i
-            squared.diagonal(start, 1, 2).copy_(-norm[:, rows])                         # no rounding between a token and itself
-            nearest.append(smallest(squared, min(k, N), group))
-        log_density = -squared_distance(torch.cat(nearest, 1), norm[..., None]).mean(2)                     # Eq. 1
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = x - x.mean(1, keepdim=True)         # keeps distances and reduces rounding error
+        x = x * C ** -0.5
+        norm = x.square().sum(2)                                            # (B, N), |x_i|^2
+        squared = nearest_distances(x, norm, min(neighbours, N), chunk)     # (B, N, k)
+        log_density = -squared.mean(2)                                      # Eq. 1
 
-        order = log_density.sort(descending=True, stable=True).indices                  # (B, N), densest first
-        flat = (order + N * torch.arange(B, device=x.device)[:, None]).flatten()
-        x, norm = x.flatten(0, 1).index_select(0, flat).view_as(x), norm.flatten().index_select(0, flat).view_as(norm)
-        denser = torch.full((chunk, chunk), torch.inf, dtype=wide, device=x.device).triu()
-        delta, place = [], []
-        for start in range(0, N, chunk):
-            rows = slice(start, min(start + chunk, N))
-            squared = torch.baddbmm(norm[:, None, :rows.stop], x[:, rows], x[:, :rows.stop].mT, alpha=-2)
-            squared[:, :, rows] += denser[:rows.stop - start, :rows.stop - start]
-            least = squared.min(2)                                                      # the first one of equals
-            delta.append(least.values)
-            place.append(least.indices)
-        delta, place = torch.cat(delta, 1), torch.cat(place, 1)
-        delta[:, 0] = torch.baddbmm(norm[:, None], x[:, :1], x.mT, alpha=-2).amax((1, 2))
-        place[:, 0] = 0
-        delta = squared_distance(delta, norm).sqrt()                                    # Eq. 2
-    parent = torch.empty_like(order).scatter_(1, order, order.gather(1, place))
-    return log_density, torch.empty_like(delta).scatter_(1, order, delta), parent
+        order = log_density.sort(descending=True, stable=True).indices      # densest first
+        x = gather_tokens(x, order)
+        norm = norm.gather(1, order)
+        sorted_delta, sorted_parent = nearest_before(x, norm, min(chunk, N))    # Eq. 2
+    delta = torch.empty_like(norm).scatter_(1, order, sorted_delta)         # back to input order
+    parent = torch.empty_like(order).scatter_(1, order, order.gather(1, sorted_parent))
+    return log_density, delta, parent
 
 
 def assign_clusters(log_density, delta, parent, clusters):
-    """Cut the tree of nearest denser tokens at the density peaks (paper, sec. 3.1).
+    """Cut the tree of nearest denser tokens at the density peaks (sec. 3.1).
 
-    Args: what `density_peaks` returns, each (B, N); clusters, 1 to N.
-    Returns: (B, N), each token's cluster in [0, clusters). Centres are the tokens of largest gamma = density * delta, always the
-    densest; all others follow their parents to a centre. Cluster 0 has the densest token, the others fall by gamma.
+    The `clusters` tokens of largest gamma = density * delta are centres, the densest token always.
+    Every other token joins the cluster of its parent:
+        cluster(i) = i if i is a centre, else cluster(parent[i])
+    The code follows all chains at once, and each step doubles the number of links followed.
+    (TCFormer's code sends tokens to the nearest centre instead, which the text does not say.)
+
+    Args: log_density, delta, parent, each (B, N), from `density_peaks`; clusters M, 1 to N.
+    Returns: (B, N), the cluster of each token in [0, M), clusters numbered by falling gamma.
     Raises: ValueError for a number of clusters outside 1 to N.
     """
     B, N = parent.shape
     if not 1 <= clusters <= N:
         raise ValueError(f"clusters = {clusters}, expected 1 to {N}, the number of tokens")
-    own = torch.arange(N, device=parent.device).expand(B, N)
-    gamma = (log_density + delta.log()).masked_fill(parent == own, torch.inf)           # only the densest is its own parent
-    centres = gamma.sort(descending=True, stable=True).indices[:, :clusters]            # (B, M)
+    token_ids = torch.arange(N, device=parent.device).expand(B, N)
+    is_densest = parent == token_ids            # no other token is its own parent
+    log_gamma = (log_density + delta.log()).masked_fill(is_densest, torch.inf)
+    order = log_gamma.sort(descending=True, stable=True).indices
+    centres = order[:, :clusters]                                           # (B, M)
     pointer = parent.scatter(1, centres, centres)
-    for _ in range((N - 1).bit_length()):                                               # a chain has at most N - 1 links,
-        pointer = pointer.gather(1, pointer)                                            # each gather doubles those followed
-    label = torch.zeros_like(parent).scatter_(1, centres, own[:, :clusters])            # else read only where there is NaN
+    for _ in range((N - 1).bit_length()):       # a chain has at most N - 1 links
+        pointer = pointer.gather(1, pointer)
+    label = torch.zeros_like(parent)            # zeros are read only if the input has NaNs
+    label.scatter_(1, centres, token_ids[:, :clusters])
     return label.gather(1, pointer)
 
 
-@torch.library.custom_op("clustr::cluster_tokens", mutates_args=())
-def cluster_tokens(x: torch.Tensor, k: int, clusters: Sequence[int]) -> torch.Tensor:
-    """`density_peaks` once, then `assign_clusters` for each number of clusters: (B, N, C) -> (L, B, N).
+def aggregate(x, score, index, clusters):
+    """Merge each cluster into one token, h_m = sum of w_i x_i over its tokens (Eq. 3).
 
-    A single operator to torch.compile and torch.export: how many chunks and gathers a picture takes stays out of their graphs.
+    For cluster m of one sample, with `members = index == m`:
+        h[m] = score[members].softmax(0) @ x[members]
+    The code sums exp(score) * x and exp(score) over all clusters at once and divides the sums.
+
+    Args:
+        x: (B, N, C), tokens.
+        score: (B, N), learned; w is its softmax within each cluster.
+        index: (B, N), clusters from `assign_clusters`; none may be empty.
+        clusters: M.
+    Returns: (B, M, C) in x's type, summed in at least float32. Deterministic under
+        torch.use_deterministic_algorithms(True).
     """
-    peaks = density_peaks(x, k)
+    B, N, C = x.shape
+    score = score.to(torch.promote_types(score.dtype, torch.float32))
+    constant = score.detach()                   # the softmax does not depend on what is subtracted
+    largest = constant.new_full((B, clusters), -torch.inf)
+    largest = largest.scatter_reduce(1, index, constant, "amax")            # (B, M)
+    weight = (score - largest.gather(1, index)).exp()[..., None]            # (B, N, 1), at most 1
+    weighted = torch.cat([x * weight, weight], 2).flatten(0, 1)             # (B*N, C+1)
+    rows = flat_rows(index, clusters)                                       # (B*N,)
+    total = weighted.new_zeros(B * clusters, C + 1).index_add(0, rows, weighted)
+    total = total.view(B, clusters, C + 1)
+    return (total[..., :C] / total[..., C:]).to(x.dtype)                    # (B, M, C)
+
+
+@torch.library.custom_op(
+    "clustr::cluster_tokens",
+    mutates_args=(),
+    schema="(Tensor x, SymInt neighbours, SymInt[] clusters) -> Tensor",
+)
+def cluster_tokens(x, neighbours, clusters):
+    """`density_peaks` once, then `assign_clusters` per number of clusters: (B, N, C) -> (L, B, N).
+
+    One opaque operator, so that data-dependent loops stay out of torch.compile's graph.
+    """
+    peaks = density_peaks(x, neighbours)
     return torch.stack([assign_clusters(*peaks, count) for count in clusters])
 
 
 @cluster_tokens.register_fake
-def _(x, _k, clusters):  # what torch.compile knows of it: shape and type
-    return x.new_empty((len(clusters), x.shape[0], x.shape[1]), dtype=torch.int64)
+def _(x, _neighbours, clusters):  # shape and type, for torch.compile
+    B, N, _ = x.shape
+    return x.new_empty((len(clusters), B, N), dtype=torch.int64)
 
 
-def aggregate(x, score, index, clusters):
-    """One token a cluster: the sum of its tokens weighted by the softmax of their scores within the cluster (paper, Eq. 3).
+# The steps of density_peaks. Squared distances are d_ij^2 = |x_i|^2 + |x_j|^2 - 2 x_i . x_j. The
+# first term is the same for all j, so minima over j are found in the partial distances without it.
+GROUP = 32  # columns that `smallest` reduces to their minimum
 
-    Args: x (B, N, C), tokens; score (B, N), learned; index (B, N), clusters from `assign_clusters`; clusters M, none of them empty.
-    Returns: (B, M, C) in x's type, summed in float32 at least. Deterministic under torch.use_deterministic_algorithms(True).
+
+def partial_distances(rows, columns, column_norm):
+    """|x_j|^2 - 2 x_i . x_j: rows (B, R, C), columns (B, N, C), column_norm (B, N) -> (B, R, N)."""
+    return torch.baddbmm(column_norm[:, None], rows, columns.mT, alpha=-2)
+
+
+def squared_distances(partial, norm):
+    """Partial distances plus |x_i|^2, with what is within the rounding error of 0 set to 0.
+
+    So copies of a token have distance 0, in spite of rounding.
     """
-    B, N, C = x.shape
-    score = score.to(torch.promote_types(score.dtype, torch.float32))
-    largest = score.detach().new_full((B, clusters), -torch.inf).scatter_reduce(1, index, score.detach(), "amax")
-    weight = (score - largest.gather(1, index)).exp()[..., None]                        # (B, N, 1), at most 1
-    weighted = torch.cat([x * weight, weight], 2).flatten(0, 1)                         # (B*N, C+1)
-    rows = (index + clusters * torch.arange(B, device=x.device)[:, None]).flatten()
-    total = weighted.new_zeros(B * clusters, C + 1).index_add(0, rows, weighted).view(B, clusters, C + 1)
-    return (total[..., :C] / total[..., C:]).to(x.dtype)
+    squared = partial + norm
+    rounding = 2 * torch.finfo(squared.dtype).eps * norm
+    return squared.masked_fill(squared < rounding, 0)
 
 
-def nearest_keys_attention(q, k, v, keep):
-    """k-NN attention (paper, Table 8; arXiv 2106.00515): each query sees the `keep` keys that it likes best, and what ties with them.
+def nearest_distances(x, norm, k, chunk):
+    """Squared distances to the k nearest tokens, in any order.
 
-    Args: q (B, h, N, d); k, v (B, h, M, d); keep, 1 to M. Returns: (B, h, N, d). Holds the N x M map, which top-k needs.
+    Args: x (B, N, C), norm (B, N). Returns: (B, N, k).
     """
-    logits = q @ k.mT * q.shape[-1] ** -0.5
-    weakest = logits.topk(keep).values[..., -1:]
-    return logits.masked_fill(logits < weakest, -torch.inf).softmax(-1) @ v
+    N = x.shape[1]
+    padding = -N % GROUP                        # whole groups for `smallest`
+    columns = F.pad(x, (0, 0, 0, padding))
+    column_norm = F.pad(norm, (0, padding), value=torch.inf)
+    nearest = []
+    for start in range(0, N, chunk):
+        stop = min(start + chunk, N)
+        partial = partial_distances(x[:, start:stop], columns, column_norm)
+        partial.diagonal(start, 1, 2).copy_(-norm[:, start:stop])           # d_ii is exactly 0
+        nearest.append(smallest(partial, k))                                # (B, R, k)
+    return squared_distances(torch.cat(nearest, 1), norm[..., None])
 
 
-# -------------------------------------------------------------------------------------------------------------- layers
+def smallest(rows, k):
+    """The k smallest values of each row, in any order: (B, R, N) -> (B, R, k); GROUP divides N.
+
+    The same as rows.topk(k, largest=False), which is slow on long rows. The k smallest values lie
+    in the k groups with the smallest minima, so topk sees N / GROUP minima, then k groups.
+    """
+    groups = rows.unflatten(2, (GROUP, -1))                                 # (B, R, GROUP, N/GROUP)
+    minima = groups.amin(2)                                                 # (B, R, N/GROUP)
+    best = minima.topk(min(k, minima.shape[2]), largest=False, sorted=False).indices
+    best = best[:, :, None].expand(-1, -1, GROUP, -1)
+    candidates = groups.gather(3, best).flatten(2)                          # (B, R, GROUP*k)
+    return candidates.topk(k, largest=False, sorted=False).values
+
+
+def nearest_before(x, norm, chunk):
+    """Distance to, and position of, the nearest of the tokens before each token (Eq. 2).
+
+    Tokens are sorted by falling density, so the tokens before are the denser ones. This halves the
+    work, and only the diagonal block of a chunk needs a mask. The densest token, the first, gets
+    its largest distance and its own position.
+    Args: x (B, N, C), norm (B, N). Returns: two tensors (B, N).
+    """
+    N = x.shape[1]
+    not_before = x.new_full((chunk, chunk), torch.inf).triu()
+    delta = []
+    position = []
+    for start in range(0, N, chunk):
+        stop = min(start + chunk, N)
+        size = stop - start
+        partial = partial_distances(x[:, start:stop], x[:, :stop], norm[:, :stop])
+        partial[:, :, start:] += not_before[:size, :size]
+        nearest = partial.min(2)                                            # the first on ties
+        delta.append(nearest.values)
+        position.append(nearest.indices)
+    delta = torch.cat(delta, 1)
+    position = torch.cat(position, 1)
+    delta[:, 0] = partial_distances(x[:, :1], x, norm).amax((1, 2))
+    position[:, 0] = 0
+    return squared_distances(delta, norm).sqrt(), position
+
+
+def flat_rows(index, rows):
+    """index (B, N) of one of `rows` rows per sample -> (B*N,), of a row of all samples."""
+    offset = rows * torch.arange(index.shape[0], device=index.device)
+    return (index + offset[:, None]).flatten()
+
+
+def gather_tokens(x, order):
+    """Tokens x (B, N, C) in the given order (B, N)."""
+    rows = flat_rows(order, x.shape[1])
+    return x.flatten(0, 1).index_select(0, rows).view_as(x)
+
+
+# ------------------------------------------------------------------------------------------- layers
 class DepthwiseConv(nn.Conv2d):
     """Depth-wise k x k convolution with zero padding on channels-last maps (B, H, W, C)."""
 
@@ -181,11 +292,15 @@ class DepthwiseConv(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x.permute(0, 3, 1, 2)                       # (B, C, H, W), a view
+        return super().forward(x).permute(0, 2, 3, 1)   # (B, H, W, C)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch per sample with probability `rate`, scale the survivors by 1 / (1 - rate)."""
+    """Stochastic depth: drop a residual branch per sample with probability `rate`.
+
+    In training, the remaining branches are scaled by 1 / (1 - rate).
+    """
 
     def __init__(self, rate):
         super().__init__()
@@ -194,14 +309,280 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training or self.rate == 0:
             return x
-        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)                             # 0 or 1 / (1 - rate)
+        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)  # 0 or 1 / (1 - rate) per sample
         return x * keep.view(-1, 1, 1, 1)
 
 
-class GridReduction(nn.Module):
-    """Spatial reduction (paper, Table 7; PVT): a convolution over cells of `ratio` tokens, LayerNorm; (B, H, W, C) -> (B, M, C).
+class PatchEmbedding(nn.Module):
+    """Overlapping patches: a strided convolution and LayerNorm.
 
-    Maps are zero-padded right and bottom to whole cells. Raises: ValueError for a ratio that is no square.
+    (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C').
+    """
+
+    def __init__(self, in_dim, dim, kernel_size, stride):
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x):
+        x = self.conv(x.permute(0, 3, 1, 2))
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+class ClusteringGuidedAttention(nn.Module):
+    """Multi-head multi-scale clustering-guided attention (Eq. 5 to 8): (B, H, W, C) -> the same.
+
+    Args:
+        dim: C.
+        heads: h, which divides `dim`.
+        ratios: lambda, token reductions of at least 1, one per scale.
+        neighbours: k of the densities.
+        aggregation: "cluster", or for Tables 7 and 8 "grid" (spatial reduction) or "knn" (spatial
+            reduction, then k-NN attention to half of the keys).
+    Raises: ValueError for values outside these.
+    """
+
+    def __init__(self, dim, heads, ratios, neighbours=5, aggregation="cluster"):
+        super().__init__()
+        if dim < 1 or heads < 1 or dim % heads:
+            raise ValueError(f"dim = {dim} does not split into {heads} heads")
+        if not ratios or min(ratios) < 1:
+            raise ValueError(f"ratios = {ratios}, expected one or more, all at least 1")
+        if neighbours < 1:
+            raise ValueError(f"neighbours = {neighbours}, expected at least 1")
+        if aggregation not in ("cluster", "grid", "knn"):
+            raise ValueError(f"aggregation = {aggregation!r}, expected 'cluster', 'grid' or 'knn'")
+        self.heads = heads
+        self.ratios = tuple(ratios)
+        self.neighbours = neighbours
+        self.aggregation = aggregation
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in ratios)
+        self.reduce = nn.ModuleList()           # scores, or convolutions of the ablations
+        for ratio in ratios:
+            if ratio > 1 and aggregation == "cluster":
+                self.reduce.append(nn.Linear(dim, 1))
+            elif ratio > 1:
+                self.reduce.append(GridReduction(dim, ratio))
+        self.proj = nn.Linear(dim, dim)
+
+    def cluster_counts(self, tokens):
+        """M = ceil(N / lambda) for each ratio above 1."""
+        return [-(-tokens // ratio) for ratio in self.ratios if ratio > 1]
+
+    def merge_clusters(self, tokens):
+        """Cluster(X; lambda) of Eq. 3 for each ratio above 1: (B, N, C) -> [(B, M, C), ...]."""
+        counts = self.cluster_counts(tokens.shape[1])
+        if not counts:
+            return []
+        indices = cluster_tokens(tokens.detach(), self.neighbours, counts)  # (L, B, N)
+        scores = [to_score(tokens).squeeze(2) for to_score in self.reduce]  # (B, N) each
+        merged = []
+        for score, index, count in zip(scores, indices, counts):
+            merged.append(aggregate(tokens, score, index, count))
+        return merged
+
+    def reduced_tokens(self, x):
+        """The tokens of each scale, what Eq. 7 concatenates: (B, H, W, C) -> [(B, M, C), ...]."""
+        tokens = x.flatten(1, 2)                                            # (B, N, C)
+        if self.aggregation == "cluster":
+            reduced = iter(self.merge_clusters(tokens))
+        else:
+            reduced = iter([layer(x) for layer in self.reduce])
+        return [next(reduced) if ratio > 1 else tokens for ratio in self.ratios]
+
+    def forward(self, x):
+        q = self.q(x).flatten(1, 2).unflatten(2, (self.heads, -1))          # (B, N, h, d)
+        q = q.transpose(1, 2)                                               # (B, h, N, d)
+        y = 0
+        for clustered, to_kv in zip(self.reduced_tokens(x), self.kv):       # sum over j of Eq. 8
+            kv = to_kv(clustered).unflatten(2, (2, self.heads, -1))         # (B, M, 2, h, d)
+            k, v = kv.permute(2, 0, 3, 1, 4)                                # (B, h, M, d) each
+            if self.aggregation == "knn":
+                y = y + nearest_keys_attention(q, k, v, keep=-(-k.shape[2] // 2))
+            else:
+                y = y + F.scaled_dot_product_attention(q, k, v)             # Eq. 5; Eq. 4 if M = N
+        y = y.transpose(1, 2).reshape(x.shape)                              # heads joined, Eq. 6
+        return self.proj(y)                                                 # Phi of Eq. 6 and 8
+
+
+class ConvFFN(nn.Module):
+    """Linear, 3x3 depth-wise convolution, GELU, linear; (B, H, W, C) -> the same."""
+
+    def __init__(self, dim, ratio):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, ratio * dim)
+        self.conv = DepthwiseConv(ratio * dim, 3)
+        self.fc2 = nn.Linear(ratio * dim, dim)
+
+    def forward(self, x):
+        x = self.conv(self.fc1(x))                                          # (B, H, W, ratio * C)
+        return self.fc2(F.gelu(x))
+
+
+def init_weights(module):
+    """PVTv2's rule: linear weights N(0, 0.02) truncated, convolutions N(0, sqrt(2 / fan-out)).
+
+    Biases are 0, but dense convolutions (patch embeddings) keep PyTorch's default. With a bias of 0
+    padded pixels, which are 0, would become zero tokens, and every LayerNorm multiplies the
+    gradient of a zero token by 1 / sqrt(eps) = 1000. Norms stay as constructed.
+    Raises: TypeError for a module with parameters and no rule.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        if module.groups > 1:  # depth-wise
+            nn.init.zeros_(module.bias)
+    elif list(module.parameters(recurse=False)) and not isinstance(module, nn.LayerNorm):
+        raise TypeError(f"no initialization rule for {type(module).__name__}")
+
+
+# -------------------------------------------------------------------------------------------- block
+class Block(nn.Module):
+    """Clustering-guided attention and FFN (Eq. 9); (B, H, W, C) -> the same."""
+
+    def __init__(self, dim, heads, ratios, neighbours, aggregation, ffn_ratio, drop_path):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = ClusteringGuidedAttention(dim, heads, ratios, neighbours, aggregation)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.ffn = ConvFFN(dim, ffn_ratio)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))                    # z' of Eq. 9
+        return x + self.drop_path(self.ffn(self.norm2(x)))                  # z of Eq. 9
+
+
+# -------------------------------------------------------------------------------------------- model
+def check_arguments(num_classes, drop_path_rate, **stages):
+    """Raise ValueError unless every tuple in `stages` holds four integers of at least 1."""
+    if num_classes < 0:
+        raise ValueError(f"num_classes = {num_classes}, expected at least 0")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate = {drop_path_rate}, expected 0 <= rate < 1")
+    for name, values in stages.items():
+        if len(values) != 4 or min(values) < 1:
+            raise ValueError(f"{name} = {values}, expected 4 values of at least 1, one per stage")
+
+
+def build_stages(depths, drop_path_rate, block):
+    """Four stages of blocks, each from `block(stage, rate)`.
+
+    The rates of stochastic depth rise linearly from 0 to `drop_path_rate` at the last block.
+    """
+    last = max(sum(depths) - 1, 1)
+    index = 0
+    stages = nn.ModuleList()
+    for stage, depth in enumerate(depths):
+        blocks = nn.Sequential()
+        for _ in range(depth):
+            blocks.append(block(stage, drop_path_rate * index / last))
+            index += 1
+        stages.append(blocks)
+    return stages
+
+
+class ClusTR(nn.Module):
+    """Four stages of clustering-guided blocks at strides 4, 8, 16 and 32 (Fig. 3 and Table 1).
+
+    Args:
+        num_classes: width of the classifier; 0 for none.
+        drop_path_rate: stochastic depth of the last block, in [0, 1); rises linearly from 0.
+        depths, dims, heads: one number per stage, at least 1; heads divide dims.
+        ratios: one tuple of token reductions per stage; single-scale (Table 9) is
+            ((64,), (16,), (4,), (1,)).
+        neighbours: k of the densities.
+        aggregation: "cluster", or "grid" or "knn" (Tables 7 and 8).
+    `channels` holds the widths of the four feature maps.
+    Raises: ValueError for values outside these.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes,
+        drop_path_rate,
+        depths,
+        dims,
+        heads,
+        ratios=RATIOS,
+        neighbours=5,
+        aggregation="cluster",
+    ):
+        super().__init__()
+        check_arguments(num_classes, drop_path_rate, depths=depths, dims=dims, heads=heads)
+        if len(ratios) != 4:
+            raise ValueError(f"ratios = {ratios}, expected four tuples, one per stage")
+        self.channels = tuple(dims)
+        self.embeds = nn.ModuleList([PatchEmbedding(3, dims[0], 7, 4)])
+        for i in range(1, 4):
+            self.embeds.append(PatchEmbedding(dims[i - 1], dims[i], 3, 2))
+
+        def block(i, rate):
+            shape = dims[i], heads[i], ratios[i], neighbours, aggregation, FFN_RATIOS[i]
+            return Block(*shape, drop_path=rate)
+
+        self.stages = build_stages(depths, drop_path_rate, block)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
+        self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
+        self.apply(init_weights)
+
+    def forward_features(self, images):
+        """Feature maps of all stages, channels-last in memory.
+
+        Args: images (B, 3, H, W), H and W at least 32.
+        Returns: four maps (B, C_i, ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32.
+        Raises: ValueError for images of another shape.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}, "
+                "expected (B, 3, H, W) with H and W at least 32"
+            )
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = x.permute(0, 2, 3, 1)                                           # (B, H, W, 3)
+        maps = []
+        for embed, stage, norm in zip(self.embeds, self.stages, self.norms):
+            x = norm(stage(embed(x)))                                       # (B, H/s, W/s, C_i)
+            maps.append(x.permute(0, 3, 1, 2))
+        return tuple(maps)
+
+    def forward(self, images):
+        """(B, 3, H, W) -> logits (B, num_classes), without classifier pooled features (B, C_4)."""
+        pooled = self.forward_features(images)[-1].mean((2, 3))             # (B, C_4)
+        return self.head(pooled)
+
+
+# ---------------------------------------------------------------------------------------- factories
+def clustr_t(num_classes=1000, drop_path_rate=0.1, **overrides):
+    """ClusTR-T, 11.68 M parameters."""
+    options = {**VARIANTS["clustr_t"], **overrides}
+    return ClusTR(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
+
+
+def clustr_s(num_classes=1000, drop_path_rate=0.2, **overrides):
+    """ClusTR-S, 22.69 M parameters."""
+    options = {**VARIANTS["clustr_s"], **overrides}
+    return ClusTR(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
+
+
+def clustr_b(num_classes=1000, drop_path_rate=0.3, **overrides):
+    """ClusTR-B, 40.25 M parameters."""
+    options = {**VARIANTS["clustr_b"], **overrides}
+    return ClusTR(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
+
+
+# ------------------------------------------------ the main model ends here: ablations and relatives
+class GridReduction(nn.Module):
+    """Spatial reduction (Table 7; PVT): (B, H, W, C) -> (B, M, C).
+
+    A convolution merges each cell of `ratio` tokens into one, followed by LayerNorm. Maps are
+    zero-padded right and bottom to whole cells.
+    Raises: ValueError for a ratio that is not a square.
     """
 
     def __init__(self, dim, ratio):
@@ -214,286 +595,213 @@ class GridReduction(nn.Module):
 
     def forward(self, x):
         _, H, W, _ = x.shape
-        x = F.pad(x.permute(0, 3, 1, 2), (0, -W % self.side, 0, -H % self.side))
-        return self.norm(self.conv(x).flatten(2).mT)
+        x = x.permute(0, 3, 1, 2)                                           # (B, C, H, W)
+        x = F.pad(x, (0, -W % self.side, 0, -H % self.side))
+        x = self.conv(x).flatten(2).mT                                      # (B, M, C)
+        return self.norm(x)
 
 
-class ClusteringGuidedAttention(nn.Module):
-    """Multi-scale clustering-guided attention (paper, Eq. 5 to 8): (B, H, W, C) -> the same.
+def nearest_keys_attention(q, k, v, keep):
+    """k-NN attention (Table 8; Wang et al., arXiv 2106.00515).
 
-    `ratios` are the token reductions, each with a score, K and V of its own; one clustering serves them all. `aggregation` is
-    "cluster", or for Tables 7 and 8 "grid" (spatial reduction) or "knn" (the same, then k-NN attention to half of the keys).
-    Raises: ValueError for heads that do not divide `dim`, ratios or k below 1, another aggregation.
+    Each query attends to its `keep` top-scoring keys, ties included.
+    Args: q (B, h, N, d); k, v (B, h, M, d); keep, 1 to M.
+    Returns: (B, h, N, d). Holds the N x M map, which top-k needs.
     """
-
-    def __init__(self, dim, heads, ratios, k=5, aggregation="cluster"):
-        super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim = {dim} does not split into {heads} heads")
-        if not ratios or min(*ratios, k) < 1:
-            raise ValueError(f"ratios = {ratios}, k = {k}, expected one or more ratios, all at least 1")
-        if aggregation not in ("cluster", "grid", "knn"):
-            raise ValueError(f"aggregation = {aggregation!r}, expected 'cluster', 'grid' or 'knn'")
-        self.heads, self.ratios, self.k, self.aggregation = heads, tuple(ratios), k, aggregation
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in ratios)
-        reduced = [ratio for ratio in ratios if ratio > 1]
-        self.reduce = nn.ModuleList(nn.Linear(dim, 1) if aggregation == "cluster" else GridReduction(dim, ratio) for ratio in reduced)
-        self.proj = nn.Linear(dim, dim)
-
-    def cluster_counts(self, tokens):
-        """ceil(N / ratio) for each ratio that clusters."""
-        return [-(-tokens // ratio) for ratio in self.ratios if ratio > 1]
-
-    def representatives(self, x):
-        """The tokens that keys and values are made of, for each ratio: (B, H, W, C) -> [(B, M, C), ...]."""
-        tokens = x.flatten(1, 2)
-        if self.aggregation != "cluster":
-            reduced = [layer(x) for layer in self.reduce]
-        elif self.reduce:
-            counts = self.cluster_counts(tokens.shape[1])
-            indices = cluster_tokens(tokens.detach(), self.k, counts)
-            scores = [score(tokens).squeeze(2) for score in self.reduce]
-            reduced = [aggregate(tokens, *each) for each in zip(scores, indices, counts)]
-        else:
-            reduced = []
-        reduced = iter(reduced)
-        return [next(reduced) if ratio > 1 else tokens for ratio in self.ratios]
-
-    def forward(self, x):
-        q = self.q(x).flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)      # (B, h, N, d)
-        y = 0
-        for few, project in zip(self.representatives(x), self.kv):
-            k, v = project(few).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)                    # (B, h, M, d) each
-            if self.aggregation == "knn":
-                y = y + nearest_keys_attention(q, k, v, -(-k.shape[2] // 2))
-            else:
-                y = y + F.scaled_dot_product_attention(q, k, v)                         # Eq. 5
-        return self.proj(y.transpose(1, 2).reshape(x.shape))                            # Eq. 8
+    logits = q @ k.mT * q.shape[-1] ** -0.5                                 # (B, h, N, M)
+    smallest_kept = logits.topk(keep).values[..., -1:]                      # (B, h, N, 1)
+    logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    return logits.softmax(-1) @ v
 
 
-class ConvFFN(nn.Module):
-    """Linear, 3x3 depth-wise convolution, GELU, linear."""
+# --------------------------------------------------------------------------------- released weights
+# The authors released no weights of ClusTR; these are train_imagenet.py's.
+def read_weights(path):
+    """State dict in a file: a train_imagenet.py checkpoint or a bare one.
 
-    def __init__(self, dim, ratio):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, ratio * dim)
-        self.conv = DepthwiseConv(ratio * dim, 3)
-        self.fc2 = nn.Linear(ratio * dim, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.conv(self.fc1(x))))
-
-
-class Block(nn.Module):
-    """Eq. 9: clustering-guided attention and FFN, each with LayerNorm before and a shortcut; (B, H, W, C) -> the same."""
-
-    def __init__(self, dim, heads, ratios, k, aggregation, ffn_ratio, drop_path):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = ClusteringGuidedAttention(dim, heads, ratios, k, aggregation)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.ffn = ConvFFN(dim, ffn_ratio)
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.ffn(self.norm2(x)))
-
-
-class PatchEmbedding(nn.Module):
-    """Overlapping patches: a strided convolution and LayerNorm; (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C')."""
-
-    def __init__(self, in_dim, dim, kernel_size, stride):
-        super().__init__()
-        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-
-    def forward(self, x):
-        return self.norm(self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-def init_weights(module):
-    """PVTv2's rule: linear weights N(0, 0.02) truncated, convolutions N(0, sqrt(2 / fan-out)), biases 0, norms as constructed."""
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-        nn.init.zeros_(module.bias)
-    elif list(module.parameters(recurse=False)) and not isinstance(module, nn.LayerNorm):
-        raise TypeError(f"no initialization rule for {type(module).__name__}")
-
-
-# --------------------------------------------------------------------------------------------------------------- model
-class ClusTR(nn.Module):
-    """Four stages of clustering-guided blocks at strides 4, 8, 16 and 32 (paper, Fig. 3 and Table 1).
-
-    Args:
-        num_classes: width of the classifier.
-        drop_path_rate: stochastic depth of the last block; the first block's rate is 0, linear between.
-        depths, dims, heads: one entry a stage.
-        ratios: one tuple of token reductions a stage; single-scale (Table 9) is ((64,), (16,), (4,), (1,)).
-        k: neighbours that make a token's density.
-        aggregation: "cluster", or "grid" or "knn" (Tables 7 and 8).
-    `channels` holds the four map widths.
-    """
-
-    def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, ratios=((64, 16), (16, 4), (4, 1), (1,)), k=5,
-                 aggregation="cluster"):
-        super().__init__()
-        self.channels = tuple(dims)
-        self.embeds = nn.ModuleList(
-            PatchEmbedding(dims[i - 1], dims[i], 3, 2) if i else PatchEmbedding(3, dims[0], 7, 4) for i in range(4))
-        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dims[i], heads[i], ratios[i], k, aggregation, (8, 8, 4, 4)[i], next(rates)) for _ in range(depths[i])))
-            for i in range(4))
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
-        self.head = nn.Linear(dims[3], num_classes)
-        self.apply(init_weights)
-
-    def forward_features(self, images):
-        """(B, 3, H, W) -> four maps (B, C_i, ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32, channels-last in memory.
-
-        Raises: ValueError unless images are (B, 3, H, W) with both sides at least 32.
-        """
-        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
-            raise ValueError(f"images of shape {tuple(images.shape)}, expected (B, 3, H, W) with H and W at least 32")
-        x = images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)    # blocks see (B, H, W, C)
-        maps = []
-        for embed, stage, norm in zip(self.embeds, self.stages, self.norms):
-            x = norm(stage(embed(x)))
-            maps.append(x.permute(0, 3, 1, 2))
-        return tuple(maps)
-
-    def forward(self, images):
-        """(B, 3, H, W) -> logits (B, num_classes)."""
-        return self.head(self.forward_features(images)[-1].mean((2, 3)))
-
-
-def clustr_t(num_classes=1000, drop_path_rate=0.1, **overrides):
-    """ClusTR-T, 11.68 M parameters."""
-    return ClusTR(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["clustr_t"], **overrides})
-
-
-def clustr_s(num_classes=1000, drop_path_rate=0.2, **overrides):
-    """ClusTR-S, 22.69 M parameters."""
-    return ClusTR(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["clustr_s"], **overrides})
-
-
-def clustr_b(num_classes=1000, drop_path_rate=0.3, **overrides):
-    """ClusTR-B, 40.25 M parameters."""
-    return ClusTR(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["clustr_b"], **overrides})
-
-
-# ------------------------------------------------------------------------------------------------------------- drawing
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what trained weights expect
-
-
-def example_picture():
-    """A 480 x 320 landscape drawn here, so that the file can show itself without a photo."""
-    picture = Image.new("RGB", (480, 320))
-    draw = ImageDraw.Draw(picture)
-    for y in range(320):
-        draw.line((0, y, 480, y), (120 + y // 4, 170 + y // 6, 235 - y // 8))               # sky
-    draw.ellipse((350, 30, 410, 90), (255, 225, 120))                                       # sun
-    draw.polygon([(0, 220), (110, 110), (230, 215), (330, 140), (480, 230), (480, 320), (0, 320)], (96, 108, 128))
-    draw.rectangle((0, 225, 480, 320), (86, 140, 62))                                       # meadow
-    draw.polygon([(210, 320), (250, 225), (262, 225), (330, 320)], (196, 170, 120))         # path
-    draw.rectangle((60, 170, 170, 265), (206, 92, 70))                                      # house
-    draw.polygon([(50, 172), (115, 120), (180, 172)], (92, 52, 48))
-    draw.rectangle((100, 215, 128, 265), (70, 42, 36))
-    draw.rectangle((138, 190, 160, 212), (250, 240, 190))
-    draw.rectangle((392, 180, 406, 262), (92, 66, 44))                                      # tree
-    draw.ellipse((350, 105, 448, 205), (38, 92, 46))
-    return picture
-
-
-def load_picture(path, longer_side=512):
-    """Read any picture Pillow reads, upright by its EXIF orientation, as RGB with the given longer side and no side under 32.
-
-    Grey of more than 8 bits is stretched from its darkest to its brightest value, which Pillow would clip.
-    """
-    picture = ImageOps.exif_transpose(Image.open(path))
-    if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture, np.float32)
-        picture = Image.fromarray((255 * (values - values.min()) / max(np.ptp(values), 1e-9)).astype(np.uint8))
-    picture = picture.convert("RGB")
-    scale = longer_side / max(picture.size)
-    return picture.resize([max(32, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
-
-
-def load_weights(factory, path):
-    """Build `factory`'s model with a file's weights: train_imagenet.py's checkpoint or a bare state dict.
-
-    Raises: OSError if the file cannot be opened, ValueError if it holds no weights of this model.
+    Raises: OSError if the file cannot be opened, ValueError if it holds no state dict.
     """
     with open(path, "rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            state = state.get("model", state)
-            classes = state["head.weight"].shape[0]
-        except Exception as error:  # torch.load raises half a dozen types for files that are not its own
+            return dict(state.get("model", state))
+        except Exception as error:  # torch.load raises many types on files of other formats
             raise ValueError(f"no weights in it ({type(error).__name__})") from None
-    model = factory(num_classes=classes)
+
+
+def load_weights(factory, path):
+    """Build the model of `factory` with the weights in a file, in eval mode.
+
+    Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
+    """
+    state = read_weights(path)
+    head = state.get("head.weight")
+    num_classes = 0 if head is None else len(head)
+    model = factory(num_classes=num_classes)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"weights of another model ({' '.join(str(error).split())[:200]})") from None
+        message = " ".join(str(error).split())[:200]
+        raise ValueError(f"weights of another model ({message})") from None
     return model.eval()
 
 
+# ------------------------------------------------------------------------------------------ drawing
+MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)  # of ImageNet, as in training
+STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+
+
+def to_tensor(image):
+    """RGB image -> normalised tensor (1, 3, H, W)."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return (pixels[None] / 255 - MEAN) / STD
+
+
+def layer_inputs(model, layers, image):
+    """Run `model` on an image and return the input of each of its `layers`."""
+    inputs = {}
+
+    def record(layer, args):
+        inputs[layer] = args[0]
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    model.forward_features(to_tensor(image))
+    for hook in hooks:
+        hook.remove()
+    return [inputs[layer] for layer in layers]
+
+
 def tile(panels):
-    """Put (caption, picture) pairs of equal size side by side."""
-    W, H = panels[0][1].size
-    sheet = Image.new("RGB", (len(panels) * (W + 8) - 8, H + 20), "white")
-    for i, (caption, picture) in enumerate(panels):
-        sheet.paste(picture, (i * (W + 8), 20))
-        ImageDraw.Draw(sheet).text((i * (W + 8) + 2, 3), caption, "black")
+    """Put (caption, image) pairs of equal size side by side."""
+    gap = 8
+    caption_height = 20
+    width, height = panels[0][1].size
+    sheet_size = (len(panels) * (width + gap) - gap, height + caption_height)
+    sheet = Image.new("RGB", sheet_size, "white")
+    canvas = ImageDraw.Draw(sheet)
+    for i, (caption, image) in enumerate(panels):
+        left = i * (width + gap)
+        sheet.paste(image, (left, caption_height))
+        canvas.text((left + 2, 3), caption, "black")
     return sheet
 
 
+def palette(clusters):
+    """Colours (M, 3), all different: hue, saturation and value take irrational steps."""
+    colours = []
+    for i in range(clusters):
+        hue = i * 0.618034 % 1
+        saturation = 0.45 + 0.55 * (i * 0.414214 % 1)
+        value = 0.5 + 0.5 * (i * 0.732051 % 1)
+        colours.append(colorsys.hsv_to_rgb(hue, saturation, value))
+    return (255 * np.array(colours)).astype(np.uint8)
+
+
 @torch.no_grad()
-def draw_clusters(model, picture):
-    """The picture beside the clusters in the last block of each stage, at each ratio, one colour a cluster."""
-    seen = {}
-    hooks = [stage[-1].attn.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0]})) for stage in model.stages]
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
-    model.forward_features((x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])
-    panels = [("image", picture)]
-    for i, (attn, x) in enumerate(seen.items()):
-        hooks[i].remove()
-        counts = attn.cluster_counts(x.shape[1] * x.shape[2])
-        if attn.aggregation != "cluster" or not counts:
+def draw_clusters(model, image):
+    """The image beside the clusters in each stage's last block, one panel per ratio."""
+    attns = [stage[-1].attn for stage in model.stages]
+    panels = [("image", image)]
+    for i, x in enumerate(layer_inputs(model, attns, image)):
+        _, H, W, _ = x.shape
+        counts = attns[i].cluster_counts(H * W)
+        if attns[i].aggregation != "cluster" or not counts:
             continue
-        for count, index in zip(counts, cluster_tokens(x.flatten(1, 2), attn.k, counts)[:, 0]):
-            hues = [(j * 0.618034 % 1, 0.45 + 0.55 * (j * 0.414214 % 1), 0.5 + 0.5 * (j * 0.732051 % 1)) for j in range(count)]
-            colours = np.array([colorsys.hsv_to_rgb(*hue) for hue in hues])             # irrational steps: no two alike
-            drawn = Image.fromarray((255 * colours[index.view(x.shape[1:3]).numpy()]).astype(np.uint8))
-            panels.append((f"stage {i + 1}: {count} clusters", drawn.resize(picture.size, Image.Resampling.NEAREST)))
+        indices = cluster_tokens(x.flatten(1, 2), attns[i].neighbours, counts)     # (L, 1, N)
+        for count, index in zip(counts, indices):
+            pixels = palette(count)[index.view(H, W).numpy()]               # (H, W, 3)
+            panel = Image.fromarray(pixels).resize(image.size, Image.Resampling.NEAREST)
+            panels.append((f"stage {i + 1}: {count} clusters", panel))
     return tile(panels)
 
 
+# ------------------------------------------------------------------------------------- command line
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {  # EXIF orientation -> what turns the stored image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def example_picture():
+    """A 480 x 320 landscape, so that the command line works without a photo."""
+    image = Image.new("RGB", (480, 320))
+    canvas = ImageDraw.Draw(image)
+    for y in range(320):  # sky
+        canvas.line((0, y, 480, y), (120 + y // 4, 170 + y // 6, 235 - y // 8))
+    canvas.ellipse((350, 30, 410, 90), (255, 225, 120))  # sun
+    mountains = [(0, 220), (110, 110), (230, 215), (330, 140), (480, 230), (480, 320), (0, 320)]
+    canvas.polygon(mountains, (96, 108, 128))
+    canvas.rectangle((0, 225, 480, 320), (86, 140, 62))  # meadow
+    canvas.polygon([(210, 320), (250, 225), (262, 225), (330, 320)], (196, 170, 120))  # path
+    canvas.rectangle((60, 170, 170, 265), (206, 92, 70))  # house
+    canvas.polygon([(50, 172), (115, 120), (180, 172)], (92, 52, 48))  # roof
+    canvas.rectangle((100, 215, 128, 265), (70, 42, 36))  # door
+    canvas.rectangle((138, 190, 160, 212), (250, 240, 190))  # window
+    canvas.rectangle((392, 180, 406, 262), (92, 66, 44))  # trunk
+    canvas.ellipse((350, 105, 448, 205), (38, 92, 46))  # crown
+    return image
+
+
+def turn_upright(image):
+    """Turn an image by its EXIF orientation; with unreadable EXIF data it stays as stored."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+    except Exception:  # Pillow raises SyntaxError, struct.error and others on damaged EXIF data
+        return image
+    if orientation not in UPRIGHT:
+        return image
+    return image.transpose(UPRIGHT[orientation])
+
+
+def load_picture(path, longer_side=512):
+    """Read an image file: upright, RGB, with the given longer side and no side under 32 pixels.
+
+    Grey values of more than 8 bits, which Pillow would clip, are stretched to 0 .. 255.
+    Raises: OSError if the file cannot be read or holds no image, ValueError if it is damaged.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+    except OSError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise ValueError(f"damaged image ({type(error).__name__}: {error})") from error
+    image = turn_upright(image)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, np.float32)
+        values = 255 * (values - values.min()) / max(np.ptp(values), 1e-9)
+        image = Image.fromarray(values.astype(np.uint8))
+    image = image.convert("RGB")
+    scale = longer_side / max(image.size)
+    size = [max(32, round(side * scale)) for side in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
 def main():
-    """Command line: read a picture, draw what the mechanism does to it, write a PNG."""
-    parser = argparse.ArgumentParser(description="Draw ClusTR's clusters of a picture, stage by stage and ratio by ratio.")
-    parser.add_argument("picture", nargs="?", help="any file Pillow reads; without it a picture drawn here")
-    parser.add_argument("-o", "--output", default="clustr.png", help="where to write the drawing")
+    """Read an image, show what the mechanism does to it, write a PNG."""
+    parser = argparse.ArgumentParser(description="Plot ClusTR's clusters on an image.")
+    parser.add_argument("picture", nargs="?", help="any image file (default: a built-in landscape)")
+    parser.add_argument("-o", "--output", default="clustr.png", help="file to write")
     parser.add_argument("--model", default="clustr_t", choices=sorted(VARIANTS))
-    parser.add_argument("--weights", help="trained weights; without them the model is random and so are its clusters")
+    parser.add_argument("--weights", help="trained weights (default: random, seed 0)")
     args = parser.parse_args()
     torch.manual_seed(0)
-    factory, reading = globals()[args.model], args.picture
+    factory = globals()[args.model]
+    path = args.picture
     try:
-        picture = load_picture(args.picture) if args.picture else example_picture()
-        reading = args.weights
-        model = load_weights(factory, args.weights) if args.weights else factory().eval()
-        reading = args.output
-        draw_clusters(model, picture).save(args.output)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on broken files
-        parser.exit(2, f"{reading}: {' '.join(str(error).split())}\n")
+        image = load_picture(path) if path else example_picture()
+        path = args.weights
+        model = load_weights(factory, path) if path else factory().eval()
+        path = args.output
+        draw_clusters(model, image).save(path)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{path}: {' '.join(str(error).split())}\n")
     print(f"wrote {args.output}")
 
 

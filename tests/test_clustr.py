@@ -1,95 +1,97 @@
 """ClusTR's core and layers against slow references written from the paper.
 
-Equivalence tests run in float64 with B > 1 and compare outputs and the gradients of all inputs. Order as in clustr.py: references,
-core, layers, ablations, drawing. Letters as in clustr.py.
+Equivalence tests run in float64 with B > 1 and compare outputs and the gradients of all inputs.
+Order and letters as in clustr.py: references, core, layers, block, model, ablations, drawing,
+command line.
 """
 import math
+import struct
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from test_models import LargestTensor
 from torch import nn
 from torch.testing import assert_close
 
-from clustr import (
-    ClusteringGuidedAttention,
-    ConvFFN,
-    GridReduction,
-    aggregate,
-    assign_clusters,
-    cluster_tokens,
-    clustr_b,
-    clustr_s,
-    clustr_t,
-    density_peaks,
-    draw_clusters,
-    nearest_keys_attention,
-)
+import clustr
+
+TINY = dict(num_classes=3, depths=(1, 1, 1, 1), dims=(8, 16, 16, 32), heads=(1, 2, 2, 4))
 
 
-# ---------------------------------------------------------------------------------------------------------- references
+# --------------------------------------------------------------------------------------- references
 def loop_density_peaks(x, k):
     """Eq. 1 and 2 for one sample (N, C), token by token: log density, delta, parent."""
     N, C = x.shape
-    squared = torch.stack([((x - token) ** 2).sum(1) / C for token in x])                               # (N, N)
+    squared = torch.stack([((x - token) ** 2).sum(1) / C for token in x])   # (N, N)
     density = [-row.sort().values[:k].mean().item() for row in squared]
-    rank = sorted(range(N), key=lambda i: (-density[i], i))                                             # the strict order
-    delta, parent = [], []
-    for i in range(N):
-        denser = rank[:rank.index(i)]
-        nearest = min(denser, key=lambda j: (squared[i, j].item(), rank.index(j)), default=i)
-        delta.append(math.sqrt(squared[i, nearest] if denser else squared[i].max()))
-        parent.append(nearest)
-    return torch.tensor(density, dtype=x.dtype), torch.tensor(delta, dtype=x.dtype), torch.tensor(parent)
+    rank = sorted(range(N), key=lambda i: (-density[i], i))                 # densest first
+    delta = [squared[rank[0]].max().sqrt()] * N
+    parent = [rank[0]] * N
+    for position in range(1, N):
+        i = rank[position]
+        denser = rank[:position]
+        distances = [squared[i, j].item() for j in denser]
+        parent[i] = denser[distances.index(min(distances))]                 # first, densest on ties
+        delta[i] = squared[i, parent[i]].sqrt()
+    return torch.tensor(density, dtype=x.dtype), torch.stack(delta), torch.tensor(parent)
 
 
 def loop_assign(log_density, delta, parent, clusters):
-    """The partition of one sample, following parents one by one; clusters numbered by falling log gamma, the densest token's first."""
+    """The clusters of one sample, following parents one by one; numbered by falling gamma."""
     N = len(parent)
-    root = next(i for i in range(N) if parent[i] == i)
-    gamma = [math.inf if i == root else log_density[i].item() + (math.log(delta[i]) if delta[i] > 0 else -math.inf) for i in range(N)]
-    centres = sorted(range(N), key=lambda i: (-gamma[i], i))[:clusters]
-
-    def follow(i):
+    root = [i for i in range(N) if parent[i] == i][0]
+    log_gamma = (log_density + delta.log()).tolist()
+    log_gamma[root] = math.inf
+    centres = sorted(range(N), key=lambda i: (-log_gamma[i], i))[:clusters]
+    labels = []
+    for i in range(N):
         while i not in centres:
             i = parent[i].item()
-        return centres.index(i)
-    return torch.tensor([follow(i) for i in range(N)])
+        labels.append(centres.index(i))
+    return torch.tensor(labels)
 
 
 def loop_clusters(x, k, clusters):
     """Clusters (B, N) of x (B, N, C)."""
-    return torch.stack([loop_assign(*loop_density_peaks(tokens.detach(), k), clusters) for tokens in x])
-
-
-def loop_aggregate(x, score, index, clusters):
-    """Softmax-weighted sums of the tokens of each cluster, one cluster at a time: (B, M, C)."""
-    samples = []
-    for tokens, s, members in zip(x, score, index, strict=True):
-        rows = [(members == m).nonzero().flatten().tolist() for m in range(clusters)]
-        samples.append(torch.stack([(s[row].softmax(0)[:, None] * tokens[row]).sum(0) for row in rows]))
+    samples = [loop_assign(*loop_density_peaks(tokens, k), clusters) for tokens in x.detach()]
     return torch.stack(samples)
 
 
+def loop_aggregate(x, score, index, clusters):
+    """Eq. 3: softmax-weighted sums over the tokens of each cluster, one by one: (B, M, C)."""
+    B, _, C = x.shape
+    merged = x.new_zeros(B, clusters, C)
+    for b, m in product(range(B), range(clusters)):
+        members = index[b] == m
+        weight = score[b, members].softmax(0)
+        merged[b, m] = (weight[:, None] * x[b, members]).sum(0)
+    return merged
+
+
 def loop_attention(module, x):
-    """Eq. 8 on x (B, H, W, C), scale by scale and head by head, K and V projected first and then clustered as in Eq. 5."""
+    """Eq. 8 on x (B, H, W, C), scale by scale and head by head, K and V clustered as in Eq. 5."""
     B, H, W, C = x.shape
-    tokens, d, y, scores = x.flatten(1, 2), C // module.heads, 0, iter(module.reduce)
+    d = C // module.heads
+    tokens = x.flatten(1, 2)
+    scores = iter(module.reduce)
     q = module.q(tokens)
+    y = torch.zeros_like(q)
     for ratio, kv in zip(module.ratios, module.kv, strict=True):
         k, v = kv(tokens).split(C, -1)
         if ratio > 1:
             clusters = math.ceil(H * W / ratio)
-            index, score = loop_clusters(tokens, module.k, clusters), next(scores)(tokens).squeeze(-1)
-            k, v = (loop_aggregate(t, score, index, clusters) for t in (k, v))
+            index = loop_clusters(tokens, module.neighbours, clusters)
+            score = next(scores)(tokens).squeeze(-1)
+            k = loop_aggregate(k, score, index, clusters)
+            v = loop_aggregate(v, score, index, clusters)
         heads = []
         for i in range(module.heads):
-            part = slice(i * d, (i + 1) * d)
-            weights = (q[..., part] @ k[..., part].mT / math.sqrt(d)).softmax(-1)                       # (B, N, M)
-            heads.append(weights @ v[..., part])
+            head = slice(i * d, (i + 1) * d)
+            logits = q[..., head] @ k[..., head].mT / math.sqrt(d)          # (B, N, M)
+            heads.append(logits.softmax(-1) @ v[..., head])
         y = y + torch.cat(heads, -1)
     return module.proj(y).view(B, H, W, C)
 
@@ -98,313 +100,593 @@ def assert_same(fast, slow, inputs):
     """Equal outputs, and equal gradients of all inputs for one random cotangent."""
     assert_close(fast, slow)
     cotangent = torch.randn_like(slow)
-    for a, b in zip(torch.autograd.grad(fast, inputs, cotangent), torch.autograd.grad(slow, inputs, cotangent), strict=True):
-        assert_close(a, b)
+    fast_grads = torch.autograd.grad(fast, inputs, cotangent)
+    slow_grads = torch.autograd.grad(slow, inputs, cotangent)
+    assert_close(fast_grads, slow_grads)
 
 
-def random_leaves(*shapes, device="cpu"):
-    return [torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in shapes]
+def random_leaf(*shape, device="cpu"):
+    return torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
+
+
+def separated_tokens(*shape, scale, device):
+    """LayerNorm-ed tokens, `scale` times as far from each other as those of the model."""
+    x = torch.randn(shape, device=device)
+    return scale * F.layer_norm(x, shape[-1:])
 
 
 def assert_valid(index, clusters):
     """Every token is in a cluster, every cluster has a token."""
-    assert all(sample.unique().tolist() == list(range(clusters)) for sample in index)
+    for sample in index:
+        assert sample.unique().tolist() == list(range(clusters))
 
 
-# ---------------------------------------------------------------------------------------------------------------- core
-@pytest.mark.parametrize("N, C, k, chunk", [(1, 3, 5, 4), (3, 2, 5, 256), (16, 3, 5, 4), (37, 5, 5, 256), (40, 8, 3, 7), (50, 4, 1, 16)])
+# ------------------------------------------------------------------------------ core: density peaks
+PEAKS = [  # N, C, neighbours, chunk
+    (1, 3, 5, 4),
+    (3, 2, 5, 256),
+    (16, 3, 5, 4),
+    (37, 5, 5, 256),
+    (40, 8, 3, 7),
+    (50, 4, 1, 16),
+]
+
+
+@pytest.mark.parametrize("N, C, k, chunk", PEAKS)
 def test_density_peaks_match_loops(N, C, k, chunk, device):
     x = torch.randn(3, N, C, dtype=torch.float64, device=device) + 5
-    fast = density_peaks(x, k, chunk)
-    for slow in (torch.stack(each).to(device) for each in zip(*(loop_density_peaks(tokens, k) for tokens in x), strict=True)):
-        same, *fast = fast
-        assert_close(same, slow)
-    assert not fast
+    log_density, delta, parent = clustr.density_peaks(x, k, chunk)
+    for i in range(3):
+        slow_density, slow_delta, slow_parent = loop_density_peaks(x[i].cpu(), k)
+        assert_close(log_density[i].cpu(), slow_density)
+        assert_close(delta[i].cpu(), slow_delta)
+        assert_close(parent[i].cpu(), slow_parent)
+
+
+def test_density_peaks_match_the_docstring(device):
+    """The short form with all distances at once, which clustr.density_peaks shows."""
+    x = torch.randn(37, 5, dtype=torch.float64, device=device)
+    distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / 5 ** 0.5
+    nearest = distance.topk(4, largest=False).values
+    log_density = -nearest.square().mean(1)
+    denser = log_density[None, :] > log_density[:, None]
+    delta, parent = distance.where(denser, torch.inf).min(1)
+    densest = log_density.argmax()
+    delta[densest] = distance[densest].max()
+    parent[densest] = densest
+    expected = (log_density[None], delta[None], parent[None])
+    assert_close(clustr.density_peaks(x[None], neighbours=4), expected)
 
 
 @pytest.mark.parametrize("k, chunk", [(5, 256), (1, 16), (4, 11)])
 def test_ties_go_to_the_smaller_index_and_the_denser_parent(k, chunk, device):
-    """64 tokens on a grid of 3^4 places: many duplicates, equal densities and equal distances, all exact in floating point."""
+    """64 tokens at 3^4 positions: duplicates, equal densities, equal distances, all exact."""
     x = torch.randint(0, 3, (4, 64, 4), device=device).double()
-    for log_density, delta, parent, tokens in zip(*density_peaks(x, k, chunk), x, strict=True):
-        slow = loop_density_peaks(tokens, k)
-        assert (log_density.tolist(), parent.tolist()) == (slow[0].tolist(), slow[2].tolist())
-        assert_close(delta, slow[1].to(device))                                                         # torch's sqrt rounds otherwise
+    log_density, delta, parent = clustr.density_peaks(x, k, chunk)
+    for i in range(4):
+        slow_density, slow_delta, slow_parent = loop_density_peaks(x[i].cpu(), k)
+        assert log_density[i].tolist() == slow_density.tolist()
+        assert parent[i].tolist() == slow_parent.tolist()
+        assert_close(delta[i].cpu(), slow_delta)    # vectorised square roots round differently
 
 
-def test_density_peaks_do_not_depend_on_the_chunk(device):
+@pytest.mark.parametrize("chunk", [1, 64, 299, 1000])
+def test_density_peaks_do_not_depend_on_the_chunk(chunk, device):
     x = torch.randn(2, 300, 6, dtype=torch.float64, device=device)
-    whole = density_peaks(x, chunk=300)
-    for chunk in (1, 64, 299, 1000):
-        assert_close(density_peaks(x, chunk=chunk), whole)
+    in_one_chunk = clustr.density_peaks(x, chunk=300)
+    assert_close(clustr.density_peaks(x, chunk=chunk), in_one_chunk)
 
 
 def test_density_peaks_hold_no_map_of_tokens_by_tokens(device):
     x = torch.randn(2, 2000, 4, device=device)
     with LargestTensor() as largest:
-        density_peaks(x, chunk=10)
-    assert x.numel() < largest.numel <= 2 * 2016 * 10           # columns in whole groups of 32
+        clustr.density_peaks(x, chunk=10)
+    assert x.numel() < largest.numel <= 2 * 2016 * 10       # 2000 columns, in whole groups of 32
 
 
-def test_near_duplicates_far_from_the_origin(device):
-    """Expanding the square cancels: distances of 1e-3 at coordinates around 100 survive in float32, none is negative or NaN."""
+def near_duplicates(device):
     x = 100 + torch.randn(1, 64, 8, device=device)
     x[:, 32:] = x[:, :32] + 1e-3 * torch.randn(1, 32, 8, device=device)
-    log_density, delta, _ = density_peaks(x, k=2)
-    expected = loop_density_peaks(x[0].double().cpu(), 2)[0]
+    return x
+
+
+def test_distances_of_near_duplicates_survive_in_float32(device):
+    """The expanded square cancels: distances of 1e-3 at coordinates around 100."""
+    x = near_duplicates(device)
+    log_density, _, _ = clustr.density_peaks(x, neighbours=2)
+    expected, _, _ = loop_density_peaks(x[0].double().cpu(), 2)
     assert_close(log_density[0].double().cpu(), expected, rtol=0.2, atol=3e-7)
-    assert (delta >= 0).all() and (log_density <= 0).all()
+
+
+def test_distances_of_near_duplicates_are_not_negative(device):
+    log_density, delta, _ = clustr.density_peaks(near_duplicates(device), neighbours=2)
+    assert (log_density <= 0).all()
+    assert (delta >= 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_density_peaks_run_in_float32_inside_autocast(dtype, device):
-    x = torch.randn(2, 200, 16, device=device).to(dtype).requires_grad_()
-    exact = density_peaks(x.float())
+    x = torch.randn(2, 200, 16, device=device).to(dtype)
+    expected = clustr.density_peaks(x.float())
     with torch.autocast(device.type, torch.bfloat16):
-        log_density, delta, parent = density_peaks(x)
-    assert log_density.dtype == delta.dtype == torch.float32 and not log_density.requires_grad
-    assert_close((log_density, delta, parent), exact)
+        peaks = clustr.density_peaks(x)
+    assert_close(peaks, expected)
 
 
+def test_density_peaks_have_no_gradient():
+    log_density, delta, _ = clustr.density_peaks(torch.randn(2, 20, 4, requires_grad=True))
+    assert not log_density.requires_grad
+    assert not delta.requires_grad
+
+
+@pytest.mark.parametrize("argument", ["neighbours", "chunk"])
+def test_density_peaks_reject_less_than_one(argument):
+    with pytest.raises(ValueError, match=f"{argument} = 0.*expected at least 1"):
+        clustr.density_peaks(torch.randn(1, 10, 2), **{argument: 0})
+
+
+# ----------------------------------------------------------------------------------- core: clusters
 CLUSTERS = [(1, 1), (10, 1), (10, 10), (37, 5), (37, 36)]     # N, M
 
 
 @pytest.mark.parametrize("N, clusters", CLUSTERS)
 def test_clusters_match_loops(N, clusters, device):
     x = torch.randn(3, N, 4, dtype=torch.float64, device=device)
-    index = assign_clusters(*density_peaks(x), clusters)
-    assert index.tolist() == loop_clusters(x, 5, clusters).tolist()
+    index = clustr.assign_clusters(*clustr.density_peaks(x), clusters)
+    assert index.tolist() == loop_clusters(x.cpu(), 5, clusters).tolist()
     assert_valid(index, clusters)
 
 
-def test_the_longest_chain_is_followed(device):
-    """35 tokens, each the parent of the next, cut behind the first and in the middle."""
+@pytest.mark.parametrize("cut", [1, 20])
+def test_the_longest_chain_is_followed(cut, device):
+    """35 tokens, each the parent of the next; the chain is cut in front of one token."""
     parent = torch.arange(-1, 34, device=device).clamp(min=0)[None]
     log_density = -torch.arange(35., device=device)[None]
-    for cut in (1, 20):
-        delta = torch.ones(1, 35, device=device)
-        delta[0, cut] = 1e30
-        assert assign_clusters(log_density, delta, parent, 2).tolist() == [[0] * cut + [1] * (35 - cut)]
+    delta = torch.ones(1, 35, device=device)
+    delta[0, cut] = 1e30
+    index = clustr.assign_clusters(log_density, delta, parent, 2)
+    assert index.tolist() == [[0] * cut + [1] * (35 - cut)]
 
 
 def test_equal_gamma_goes_to_the_smaller_index(device):
-    """A star: all hang on token 3, all alike."""
-    ones, parent = torch.ones(1, 300, device=device), torch.full((1, 300), 3, device=device)
-    index = assign_clusters(-ones, ones, parent, 100)[0].tolist()
-    centres = [3, *(i for i in range(101) if i != 3)][:100]
-    assert [index[i] for i in centres] == list(range(100)) and set(index[100:]) == {0}
+    """A star of 300 equal tokens with token 3 as the parent of all."""
+    ones = torch.ones(1, 300, device=device)
+    parent = torch.full((1, 300), 3, device=device)
+    index = clustr.assign_clusters(-ones, ones, parent, 100)
+    centres = [3, 0, 1, 2, *range(4, 100)]
+    assert index[0, centres].tolist() == list(range(100))
+    assert index[0, 100:].unique().tolist() == [0]
 
 
 def test_gamma_does_not_underflow(device):
-    """Tokens so far apart that every density is 0 in float32."""
-    x = 10 * F.layer_norm(torch.randn(2, 37, 64, device=device), (64,))
-    log_density, delta, parent = density_peaks(x)
+    """Tokens so far from each other that every density is 0 in float32."""
+    x = separated_tokens(2, 37, 64, scale=10, device=device)
+    log_density, delta, parent = clustr.density_peaks(x)
     assert log_density.exp().max() == 0
-    assert assign_clusters(log_density, delta, parent, 9).tolist() == loop_clusters(x.double().cpu(), 5, 9).tolist()
+    index = clustr.assign_clusters(log_density, delta, parent, 9)
+    assert index.tolist() == loop_clusters(x.double().cpu(), 5, 9).tolist()
 
 
 def test_copies_of_a_token_are_no_centres(device):
-    """48 copies among far tokens: gamma 0 but for rounding, which must not lift them over the others."""
-    x = 5 * F.layer_norm(torch.randn(1, 98, 64, device=device), (64,))
+    """48 copies have gamma 0 but for rounding, which must not lift them above other tokens."""
+    x = separated_tokens(1, 98, 64, scale=5, device=device)
     x[:, 50:] = x[:, :1].clone()
-    index = assign_clusters(*density_peaks(x), 25)
+    index = clustr.assign_clusters(*clustr.density_peaks(x), 25)
     assert len(index[0, 50:].unique()) == 1
 
 
-@pytest.mark.parametrize("clusters", [1, 7, 49, 98])
-@pytest.mark.parametrize("fill", ["constant", "half", "pairs", "huge", "nan", "inf", "overflow"])
-def test_identical_and_broken_tokens_give_valid_clusters(fill, clusters, device):
+def make_identical(x):
+    x[:] = x[:, :1].clone()
+
+
+def zero_half(x):
+    x[:, 40:] = 0
+
+
+def make_pairs(x):
+    x[:, 1::2] = x[:, ::2]
+
+
+def scale_some(factor):
+    def scale(x):
+        x[:, ::7] *= factor
+    return scale
+
+
+FINITE_FILLS = {
+    "identical": make_identical,
+    "half zero": zero_half,
+    "pairs": make_pairs,
+    "huge": scale_some(1e6),
+}
+BROKEN_FILLS = {
+    "nan": scale_some(math.nan),
+    "inf": scale_some(math.inf),
+    "overflow": scale_some(1e20),
+}
+
+
+@pytest.mark.parametrize("fill", FINITE_FILLS.values(), ids=FINITE_FILLS)
+def test_density_peaks_of_odd_tokens_are_finite(fill, device):
     x = torch.randn(2, 98, 6, device=device)
-    torch.empty(10 ** 6, dtype=torch.int64, device=device).fill_(-1)    # what an uninitialised tensor would hold then
-    if fill == "constant":
-        x[:] = x[:, :1].clone()
-    elif fill == "half":
-        x[:, 40:] = 0
-    elif fill == "pairs":
-        x[:, 1::2] = x[:, ::2]
-    else:
-        x[:, ::7] *= {"huge": 1e6, "nan": math.nan, "inf": math.inf, "overflow": 1e20}[fill]
-    log_density, delta, parent = density_peaks(x)
-    if fill in ("constant", "half", "pairs", "huge"):
-        assert log_density.isfinite().all() and delta.isfinite().all()
-    assert_valid(assign_clusters(log_density, delta, parent, clusters), clusters)
+    fill(x)
+    log_density, delta, _ = clustr.density_peaks(x)
+    assert log_density.isfinite().all()
+    assert delta.isfinite().all()
 
 
-@pytest.mark.parametrize("given", [{"k": 0}, {"chunk": 0}])
-def test_density_peaks_raise(given):
-    with pytest.raises(ValueError, match="expected at least 1"):
-        density_peaks(torch.randn(1, 10, 2), **given)
+@pytest.mark.parametrize("clusters", [1, 7, 49, 98])
+@pytest.mark.parametrize(
+    "fill",
+    [*FINITE_FILLS.values(), *BROKEN_FILLS.values()],
+    ids=[*FINITE_FILLS, *BROKEN_FILLS],
+)
+def test_odd_and_broken_tokens_give_valid_clusters(fill, clusters, device):
+    x = torch.randn(2, 98, 6, device=device)
+    fill(x)
+    torch.full((10 ** 6,), -1, device=device)   # what uninitialised memory holds afterwards
+    index = clustr.assign_clusters(*clustr.density_peaks(x), clusters)
+    assert_valid(index, clusters)
 
 
 @pytest.mark.parametrize("clusters", [0, 11])
 def test_impossible_number_of_clusters_raises(clusters):
+    peaks = clustr.density_peaks(torch.randn(1, 10, 2))
     with pytest.raises(ValueError, match=f"clusters = {clusters}, expected 1 to 10"):
-        assign_clusters(*density_peaks(torch.randn(1, 10, 2)), clusters)
+        clustr.assign_clusters(*peaks, clusters)
 
 
-def test_cluster_tokens_is_a_sound_operator(device):
+def test_cluster_tokens_passes_torchs_checks(device):
     x = torch.randn(2, 30, 4, device=device)
-    torch.library.opcheck(cluster_tokens, (x, 5, [15, 4]))
-    peaks = density_peaks(x)
-    assert_close(cluster_tokens(x, 5, [15, 4]), torch.stack([assign_clusters(*peaks, 15), assign_clusters(*peaks, 4)]))
+    torch.library.opcheck(clustr.cluster_tokens, (x, 5, [15, 4]))
 
 
+def test_cluster_tokens_assigns_each_number_of_clusters(device):
+    x = torch.randn(2, 30, 4, device=device)
+    peaks = clustr.density_peaks(x, 3)
+    expected = [clustr.assign_clusters(*peaks, clusters) for clusters in (15, 4)]
+    assert_close(clustr.cluster_tokens(x, 3, [15, 4]), torch.stack(expected))
+
+
+# -------------------------------------------------------------------------------- core: aggregation
 @pytest.mark.parametrize("N, clusters", CLUSTERS)
 def test_aggregation_matches_loops(N, clusters, device):
-    x, score = random_leaves((3, N, 4), (3, N), device=device)
-    index = loop_clusters(x, 5, clusters).to(device)
-    assert_same(aggregate(x, score, index, clusters), loop_aggregate(x, score, index, clusters), [x, score])
+    x = random_leaf(3, N, 4, device=device)
+    score = random_leaf(3, N, device=device)
+    index = loop_clusters(x.cpu(), 5, clusters).to(device)
+    fast = clustr.aggregate(x, score, index, clusters)
+    slow = loop_aggregate(x, score, index, clusters)
+    assert_same(fast, slow, [x, score])
 
 
 def test_aggregation_survives_extreme_scores(device):
-    x, index = torch.randn(1, 4, 3, device=device), torch.tensor([[0, 0, 1, 1]], device=device)
+    x = torch.randn(1, 4, 3, device=device)
+    index = torch.tensor([[0, 0, 1, 1]], device=device)
     score = torch.tensor([[1e4, -1e4, -1e4, -1e4]], device=device, requires_grad=True)
-    y = aggregate(x, score, index, 2)
-    assert_close(y, torch.stack([x[:, 0], x[:, 2:].mean(1)], 1))
-    y.sum().backward()
+    merged = clustr.aggregate(x, score, index, 2)
+    assert_close(merged, torch.stack([x[:, 0], x[:, 2:].mean(1)], 1))
+    merged.sum().backward()
     assert score.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_aggregation_of_half_precision_sums_in_float32(dtype, device):
-    """2000 tokens in two clusters: summed in half precision they would stop growing."""
-    x, score = torch.rand(1, 2000, 3, device=device).to(dtype), torch.rand(1, 2000, device=device).to(dtype)
+    """2000 tokens in two clusters: sums in half precision would stop growing."""
+    x = torch.rand(1, 2000, 3, device=device).to(dtype)
+    score = torch.rand(1, 2000, device=device).to(dtype)
     index = (torch.arange(2000, device=device) % 2)[None]
-    y = aggregate(x, score, index, 2)
-    assert y.dtype == dtype
-    assert_close(y.float(), aggregate(x.float(), score.float(), index, 2), rtol=torch.finfo(dtype).eps, atol=0)
+    merged = clustr.aggregate(x, score, index, 2)
+    expected = clustr.aggregate(x.float(), score.float(), index, 2)
+    assert merged.dtype == dtype
+    assert_close(merged.float(), expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="sums have one order on one CPU thread")
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="one CPU thread sums in one order")
+@pytest.mark.usefixtures("deterministic")
 def test_aggregation_is_deterministic_on_request():
-    x, score = torch.randn(4, 500, 8, device="cuda", requires_grad=True), torch.randn(4, 500, device="cuda", requires_grad=True)
+    x = torch.randn(4, 500, 8, device="cuda", requires_grad=True)
+    score = torch.randn(4, 500, device="cuda", requires_grad=True)
     index = torch.randint(0, 3, (4, 500), device="cuda")
 
-    def run():
-        y = aggregate(x, score, index, 3)
-        return y, *torch.autograd.grad(y.square().sum(), (x, score))
-    torch.use_deterministic_algorithms(True)
-    try:
-        first = run()
-        for _ in range(5):
-            assert all(a.equal(b) for a, b in zip(run(), first, strict=True))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    def output_and_gradients():
+        merged = clustr.aggregate(x, score, index, 3)
+        return merged, *torch.autograd.grad(merged.square().sum(), (x, score))
+
+    first = output_and_gradients()
+    for _ in range(5):
+        assert_close(output_and_gradients(), first, rtol=0, atol=0)
 
 
-# -------------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 @pytest.mark.parametrize("ratios", [(4, 2), (16, 1), (1,), (3,), (100, 7)])
 @pytest.mark.parametrize("H, W", [(5, 7), (4, 4)])
 def test_clustering_guided_attention_matches_loops(ratios, H, W, device):
-    module = ClusteringGuidedAttention(12, 3, ratios, k=3).to(device).double()
-    x, = random_leaves((2, H, W, 12), device=device)
+    module = clustr.ClusteringGuidedAttention(12, 3, ratios, neighbours=3)
+    module = module.to(device).double()
+    x = random_leaf(2, H, W, 12, device=device)
     assert_same(module(x), loop_attention(module, x), [x, *module.parameters()])
 
 
 def test_ratio_one_is_plain_attention(device):
-    module = ClusteringGuidedAttention(12, 3, (1,)).to(device).double()
+    """Eq. 4."""
+    module = clustr.ClusteringGuidedAttention(12, 3, (1,)).to(device).double()
     plain = nn.MultiheadAttention(12, 3, batch_first=True, dtype=torch.float64, device=device)
     with torch.no_grad():
         plain.in_proj_weight.copy_(torch.cat([module.q.weight, module.kv[0].weight]))
         plain.in_proj_bias.copy_(torch.cat([module.q.bias, module.kv[0].bias]))
     plain.out_proj = module.proj
-    x, = random_leaves((2, 5, 7, 12), device=device)
+    x = random_leaf(2, 5, 7, 12, device=device)
     tokens = x.flatten(1, 2)
-    assert_same(module(x), plain(tokens, tokens, tokens)[0].view_as(x), [x])
+    expected = plain(tokens, tokens, tokens)[0].view_as(x)
+    assert_same(module(x), expected, [x])
 
 
 def test_one_clustering_serves_all_ratios(monkeypatch):
-    seen = []
-    monkeypatch.setattr("clustr.density_peaks", lambda *given: seen.append(given[0].shape) or density_peaks(*given))
-    ClusteringGuidedAttention(12, 3, (8, 4, 2, 1))(torch.randn(2, 5, 7, 12))
-    assert seen == [(2, 35, 12)]
+    shapes = []
+    density_peaks = clustr.density_peaks
+
+    def counted(x, neighbours):
+        shapes.append(x.shape)
+        return density_peaks(x, neighbours)
+
+    monkeypatch.setattr(clustr, "density_peaks", counted)
+    clustr.ClusteringGuidedAttention(12, 3, (8, 4, 2, 1))(torch.randn(2, 5, 7, 12))
+    assert shapes == [(2, 35, 12)]
 
 
 def test_conv_ffn_order():
-    """The convolution sits between the first linear layer and the GELU, without a shortcut."""
-    ffn = ConvFFN(3, 2).double()
-    x, = random_leaves((2, 4, 5, 3))
-    wide = F.pad(F.linear(x, ffn.fc1.weight, ffn.fc1.bias), (0, 0, 1, 1, 1, 1))                         # (B, H+2, W+2, 6)
-    conv = sum(wide[:, i:i + 4, j:j + 5] * ffn.conv.weight[:, 0, i, j] for i, j in product(range(3), repeat=2)) + ffn.conv.bias
-    assert_same(ffn(x), F.linear(F.gelu(conv), ffn.fc2.weight, ffn.fc2.bias), [x, *ffn.parameters()])
+    """The convolution is between the first linear layer and the GELU, without a shortcut."""
+    ffn = clustr.ConvFFN(3, 2).double()
+    x = random_leaf(2, 4, 5, 3)
+    hidden = F.linear(x, ffn.fc1.weight, ffn.fc1.bias)
+    padded = F.pad(hidden, (0, 0, 1, 1, 1, 1))                              # (B, H+2, W+2, 6)
+    conv = ffn.conv.bias
+    for i, j in product(range(3), repeat=2):
+        conv = conv + padded[:, i:i + 4, j:j + 5] * ffn.conv.weight[:, 0, i, j]
+    expected = F.linear(F.gelu(conv), ffn.fc2.weight, ffn.fc2.bias)
+    assert_same(ffn(x), expected, [x, *ffn.parameters()])
 
 
-def test_block_and_model_order():
-    """Eq. 9, and the classifier on the mean of the last map."""
-    model = clustr_t(num_classes=3, depths=(1, 1, 1, 1), dims=(8, 16, 16, 32), heads=(1, 2, 2, 4)).double().eval()
-    block, x = model.stages[0][0], torch.randn(2, 5, 7, 8, dtype=torch.float64)
+WRONG_ARGUMENTS = [
+    ({"heads": 5}, "dim = 12 does not split into 5 heads"),
+    ({"ratios": ()}, "ratios = "),
+    ({"ratios": (4, 0)}, "ratios = "),
+    ({"neighbours": 0}, "neighbours = 0"),
+    ({"aggregation": "mean"}, "aggregation = 'mean'"),
+    ({"aggregation": "grid", "ratios": (8,)}, "ratio = 8"),
+]
+
+
+@pytest.mark.parametrize("arguments, message", WRONG_ARGUMENTS)
+def test_attention_rejects_wrong_arguments(arguments, message):
+    arguments = {"dim": 12, "heads": 3, "ratios": (4,), **arguments}
+    with pytest.raises(ValueError, match=message):
+        clustr.ClusteringGuidedAttention(**arguments)
+
+
+# ---------------------------------------------------------------------------------- block and model
+def test_block_order():
+    """Eq. 9."""
+    block = clustr.clustr_t(**TINY).double().eval().stages[0][0]
+    x = torch.randn(2, 5, 7, 8, dtype=torch.float64)
     z = block.attn(block.norm1(x)) + x
     assert_close(block(x), block.ffn(block.norm2(z)) + z)
+
+
+def test_classifier_takes_the_mean_of_the_last_map():
+    model = clustr.clustr_t(**TINY).double().eval()
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    assert_close(model(images), model.head(model.forward_features(images)[3].flatten(2).mean(2)))
+    pooled = model.forward_features(images)[3].flatten(2).mean(2)
+    assert_close(model(images), model.head(pooled))
 
 
-def test_initial_weights():
-    model = clustr_t()
-    assert_close(model.embeds[1].conv.weight.std(), torch.tensor(math.sqrt(2 / (9 * 128))), rtol=0.02, atol=0)
-    assert_close(model.stages[0][0].ffn.conv.weight.std(), torch.tensor(math.sqrt(2 / 9)), rtol=0.05, atol=0)      # depth-wise
-    assert_close(model.stages[3][0].attn.q.weight.std(), torch.tensor(0.02), rtol=0.02, atol=0)
+def test_without_classes_the_model_returns_pooled_features():
+    model = clustr.clustr_t(**{**TINY, "num_classes": 0}).eval()
+    images = torch.randn(2, 3, 64, 96)
+    pooled = model.forward_features(images)[3].mean((2, 3))
+    assert_close(model(images), pooled)
 
 
-# ----------------------------------------------------------------------------------------------------------- ablations
+WRONG_OPTIONS = [
+    ({"depths": (1, 1, 1)}, "depths = "),
+    ({"depths": (1, 1, 0, 1)}, "depths = "),
+    ({"dims": (8, 16, 16, -32)}, "dims = "),
+    ({"heads": (1, 2, 2, 4, 4)}, "heads = "),
+    ({"heads": (0, 2, 2, 4)}, "heads = "),
+    ({"heads": (1, 2, 3, 4)}, "dim = 16 does not split into 3 heads"),
+    ({"ratios": ((16,), (4,), (1,))}, "ratios = .*four tuples"),
+    ({"num_classes": -1}, "num_classes = -1"),
+    ({"drop_path_rate": 1.0}, "drop_path_rate = 1.0"),
+    ({"drop_path_rate": -0.1}, "drop_path_rate = -0.1"),
+]
+
+
+@pytest.mark.parametrize("overrides, message", WRONG_OPTIONS)
+def test_model_rejects_wrong_options(overrides, message):
+    with pytest.raises(ValueError, match=message):
+        clustr.clustr_t(**{**TINY, **overrides})
+
+
+@pytest.fixture(scope="module")
+def untrained():
+    return clustr.clustr_t()
+
+
+def test_initial_weights_of_convolutions(untrained):
+    weight = untrained.embeds[1].conv.weight
+    assert_close(weight.std(), torch.tensor(math.sqrt(2 / (9 * 128))), rtol=0.02, atol=0)
+
+
+def test_initial_weights_of_depthwise_convolutions(untrained):
+    weight = untrained.stages[0][0].ffn.conv.weight
+    assert_close(weight.std(), torch.tensor(math.sqrt(2 / 9)), rtol=0.05, atol=0)
+
+
+def test_initial_weights_of_linear_layers(untrained):
+    weight = untrained.stages[3][0].attn.q.weight
+    assert_close(weight.std(), torch.tensor(0.02), rtol=0.02, atol=0)
+
+
+def gradient_norm(images):
+    """Of the loss of an untrained clustr_t, over all its parameters."""
+    torch.manual_seed(0)
+    model = clustr.clustr_t(num_classes=10)
+    F.cross_entropy(model(images), torch.tensor([1, 3])).backward()
+    squares = [parameter.grad.square().sum() for parameter in model.parameters()]
+    return torch.stack(squares).sum().sqrt()
+
+
+@pytest.mark.parametrize("first_zero_column", [0, 32])
+def test_zero_pixels_give_gradients_of_ordinary_size(first_zero_column):
+    """With biases of 0 in the patch embeddings: NaN for a zero image, 2e4 for a half-padded one."""
+    images = torch.randn(2, 3, 64, 64)
+    ordinary = gradient_norm(images)
+    images[..., first_zero_column:] = 0
+    assert gradient_norm(images) < 3 * ordinary
+
+
+# ---------------------------------------------------------------------------------------- ablations
 @pytest.mark.parametrize("H, W", [(4, 6), (5, 7), (2, 3)])
 def test_grid_reduction_matches_loops(H, W, device):
-    module = GridReduction(4, 4).to(device).double()
-    x, = random_leaves((2, H, W, 4), device=device)
-    padded, cells = F.pad(x, (0, 0, 0, W % 2, 0, H % 2)), []
+    module = clustr.GridReduction(4, 4).to(device).double()
+    x = random_leaf(2, H, W, 4, device=device)
+    padded = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
+    reduced = []
     for i, j in product(range(0, H, 2), range(0, W, 2)):
-        cell = padded[:, i:i + 2, j:j + 2]                                                              # (B, 2, 2, C)
-        cells.append(module.norm(torch.einsum("bijc,ocij->bo", cell, module.conv.weight) + module.conv.bias))
-    assert_same(module(x), torch.stack(cells, 1), [x, *module.parameters()])
+        cell = padded[:, i:i + 2, j:j + 2]                                  # (B, 2, 2, C)
+        merged = torch.einsum("bijc,ocij->bo", cell, module.conv.weight) + module.conv.bias
+        reduced.append(module.norm(merged))
+    assert_same(module(x), torch.stack(reduced, 1), [x, *module.parameters()])
 
 
 @pytest.mark.parametrize("keep", [1, 3, 6])
 def test_nearest_keys_attention_matches_loops(keep, device):
-    q, k, v = random_leaves((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 6, 4), device=device)
+    q = random_leaf(2, 3, 5, 4, device=device)
+    k = random_leaf(2, 3, 6, 4, device=device)
+    v = random_leaf(2, 3, 6, 4, device=device)
     slow = torch.zeros_like(q)
     for b, h, n in product(range(2), range(3), range(5)):
-        logits = k[b, h] @ q[b, h, n] / 2
-        kept = sorted(range(6), key=lambda m: -logits[m].item())[:keep]
+        logits = k[b, h] @ q[b, h, n] / 2                                   # (M,)
+        kept = logits.argsort(descending=True)[:keep]
         slow[b, h, n] = logits[kept].softmax(0) @ v[b, h, kept]
-    assert_same(nearest_keys_attention(q, k, v, keep), slow, [q, k, v])
+    assert_same(clustr.nearest_keys_attention(q, k, v, keep), slow, [q, k, v])
 
 
-SINGLE = ((64,), (16,), (4,), (1,))
-ABLATIONS = [   # paper's table, factory, overrides, parameters in M to the paper's digits
-    ("Table 2", clustr_t, {}, 11.7), ("Table 2", clustr_s, {}, 22.7), ("Table 2", clustr_b, {}, 40.2),
-    ("Table 9", clustr_t, {"ratios": SINGLE}, 10.8), ("Table 9", clustr_t, {"ratios": ((16,), (4,), (1,), (1,))}, 10.8),
-    ("Table 7", clustr_t, {"ratios": SINGLE, "aggregation": "grid"}, 13.2),
-    ("Table 8", clustr_t, {"ratios": SINGLE, "aggregation": "knn"}, 13.2),
+SINGLE_SCALE = ((64,), (16,), (4,), (1,))
+FINER_SINGLE_SCALE = ((16,), (4,), (1,), (1,))
+ABLATIONS = {
+    "Table 7": {"ratios": SINGLE_SCALE, "aggregation": "grid"},
+    "Table 8": {"ratios": SINGLE_SCALE, "aggregation": "knn"},
+    "Table 9, row 1": {"ratios": SINGLE_SCALE},
+    "Table 9, row 2": {"ratios": FINER_SINGLE_SCALE},
+}
+SIZES = [  # factory, overrides, parameters in M as printed
+    pytest.param("clustr_t", {}, 11.7, id="Table 2, T"),
+    pytest.param("clustr_s", {}, 22.7, id="Table 2, S"),
+    pytest.param("clustr_b", {}, 40.2, id="Table 2, B"),
+    pytest.param("clustr_t", ABLATIONS["Table 7"], 13.2, id="Table 7"),
+    pytest.param("clustr_t", ABLATIONS["Table 8"], 13.2, id="Table 8"),
+    pytest.param("clustr_t", ABLATIONS["Table 9, row 1"], 10.8, id="Table 9, row 1"),
+    pytest.param("clustr_t", ABLATIONS["Table 9, row 2"], 10.8, id="Table 9, row 2"),
 ]
 
 
-@pytest.mark.parametrize("table, factory, overrides, millions", ABLATIONS)
-def test_every_row_of_the_papers_tables(table, factory, overrides, millions):
+@pytest.mark.parametrize("factory, overrides, millions", SIZES)
+def test_sizes_are_those_of_the_papers_tables(factory, overrides, millions):
     with torch.device("meta"):
-        assert round(sum(p.numel() for p in factory(**overrides).parameters()) / 1e6, 1) == millions, table
+        model = getattr(clustr, factory)(**overrides)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert round(parameters / 1e6, 1) == millions
 
 
-@pytest.mark.parametrize("overrides", [overrides for *_, overrides, _ in ABLATIONS if overrides])
+@pytest.mark.parametrize("overrides", ABLATIONS.values(), ids=ABLATIONS)
 def test_ablations_train_at_any_size(overrides, device):
-    model = clustr_t(num_classes=3, depths=(1, 1, 1, 1), dims=(8, 16, 16, 32), heads=(1, 2, 2, 4), **overrides).to(device)
+    model = clustr.clustr_t(**TINY, **overrides).to(device)
     model(torch.randn(2, 3, 45, 70, device=device)).square().sum().backward()
-    assert all(p.grad.isfinite().all() and p.grad.count_nonzero() for p in model.parameters() if p.ndim > 1)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+        if parameter.ndim > 1:
+            assert parameter.grad.count_nonzero(), name
 
 
-@pytest.mark.parametrize("given, message", [
-    ({"heads": 5}, "dim = 12 does not split into 5 heads"), ({"ratios": ()}, "ratios = "), ({"ratios": (4, 0)}, "ratios = "),
-    ({"k": 0}, "k = 0"), ({"aggregation": "mean"}, "aggregation = 'mean'"), ({"aggregation": "grid", "ratios": (8,)}, "ratio = 8")])
-def test_wrong_arguments_raise(given, message):
-    with pytest.raises(ValueError, match=message):
-        ClusteringGuidedAttention(**{"dim": 12, "heads": 3, "ratios": (4,), **given})
+# ------------------------------------------------------------------------------------------ drawing
+def draw_noise():
+    model = clustr.clustr_t(**TINY).eval()
+    return clustr.draw_clusters(model, Image.effect_noise((128, 96), 80).convert("RGB"))
 
 
-# ------------------------------------------------------------------------------------------------------------- drawing
-def test_drawing_has_a_panel_for_each_ratio_and_a_colour_for_each_cluster():
-    model = clustr_t(depths=(1, 1, 1, 1), dims=(8, 16, 16, 32), heads=(1, 2, 2, 4)).eval()
-    sheet = draw_clusters(model, Image.effect_noise((128, 96), 80).convert("RGB"))
-    clusters = [12, 48, 12, 48, 12]     # of 768, 768, 192, 192 and 48 tokens at ratios 64, 16, 16, 4 and 4
-    assert sheet.size == (6 * 136 - 8, 116)
+def test_drawing_has_a_panel_per_ratio_above_one():
+    assert draw_noise().size == (6 * 136 - 8, 116)      # with the image
+
+
+def test_panels_have_a_colour_per_cluster():
+    sheet = draw_noise()
+    clusters = [12, 48, 12, 48, 12]     # 768, 768, 192, 192, 48 tokens, ratios 64, 16, 16, 4, 4
     for i, count in enumerate(clusters, 1):
         panel = sheet.crop((136 * i, 20, 136 * i + 128, 116))
         assert len(panel.getcolors()) == count
+
+
+# ------------------------------------------------------------------------------------- command line
+def exif_with_broken_rational(orientation):
+    """EXIF data with an orientation and a resolution of -1 / 0, which Pillow cannot write."""
+    orientation_entry = struct.pack("<HHLHH", 0x112, 3, 1, orientation, 0)
+    resolution_entry = struct.pack("<HHLL", 0x11A, 10, 1, 38)
+    entries = struct.pack("<H", 2) + orientation_entry + resolution_entry
+    return b"Exif\0\0II*\0" + struct.pack("<L", 8) + entries + struct.pack("<Lll", 0, -1, 0)
+
+
+def save_half_red(path, **options):
+    """A 40 x 20 image, red in its left half and blue in its right half."""
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    image.paste((0, 0, 255), (20, 0, 40, 20))
+    image.save(path, **options)
+
+
+def test_odd_exif_data_still_turns_the_image(tmp_path):
+    save_half_red(tmp_path / "odd.jpg", exif=exif_with_broken_rational(orientation=6))
+    image = clustr.load_picture(tmp_path / "odd.jpg")
+    assert image.size == (256, 512)
+    assert image.getpixel((128, 100))[0] > 200      # red above
+
+
+def test_unreadable_exif_data_leaves_the_image_as_stored(tmp_path):
+    path = tmp_path / "unreadable.webp"
+    save_half_red(path, exif=b"Exif\0\0XX*\0" + bytes(20))
+    assert clustr.load_picture(path).size == (512, 256)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientations_are_pillows(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned.png"
+    save_half_red(path, exif=exif)
+    with Image.open(path) as stored:
+        expected = ImageOps.exif_transpose(stored)
+    turned = clustr.turn_upright(Image.open(path))
+    assert turned.tobytes() == expected.tobytes()
+
+
+PILLOW_ERRORS = [struct.error, SyntaxError, Image.DecompressionBombError, OSError]
+
+
+@pytest.mark.parametrize("error", PILLOW_ERRORS)
+def test_whatever_pillow_raises_becomes_one_line(error, tmp_path, monkeypatch, capsys):
+    def raise_error(_):
+        raise error("two\nlines")
+
+    monkeypatch.setattr(Image, "open", raise_error)
+    monkeypatch.setattr("sys.argv", ["clustr.py", str(tmp_path / "photo.jpg")])
+    with pytest.raises(SystemExit):
+        clustr.main()
+    message = capsys.readouterr().err
+    assert "photo.jpg" in message
+    assert message.count("\n") == 1
