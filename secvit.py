@@ -282,7 +282,7 @@ class SECA(nn.Module):
 
     def __init__(self, dim, heads, clusters, lce=True, rope=False, descending=True):
         super().__init__()
-        if dim % heads:
+        if min(dim, heads) < 1 or dim % heads:
             raise ValueError(f"dim = {dim} does not split into {heads} heads")
         if clusters < 1:
             raise ValueError(f"clusters = {clusters}, expected at least 1")
@@ -410,6 +410,17 @@ class Block(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------- model
+def check_arguments(num_classes, drop_path_rate, **stages):
+    """Raise ValueError unless every tuple in `stages` holds four integers of at least 1."""
+    if num_classes < 0:
+        raise ValueError(f"num_classes = {num_classes}, expected at least 0")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate = {drop_path_rate}, expected 0 <= rate < 1")
+    for name, values in stages.items():
+        if len(values) != 4 or min(values) < 1:
+            raise ValueError(f"{name} = {values}, expected four integers >= 1, one per stage")
+
+
 def build_stages(depths, drop_path_rate, block):
     """Four stages of blocks, each from `block(stage, rate)`.
 
@@ -446,8 +457,8 @@ class SecViT(nn.Module):
     """Four stages of SECA blocks at strides 4, 8, 16 and 32 (Fig. 3 and Table 8).
 
     Args:
-        num_classes: width of the classifier.
-        drop_path_rate: stochastic depth of the last block; rates rise linearly from 0.
+        num_classes: width of the classifier; 0 for none, the model then returns pooled features.
+        drop_path_rate: stochastic depth of the last block, in [0, 1); rates rise linearly from 0.
         depths, dims, heads, clusters: blocks, channels, heads and clusters per stage.
         layer_scale: initial layer scale per stage, None for a stage without.
         released: the model of the authors' checkpoints, see the file's header; the paper's rows of
@@ -459,8 +470,7 @@ class SecViT(nn.Module):
         attention: "sec", or "csw" for cross-shaped windows instead of clusters (Table 6), which
             have the same parameters.
     `channels` holds the four widths of the maps.
-    Raises: ValueError for another `attention`, unless there are four numbers of clusters, and for
-    other clusters than the default with "csw", which has none.
+    Raises: ValueError for values outside these, and for clusters with "csw", which has none.
     """
 
     def __init__(
@@ -469,10 +479,14 @@ class SecViT(nn.Module):
         lce=True, cpe=True, conv_stem=True, attention="sec",
     ):
         super().__init__()
+        check_arguments(
+            num_classes, drop_path_rate,
+            depths=depths, dims=dims, heads=heads, clusters=clusters,
+        )
+        if len(layer_scale) != 4:
+            raise ValueError(f"layer_scale = {layer_scale}, expected four values, one per stage")
         if attention not in ("sec", "csw"):
             raise ValueError(f"attention = {attention!r}, expected 'sec' or 'csw'")
-        if len(clusters) != 4:
-            raise ValueError(f"clusters = {clusters}, expected four, one per stage")
         if attention == "csw" and tuple(clusters) != CLUSTERS:
             raise ValueError(f"clusters = {clusters}, expected none with attention = 'csw'")
 
@@ -695,6 +709,7 @@ class SECSwin(nn.Module):
     It has neither a position encoding nor a convolutional stem.
     Args and `channels` as SecViT's; `lce` False is SECA without its convolution of V. `proj`,
     before averaging, is only Swin's last norm.
+    Raises: ValueError for values outside these.
     """
     forward_features = SecViT.forward_features
     forward = SecViT.forward
@@ -703,6 +718,10 @@ class SECSwin(nn.Module):
         self, *, num_classes, drop_path_rate, depths, dims, heads, clusters=CLUSTERS, lce=True,
     ):
         super().__init__()
+        check_arguments(
+            num_classes, drop_path_rate,
+            depths=depths, dims=dims, heads=heads, clusters=clusters,
+        )
 
         def block(stage, rate):
             attn = SECA(dims[stage], heads[stage], clusters[stage], lce=lce)
@@ -860,7 +879,7 @@ class SECFasterViT(nn.Module):
             "sec", SECA with one cluster, as the text says.
         lce: False leaves the convolution of V out of SECA.
     `channels` as SecViT's. `proj`, before averaging, is only FasterViT's last norm.
-    Raises: ValueError for another `stage4_attention`.
+    Raises: ValueError for values outside these.
     """
     forward_features = SecViT.forward_features
     forward = SecViT.forward
@@ -870,6 +889,13 @@ class SECFasterViT(nn.Module):
         clusters=CLUSTERS[2], stage4_attention="global", lce=True,
     ):
         super().__init__()
+        attention_heads = [1 if h is None else h for h in heads]  # convolutions have none
+        check_arguments(
+            num_classes, drop_path_rate,
+            depths=depths, dims=dims, heads=attention_heads,
+        )
+        if stem_dim < 1:
+            raise ValueError(f"stem_dim = {stem_dim}, expected at least 1")
         if stage4_attention not in ("global", "sec"):
             raise ValueError(f"stage4_attention = {stage4_attention!r}, expected 'global' or 'sec'")
 

@@ -381,6 +381,8 @@ def test_seca_matches_loops(lce, rope, descending, device):
 
 @pytest.mark.parametrize("arguments, message", [
     ({"dim": 10, "heads": 4, "clusters": 2}, "dim = 10 does not split into 4 heads"),
+    ({"dim": 8, "heads": 0, "clusters": 2}, "dim = 8 does not split into 0 heads"),
+    ({"dim": 0, "heads": 4, "clusters": 2}, "dim = 0 does not split into 4 heads"),
     ({"dim": 8, "heads": 4, "clusters": 0}, "clusters = 0, expected at least 1"),
     ({"dim": 8, "heads": 4, "clusters": 2, "rope": True}, "head width 2.*multiple of 4"),
 ])
@@ -390,10 +392,46 @@ def test_seca_refuses(arguments, message):
 
 
 # -------------------------------------------------------------------------------------------- model
-@pytest.mark.parametrize("clusters", [(32, 8, 2), (32, 8, 2, 1, 7), (0, 8, 2, 1), (32, 8, 2, -1)])
-def test_clusters_are_four_of_at_least_one(clusters):
-    with pytest.raises(ValueError, match="clusters = .*expected"):
-        secvit.secvit_t(clusters=clusters)
+@pytest.mark.parametrize("values", [(2, 2, 2), (2, 2, 2, 2, 2), (0, 2, 2, 2), (2, 2, 2, -2)])
+@pytest.mark.parametrize("factory, argument", [
+    (secvit.secvit_t, "depths"),
+    (secvit.secvit_t, "dims"),
+    (secvit.secvit_t, "heads"),
+    (secvit.secvit_t, "clusters"),
+    (secvit.sec_swin_t, "depths"),
+    (secvit.sec_swin_t, "clusters"),
+    (secvit.sec_fastervit_0, "dims"),
+    (secvit.sec_fastervit_0, "heads"),
+])
+def test_stages_are_four_of_at_least_one(factory, argument, values):
+    with pytest.raises(ValueError, match=f"{argument} = .*four integers >= 1, one per stage"):
+        factory(**{argument: values})
+
+
+@pytest.mark.parametrize("factory", [
+    secvit.secvit_t,
+    secvit.sec_swin_t,
+    secvit.sec_fastervit_0,
+])
+@pytest.mark.parametrize("argument, value, rule", [
+    ("num_classes", -1, "at least 0"),
+    ("drop_path_rate", -0.1, "0 <= rate < 1"),
+    ("drop_path_rate", 1, "0 <= rate < 1"),
+    ("drop_path_rate", math.nan, "0 <= rate < 1"),
+])
+def test_models_refuse_values_out_of_range(factory, argument, value, rule):
+    with pytest.raises(ValueError, match=f"{argument} = {value}, expected {rule}"):
+        factory(**{argument: value})
+
+
+def test_layer_scales_are_four():
+    with pytest.raises(ValueError, match="layer_scale = .*four values, one per stage"):
+        secvit.secvit_t(layer_scale=(None, None, 1e-6))
+
+
+def test_stem_of_sec_fastervit_has_channels():
+    with pytest.raises(ValueError, match="stem_dim = 0, expected at least 1"):
+        secvit.sec_fastervit_0(stem_dim=0)
 
 
 def test_unknown_attention_raises():
