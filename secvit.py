@@ -520,7 +520,7 @@ class SecViT(nn.Module):
             self.downsamples.append(layer)
         conv = nn.Conv2d(dims[3], HEAD_DIM, 1)
         self.proj = nn.Sequential(conv, nn.BatchNorm2d(HEAD_DIM), nn.SiLU())
-        self.head = nn.Linear(HEAD_DIM, num_classes)
+        self.head = nn.Linear(HEAD_DIM, num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
     def forward_features(self, images):
@@ -544,7 +544,7 @@ class SecViT(nn.Module):
         return tuple(maps)
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, num_classes).
+        """(B, 3, H, W) -> logits (B, num_classes), or pooled features (B, C) without classes.
 
         In train mode BN needs more than one value per channel: B > 1 at 32 x 32.
         """
@@ -734,7 +734,7 @@ class SECSwin(nn.Module):
         for in_dim, out_dim in zip(dims, dims[1:]):
             self.downsamples.append(PatchMerging(in_dim, out_dim))
         self.proj = MapNorm(dims[3])
-        self.head = nn.Linear(dims[3], num_classes)
+        self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
 
@@ -919,7 +919,7 @@ class SECFasterViT(nn.Module):
             conv = nn.Conv2d(in_dim, out_dim, 3, 2, padding=1, bias=False)
             self.downsamples.append(nn.Sequential(MapNorm(in_dim), conv))
         self.proj = nn.BatchNorm2d(dims[3])
-        self.head = nn.Linear(dims[3], num_classes)
+        self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
 

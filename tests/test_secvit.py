@@ -16,6 +16,17 @@ from torch.testing import assert_close
 
 import secvit
 
+TINY = {
+    "depths": (1, 2, 1, 1),
+    "dims": (16, 32, 24, 32),
+    "heads": (1, 2, 3, 4),
+    "clusters": (4, 3, 2, 1),
+    "layer_scale": (None, None, 0.5, 0.5),
+}
+SMALL = {"num_classes": 3, "depths": (1, 1, 1, 2), "dims": (8, 8, 16, 16)}
+SMALL_SWIN = {**SMALL, "heads": (1, 1, 2, 2)}
+SMALL_FASTERVIT = {**SMALL, "heads": (None, None, 2, 2), "stem_dim": 4}
+tiny_factory = partial(secvit.SecViT, drop_path_rate=0.1, **TINY)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # where float32 coordinates and rotary tables meet float64
 
 
@@ -444,6 +455,18 @@ def test_cross_shaped_windows_have_no_clusters():
         secvit.secvit_t(attention="csw", clusters=(64, 16, 4, 1))
 
 
+@pytest.mark.parametrize("factory, options", [
+    (secvit.SecViT, {**TINY, "drop_path_rate": 0.}),
+    (secvit.sec_swin_t, SMALL_SWIN),
+    (secvit.sec_fastervit_0, SMALL_FASTERVIT),
+])
+def test_model_without_classes_returns_pooled_features(factory, options):
+    model = factory(**{**options, "num_classes": 0}).eval()
+    images = torch.randn(2, 3, 32, 64)
+    features = model.proj(model.forward_features(images)[-1])
+    assert_close(model(images), features.mean((2, 3)))
+
+
 @pytest.mark.parametrize("released", [False, True])
 def test_released_model_rotates_and_sorts_ascending(released):
     model = secvit.SecViT(num_classes=5, drop_path_rate=0., released=released, **TINY)
@@ -552,13 +575,9 @@ def test_global_attention_compiles_for_any_size(H, W, compiled_global_attention)
     assert_same(compiled(x), module(x), [x, *module.parameters()])
 
 
-SMALL = {"num_classes": 3, "depths": (1, 1, 1, 2), "dims": (8, 8, 16, 16)}
-SMALL_FASTERVIT = {**SMALL, "heads": (None, None, 2, 2), "stem_dim": 4}
-
-
 @pytest.mark.parametrize("lce", [True, False])
 def test_sec_swin_with_and_without_lce(lce):
-    model = secvit.sec_swin_t(**SMALL, heads=(1, 1, 2, 2), lce=lce)
+    model = secvit.sec_swin_t(**SMALL_SWIN, lce=lce)
     keys = [key for key in model.state_dict() if ".lce." in key]
     assert bool(keys) == lce
 
@@ -715,16 +734,6 @@ class TheirSecViT(nn.Module):
         return self.head(x.mean((2, 3), keepdim=True)).flatten(1)
 
 
-TINY = {
-    "depths": (1, 2, 1, 1),
-    "dims": (16, 32, 24, 32),
-    "heads": (1, 2, 3, 4),
-    "clusters": (4, 3, 2, 1),
-    "layer_scale": (None, None, 0.5, 0.5),
-}
-tiny_factory = partial(secvit.SecViT, drop_path_rate=0.1, **TINY)
-
-
 @pytest.fixture(scope="module")
 def theirs():
     """A small released model, its parameters and statistics moved off their initial values."""
@@ -798,6 +807,14 @@ def as_checkpoint(state):
 def test_load_weights_reads_our_files(wrap, released, tmp_path):
     model = tiny_factory(num_classes=3, released=released).eval()
     torch.save(wrap(model.state_dict()), tmp_path / "weights.pt")
+    loaded = secvit.load_weights(tiny_factory, tmp_path / "weights.pt")
+    images = torch.randn(1, 3, 32, 64)
+    assert_close(loaded(images), model(images), rtol=0, atol=0)
+
+
+def test_load_weights_reads_a_file_without_classifier(tmp_path):
+    model = tiny_factory(num_classes=0).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
     loaded = secvit.load_weights(tiny_factory, tmp_path / "weights.pt")
     images = torch.randn(1, 3, 32, 64)
     assert_close(loaded(images), model(images), rtol=0, atol=0)
