@@ -418,7 +418,7 @@ def check_arguments(num_classes, drop_path_rate, **stages):
         raise ValueError(f"drop_path_rate = {drop_path_rate}, expected 0 <= rate < 1")
     for name, values in stages.items():
         if len(values) != 4 or min(values) < 1:
-            raise ValueError(f"{name} = {values}, expected four integers >= 1, one per stage")
+            raise ValueError(f"{name} = {values}, expected 4 values of at least 1, one per stage")
 
 
 def build_stages(depths, drop_path_rate, block):

@@ -415,7 +415,7 @@ def test_seca_refuses(arguments, message):
     (secvit.sec_fastervit_0, "heads"),
 ])
 def test_stages_are_four_of_at_least_one(factory, argument, values):
-    with pytest.raises(ValueError, match=f"{argument} = .*four integers >= 1, one per stage"):
+    with pytest.raises(ValueError, match=f"{argument} = .*4 values of at least 1, one per stage"):
         factory(**{argument: values})
 
 
