@@ -47,7 +47,8 @@ The text is silent.
   without which the sizes are not the printed ones; BN after each down-sampling convolution; biases;
   LayerNorm's eps 1e-6; layer scale 1e-6 in stages 3 and 4 of SecViT-B and -L; initial weights
   N(0, 0.02); one cluster in stage 4.
-- Our choice: ties keep the order of the tokens, similarities are compared in at least float32.
+- Our choice: ties keep the order of the tokens, similarities are compared in at least float32,
+  initial biases are N(0, 0.02) (see init_weights).
 - Without the convolutional stem SecViT has Swin's patch embedding and patch merging: Table 6's 14 M
   and 2.1 G need both. Stripes of the cross-shaped windows are CSWin's.
 - SEC-Swin and SEC-FasterViT have the drop path rates of Swin and FasterViT, and this file's eps.
@@ -439,14 +440,17 @@ def build_stages(depths, drop_path_rate, block):
 
 
 def init_weights(module):
-    """Weights N(0, 0.02) truncated, biases 0; norms and layer scales stay as constructed.
+    """Weights and biases N(0, 0.02) truncated; norms and layer scales stay as constructed.
 
+    With biases of 0, as in the released code, padding and black images would give tokens that are
+    exactly 0 in all blocks, and each LayerNorm multiplies the gradient of such a token by
+    1 / sqrt(eps) = 1000.
     Raises: TypeError for a module with parameters and no rule.
     """
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
-            nn.init.zeros_(module.bias)
+            nn.init.trunc_normal_(module.bias, std=0.02)
         return
     has_parameters = len(list(module.parameters(recurse=False))) > 0
     if has_parameters and not isinstance(module, (nn.LayerNorm, nn.BatchNorm2d, LayerScale)):

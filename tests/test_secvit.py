@@ -467,6 +467,40 @@ def test_model_without_classes_returns_pooled_features(factory, options):
     assert_close(model(images), features.mean((2, 3)))
 
 
+def zeros(images):
+    return torch.zeros_like(images)
+
+
+def one_zero_image(images):
+    return images * torch.tensor([0., 1., 1., 1.]).view(4, 1, 1, 1)
+
+
+def half_padded(images):
+    return F.pad(images[..., :32], (0, 32))
+
+
+def gradient_norm(model, images):
+    labels = torch.arange(len(images))
+    loss = F.cross_entropy(model(images), labels)
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    return torch.stack([gradient.norm() for gradient in gradients]).norm()
+
+
+@pytest.mark.parametrize("change", [zeros, one_zero_image, half_padded])
+@pytest.mark.parametrize("factory, overrides", [
+    (secvit.secvit_t, {}),
+    (secvit.secvit_t, {"released": True}),
+    (secvit.secvit_t, {"conv_stem": False}),
+    (secvit.sec_swin_t, {}),
+    (secvit.sec_fastervit_0, {}),
+])
+def test_zero_pixels_give_gradients_of_ordinary_size(factory, overrides, change):
+    """At initial weights; with biases of 0 they were NaN or up to 1e17."""
+    model = factory(num_classes=10, drop_path_rate=0., **overrides).train()
+    images = torch.randn(4, 3, 64, 64)
+    assert gradient_norm(model, change(images)) < 10 * gradient_norm(model, images)
+
+
 @pytest.mark.parametrize("released", [False, True])
 def test_released_model_rotates_and_sorts_ascending(released):
     model = secvit.SecViT(num_classes=5, drop_path_rate=0., released=released, **TINY)
