@@ -61,7 +61,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 # ----------------------------------------------------------------------------------------- variants
 VARIANTS = {  # Table 8
@@ -1063,8 +1063,7 @@ def palette(clusters):
     """Colours (clusters, 3): the hue follows the sorted order, the brightness alternates."""
     colours = []
     for c in range(clusters):
-        brightness = 0.95 - 0.3 * (c % 2)
-        colours.append(colorsys.hsv_to_rgb(0.8 * c / clusters, 0.75, brightness))
+        colours.append(colorsys.hsv_to_rgb(0.8 * c / clusters, 0.75, 0.95 - 0.3 * (c % 2)))
     return (255 * torch.tensor(colours)).byte()
 
 
@@ -1072,13 +1071,12 @@ def palette(clusters):
 def draw_clusters(model, image):
     """Fig. 4: the image beside the clusters of each stage's last block, one colour per cluster.
 
-    Stages without clusters are left out. Clusters differ between heads; the first head is shown.
+    Stages without clusters are left out. Heads differ in their clusters; the first is shown.
     """
     layers = {}
     for i, stage in enumerate(model.stages, 1):
-        block = stage[-1]
-        if isinstance(block, Block) and block.attn.clusters > 1:
-            layers[f"stage {i}"] = block.attn
+        if isinstance(stage[-1], Block) and stage[-1].attn.clusters > 1:
+            layers[f"stage {i}"] = stage[-1].attn
     inputs = layer_inputs(model, layers.values(), image)
     grey = image.convert("L").convert("RGB")
     panels = [("image", image)]
@@ -1107,6 +1105,18 @@ def tile(panels):
 
 
 # ------------------------------------------------------------------------------------- command line
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {  # EXIF orientation -> what turns the stored image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def example_picture():
     """A 480 x 320 landscape, so that the command line works without a photo."""
     image = Image.new("RGB", (480, 320))
@@ -1127,12 +1137,31 @@ def example_picture():
     return image
 
 
+def turn_upright(image):
+    """Turn an image by its EXIF orientation; with unreadable EXIF data it stays as stored."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+    except Exception:  # Pillow raises SyntaxError, struct.error and others on damaged EXIF data
+        return image
+    if orientation not in UPRIGHT:
+        return image
+    return image.transpose(UPRIGHT[orientation])
+
+
 def load_picture(path, longer_side=512):
     """Read an image file: upright, RGB, with the given longer side and no side under 32 pixels.
 
     Grey values of more than 8 bits, which Pillow would clip, are stretched to 0 .. 255.
+    Raises: OSError if the file cannot be read or holds no image, ValueError if it is damaged.
     """
-    image = ImageOps.exif_transpose(Image.open(path))
+    try:
+        image = Image.open(path)
+        image.load()
+    except OSError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise ValueError(f"damaged image ({type(error).__name__}: {error})") from error
+    image = turn_upright(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, np.float32)
         values = 255 * (values - values.min()) / max(np.ptp(values), 1e-9)
@@ -1160,7 +1189,7 @@ def main():
         model = load_weights(factory, path) if path else factory().eval()
         path = args.output
         draw_clusters(model, image).save(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"{path}: {' '.join(str(error).split())}\n")
     print(f"wrote {args.output}")
 
