@@ -22,7 +22,7 @@ Block; SecViT; secvit_t. The main model ends there.
 
 Differs from the text.
 - Any number of tokens works: cluster sizes differ by at most one token, larger clusters first.
-  The text has equal sizes only, and the code in its appendix E asserts them.
+  In the text all clusters are equal, and the listing in its appendix E asserts divisibility.
 - LCE is added before the output projection, as in the released code. Eq. 6 taken literally, with
   appendix E's SECA, adds it after the projection.
 - SEC-FasterViT has SECA in stage 3 only, the text says "the latter two stages". The printed 25 and
@@ -39,8 +39,8 @@ The text is ambiguous.
 - Appendix E lists SECA without LCE, Eq. 6 adds LCE. The default has it.
 - Eq. 2 does not say whether heads share k_c and the order. Here each head has its own, as in
   appendix E. Eq. 4 defines K_c twice, its second definition is that of V_c.
-- SEC-Swin and SEC-FasterViT "merely substitute the attention". Here this includes LCE, and
-  `lce=False` leaves it out.
+- SEC-Swin and SEC-FasterViT are said to replace the attention and nothing else. Here LCE is part
+  of the attention; `lce=False` leaves it out.
 
 The text is silent.
 - From the released code: the 1x1 convolution to 1024 channels, BN and SiLU before averaging,
@@ -51,7 +51,8 @@ The text is silent.
   initial biases are N(0, 0.02) (see init_weights).
 - Without the convolutional stem SecViT has Swin's patch embedding and patch merging: Table 6's 14 M
   and 2.1 G need both. Stripes of the cross-shaped windows are CSWin's.
-- SEC-Swin and SEC-FasterViT have the drop path rates of Swin and FasterViT, and this file's eps.
+- SEC-Swin and SEC-FasterViT follow Swin and FasterViT, drop path rates included, but their
+  LayerNorms have this file's eps.
 """
 import argparse
 import colorsys
@@ -277,8 +278,8 @@ class SECA(nn.Module):
         rope: 2-D rotary embedding of q and k before the clustering (released code).
         descending: order of the sort, as in `cluster_order`.
     Shape: (B, H, W, C) -> (B, H, W, C).
-    Raises: ValueError for fewer than one cluster, if `dim` does not split into `heads`, or if
-    `rope` meets heads whose width is no multiple of 4.
+    Raises: ValueError for fewer than one cluster, if `dim` does not split into `heads`, and with
+    `rope` for a head width that is not a multiple of 4.
     """
 
     def __init__(self, dim, heads, clusters, lce=True, rope=False, descending=True):
