@@ -1,27 +1,58 @@
-"""SecViT: Semantic Equitable Clustering: A Simple, Fast and Effective Strategy for Vision Transformer
-Qihang Fan, Huaibo Huang, Mingrui Chen, Ran He; arXiv 2405.13337
+"""SecViT: "Semantic Equitable Clustering: A Simple, Fast and Effective Strategy for Vision
+Transformer", Qihang Fan, Huaibo Huang, Mingrui Chen, Ran He; arXiv 2405.13337, version 1.
+Later versions carry another title and more experiments, which are not part of this file.
 
-Mechanism: sort the tokens by the similarity of their keys to the mean key, cut the sorted sequence into
-equally long clusters, and attend inside each cluster. One sort, no iterations, no ragged groups.
+Mechanism. Sort the tokens by the similarity of their keys to the mean key, cut the sorted sequence
+into clusters of equally many tokens, and attend inside each cluster. One sort replaces the
+iterations of k-means, and equal clusters are plain batched matrix products.
 
-Letters: B batch, C channels, H x W the token grid, N = H * W tokens, h heads, d = C / h head width, K clusters, M = N / K.
-Reading order: cluster_order, cut_runs, run_attention -> equitable_cluster_attention -> SECA -> Block -> SecViT -> secvit_t. The main
-model ends there; behind it come the layers of its ablations, then SEC-Swin, SEC-FasterViT, drawing and `main`.
-Memory order: every map inside a stage is channels-last, (B, H, W, C), so that linear layers, norms and convolutions share it.
+Symbols. B is the batch, h the heads, d = C / h their width, N = H * W the tokens.
+    paper          here
+    X              x (B, H, W, C), channels-last inside the stages, channels-first between them
+    Q, K, V        q, k, v (B, h, N, d)
+    k_c, sim, idx  the mean key, `similarity` and `order` in cluster_order
+    Q*, K*, V*     q, k, v in sorted order
+    N_c            tokens per cluster, from cluster_sizes; the paper gives the number of clusters
+                   no letter, here it is `clusters`
+    Y_c            the output of attend_clusters
+    CPE, LCE       Block.cpe and SECA.lce, depth-wise convolutions of 3x3 and 5x5
 
-What differs from the paper's text, and why:
-- N need not divide by K: cluster sizes differ by at most one, longer clusters first. The released code asserts divisibility.
-- The head projects to 1024 channels (1x1 convolution, BN, SiLU) before averaging: the printed sizes need it, the text is silent.
-- SecViT-B and -L use layer scale 1e-6 in stages 3 and 4, weights start at N(0, 0.02): released code, the text is silent.
-- `released=True` is the model that the authors trained: rotary embedding of q and k, a residual 3x3 depth-wise convolution in
-  the FFN, no GELU after the stem's last BN, ascending sort. Their training logs carry its parameter count exactly, so **the
-  paper's accuracies belong to `released=True`**; the default is the paper's text (14.87 M against 14.98 M for SecViT-T).
-- Without convolutional stem SecViT has Swin's patch embedding and patch merging: Table 6's 14 M and 2.1 G need both.
-- SEC-FasterViT has SECA in stage 3 only, though the text says "the latter two stages": with FasterViT's global attention kept in
-  stage 4 it has the printed 25 and 41 M, without it 23.7 and 39.2 M. Drop path of SEC-Swin and SEC-FasterViT is the baselines',
-  the eps of their LayerNorms this file's 1e-6 (there 1e-5).
-- Rows of Tables 6 and 7 are `released=True`. Table 7's 4.3, 4.3, 4.3, 4.4 G fit no way of counting: 4.37 in all four without
-  attention products, 4.57 to 4.75 with them.
+Reading order. cluster_order, cluster_sizes, attend_clusters, equitable_cluster_attention; SECA;
+Block; SecViT; secvit_t. The main model ends there.
+
+Differs from the text.
+- Any number of tokens works: cluster sizes differ by at most one token, larger clusters first.
+  In the text all clusters are equal, and the listing in its appendix E asserts divisibility.
+- LCE is added before the output projection, as in the released code. Eq. 6 taken literally, with
+  appendix E's SECA, adds it after the projection.
+- SEC-FasterViT has SECA in stage 3 only, the text says "the latter two stages". The printed 25 and
+  41 M need FasterViT's own global attention in stage 4; `stage4_attention="sec"` is the text, with
+  23.74 and 39.22 M.
+- `released=True` is the model that the authors trained. Against the text it has rotary embedding
+  of q and k, a residual 3x3 depth-wise convolution in the FFN, no GELU after the last stem
+  convolution and an ascending sort. The authors' training logs carry exactly its parameter counts,
+  so the paper's accuracies belong to `released=True`, not to the default.
+
+The text is ambiguous.
+- Section 3.2 sorts by descending similarity, appendix E and the released code ascending. Both give
+  the same clusters only if `clusters` divides N. The default is descending.
+- Appendix E lists SECA without LCE, Eq. 6 adds LCE. The default has it.
+- Eq. 2 does not say whether heads share k_c and the order. Here each head has its own, as in
+  appendix E. Eq. 4 defines K_c twice, its second definition is that of V_c.
+- SEC-Swin and SEC-FasterViT are said to replace the attention and nothing else. Here LCE is part
+  of the attention; `lce=False` leaves it out.
+
+The text is silent.
+- From the released code: the 1x1 convolution to 1024 channels, BN and SiLU before averaging,
+  without which the sizes are not the printed ones; BN after each down-sampling convolution; biases;
+  LayerNorm's eps 1e-6; layer scale 1e-6 in stages 3 and 4 of SecViT-B and -L; initial weights
+  N(0, 0.02); one cluster in stage 4.
+- Our choice: ties keep the order of the tokens, similarities are compared in at least float32,
+  initial biases are N(0, 0.02) (see init_weights).
+- Without the convolutional stem SecViT has Swin's patch embedding and patch merging: Table 6's 14 M
+  and 2.1 G need both. Stripes of the cross-shaped windows are CSWin's.
+- SEC-Swin and SEC-FasterViT follow Swin and FasterViT, drop path rates included, but their
+  LayerNorms have this file's eps.
 """
 import argparse
 import colorsys
@@ -31,26 +62,139 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
+# ----------------------------------------------------------------------------------------- variants
 VARIANTS = {  # Table 8
     "secvit_t": dict(depths=(2, 2, 9, 2), dims=(64, 128, 256, 512), heads=(2, 4, 8, 16)),
     "secvit_s": dict(depths=(3, 4, 18, 4), dims=(64, 128, 256, 512), heads=(2, 4, 8, 16)),
-    "secvit_b": dict(depths=(4, 8, 26, 8), dims=(80, 160, 320, 512), heads=(5, 5, 10, 16), layer_scale=(None, None, 1e-6, 1e-6)),
-    "secvit_l": dict(depths=(4, 8, 26, 8), dims=(112, 224, 448, 640), heads=(7, 7, 14, 20), layer_scale=(None, None, 1e-6, 1e-6)),
+    "secvit_b": dict(
+        depths=(4, 8, 26, 8), dims=(80, 160, 320, 512), heads=(5, 5, 10, 16),
+        layer_scale=(None, None, 1e-6, 1e-6),
+    ),
+    "secvit_l": dict(
+        depths=(4, 8, 26, 8), dims=(112, 224, 448, 640), heads=(7, 7, 14, 20),
+        layer_scale=(None, None, 1e-6, 1e-6),
+    ),
 }
+CLUSTERS = (32, 8, 2, 1)  # per stage; appendix A gives the first three
+HEAD_DIM = 1024  # channels before averaging (released code)
 
 
-# ---------------------------------------------------------------------------------------------------------------- core
+# --------------------------------------------------------------------------------------------- core
+def cluster_order(k, descending=True):
+    """Sort tokens by the cosine similarity of their keys to the mean key (Eq. 2 and 3).
+
+    Args:
+        k: keys (B, h, N, d); half precision is compared in float32, rounding would decide clusters.
+        descending: most similar tokens first (the text), or last (the released code).
+    Returns: (B, h, N), idx of Eq. 3, without gradient; ties keep the order of the tokens.
+    """
+    k = k.detach().to(torch.promote_types(k.dtype, torch.float32))
+    if k.stride(-1) != 1:
+        k = k.contiguous()  # strided sums round equal keys differently, which breaks their ties
+    centre = k.mean(2, keepdim=True)                        # (B, h, 1, d), k_c of Eq. 2
+    similarity = F.cosine_similarity(k, centre, dim=-1)     # (B, h, N), sim of Eq. 3
+    return similarity.sort(dim=-1, descending=descending, stable=True).indices
+
+
+def cluster_sizes(tokens, clusters):
+    """Sizes N_c of the clusters that consecutive sorted tokens are cut into (Eq. 4).
+
+    Returns: [(count, size), ...], `count` clusters of `size` tokens each: one entry if `clusters`
+    divides `tokens`, otherwise two that differ by one token, larger clusters first.
+    """
+    size = tokens // clusters       # torch.compile has no divmod of symbolic sizes
+    larger = tokens % clusters
+    if larger == 0:
+        return [(clusters, size)]
+    return [(larger, size + 1), (clusters - larger, size)]
+
+
+def attend_clusters(q, k, v, sizes):
+    """Attention inside consecutive clusters (Eq. 4 and 5).
+
+    Args: q, k, v (G, N, d), sorted tokens of G groups; sizes, as from `cluster_sizes`.
+    Returns: (G, N, d), in the same order.
+    """
+    outputs = []
+    start = 0
+    for count, size in sizes:
+        tokens = slice(start, start + count * size)
+        q_c = q[:, tokens].unflatten(1, (count, size))      # (G, clusters, N_c, d), Eq. 4
+        k_c = k[:, tokens].unflatten(1, (count, size))
+        v_c = v[:, tokens].unflatten(1, (count, size))
+        y_c = F.scaled_dot_product_attention(q_c, k_c, v_c)  # Eq. 5
+        outputs.append(y_c.flatten(1, 2))                   # (G, clusters * N_c, d)
+        start += count * size
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+
+
+def equitable_cluster_attention(q, k, v, clusters, descending=True):
+    """Attention inside clusters of equally many tokens (Eq. 2 to 5).
+
+    For one head q, k, v (N, d) and a number of clusters that divides N, this is
+
+        order = F.cosine_similarity(k, k.mean(0)[None]).argsort(descending=descending, stable=True)
+        q, k, v = (t[order].unflatten(0, (clusters, -1)) for t in (q, k, v))    # sort, cut
+        y = F.scaled_dot_product_attention(q, k, v)                             # attend
+        return y.flatten(0, 1)[order.argsort()]                                 # restore
+
+    The code below does it for all heads of the batch at once: tokens of all heads are the rows of
+    one matrix, which `PermuteRows` sorts and restores.
+
+    Args:
+        q, k, v: (B, h, N, d), fastest as views of (B, N, h, d), which linear layers return.
+        clusters: number of clusters per head; above N it means N, 1 is plain attention.
+        descending: order of the sort, as in `cluster_order`.
+    Returns: (B, h, N, d), in the order of the given tokens; logits are scaled by 1 / sqrt(d).
+    Raises: ValueError for fewer than one cluster.
+    """
+    if clusters < 1:
+        raise ValueError(f"clusters = {clusters}, expected at least 1")
+    B, h, N, d = q.shape
+    clusters = min(clusters, N)
+    if clusters == 1:
+        return F.scaled_dot_product_attention(q, k, v)
+    order = cluster_order(k, descending)                    # (B, h, N)
+    sort, restore = row_permutations(order)                 # (B*h*N,), (B*N*h,)
+    sorted_qkv = []
+    for t in (q, k, v):
+        rows = t.transpose(1, 2).reshape(B * N * h, d)      # a view of (B, N, h, d)
+        rows = PermuteRows.apply(rows, sort, restore)
+        sorted_qkv.append(rows.view(B * h, N, d))           # Q*, K*, V* of Eq. 3
+    y = attend_clusters(*sorted_qkv, cluster_sizes(N, clusters))
+    rows = y.reshape(B * h * N, d)
+    rows = PermuteRows.apply(rows, restore, sort)
+    return rows.view(B, N, h, d).transpose(1, 2)            # (B, h, N, d)
+
+
+def row_permutations(order):
+    """Row indices that sort tokens and restore their order.
+
+    Args: order (B, h, N), the token at each sorted position.
+    Returns: `sort` (B*h*N,), from rows (B, N, h) to rows (B, h, sorted N), and its inverse
+    `restore` (B*N*h,).
+    """
+    B, h, N = order.shape
+    position = torch.arange(N, device=order.device).expand_as(order)
+    rank = torch.empty_like(order).scatter_(-1, order, position)    # (B, h, N), inverse of order
+    sample = torch.arange(B, device=order.device)[:, None, None]
+    head = torch.arange(h, device=order.device)[:, None]
+    sort = (sample * N + order) * h + head                          # (B, h, N)
+    restore = (sample * h + head) * N + rank                        # (B, h, N)
+    return sort.flatten(), restore.mT.flatten()
+
+
 class PermuteRows(torch.autograd.Function):
-    """`rows[index]` where `index` is a permutation of the rows and `inverse` its inverse.
+    """`rows[index]` for a permutation `index` of the rows and its inverse.
 
-    The gradient of a permutation is the gather by its inverse; autograd would derive a scatter-add, which is slower
-    and on a GPU not deterministic.
+    The gradient of a permutation is the gather by its inverse. Autograd would derive a scatter-add,
+    which is slower and on a GPU not deterministic.
     """
 
     @staticmethod
-    def forward(ctx, rows, index, inverse):  # (R, D), (R,), (R,)
+    def forward(ctx, rows, index, inverse):  # (R, d), (R,), (R,) -> (R, d)
         ctx.save_for_backward(inverse)
         return rows.index_select(0, index)
 
@@ -60,81 +204,31 @@ class PermuteRows(torch.autograd.Function):
         return grad.index_select(0, inverse), None, None
 
 
-def cluster_order(k, descending=True):
-    """Sort tokens by cosine similarity to the mean key (paper, Eq. 2 and 3).
-
-    Args: k (B, h, N, d), keys; descending, the paper's text (True) or the released code (False).
-    Returns: (B, h, N), the token at each sorted place, without gradient; ties keep input order.
-    Half precision is compared in float32, since rounding decides clusters.
-    """
-    k = k.detach().to(torch.promote_types(k.dtype, torch.float32))
-    if k.stride(-1) != 1:
-        k = k.contiguous()  # strided sums round equal keys differently, which would break their ties
-    similarity = F.cosine_similarity(k, k.mean(2, keepdim=True), dim=-1)                # (B, h, N)
-    return similarity.sort(dim=-1, descending=descending, stable=True).indices
-
-
-def cut_runs(tokens, clusters):
-    """Runs that `tokens` sorted tokens are cut into: [(how many, how long), ...], one or two groups, longer runs first."""
-    length, longer = tokens // clusters, tokens % clusters  # torch.compile knows no divmod of symbolic sizes
-    return [(count, size) for count, size in ((longer, length + 1), (clusters - longer, length)) if count]
-
-
-def run_attention(q, k, v, runs):
-    """Attention inside consecutive runs of tokens: q, k, v (G, N, d), runs as from `cut_runs` -> (G, N, d)."""
-    outputs, start = [], 0
-    for count, length in runs:
-        part = slice(start, start + count * length)
-        qi, ki, vi = (t[:, part].unflatten(1, (count, length)) for t in (q, k, v))      # (G, K, M, d)
-        outputs.append(F.scaled_dot_product_attention(qi, ki, vi).flatten(1, 2))        # (G, K*M, d)
-        start += count * length
-    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
-
-
-def equitable_cluster_attention(q, k, v, clusters, descending=True):
-    """Attention inside equally large clusters of tokens (paper, Eq. 2 to 5).
-
-    Args:
-        q, k, v (B, h, N, d): any float type; fastest as views of (B, N, h, d), the way linear layers leave them.
-        clusters: number of clusters a head; above N it means N, 1 is plain attention.
-        descending: sort by falling similarity, the paper's text; False is the released code's order.
-    Returns: (B, h, N, d), each token's output at the token's own place, scale 1 / sqrt(d).
-    Raises: ValueError for fewer than one cluster.
-    """
-    if clusters < 1:
-        raise ValueError(f"clusters = {clusters}, expected at least 1")
-    B, h, N, d = q.shape
-    clusters = min(clusters, N)
-    if clusters == 1:
-        return F.scaled_dot_product_attention(q, k, v)
-    order = cluster_order(k, descending)                                                # (B, h, N)
-    place = torch.empty_like(order).scatter_(-1, order, torch.arange(N, device=q.device).expand_as(order))
-    batch = torch.arange(B, device=q.device)[:, None, None]
-    head = torch.arange(h, device=q.device)[:, None]
-    gather = ((batch * N + order) * h + head).flatten()                                 # rows (B, N, h) -> (B, h, N sorted)
-    scatter = ((batch * h + head) * N + place).mT.flatten()                             # and back
-    q, k, v = (PermuteRows.apply(t.transpose(1, 2).reshape(B * N * h, d), gather, scatter).view(B * h, N, d) for t in (q, k, v))
-    y = run_attention(q, k, v, cut_runs(N, clusters))                                   # (B*h, N, d) sorted, Eq. 5
-    return PermuteRows.apply(y.reshape(B * h * N, d), scatter, gather).view(B, N, h, d).transpose(1, 2)
-
-
+# ------------------------------------------------------------------------------------------- layers
 def rotary_table(H, W, d, device):
-    """cos and sin (N, d) of the released model's 2-D rotary embedding: first half of d by row, second half by column."""
+    """cos and sin (N, d) of the released model's 2-D rotary embedding.
+
+    Pairs of channels share an angle: the first half of d turns by row, the second by column.
+    """
     rate = 1 / 10000 ** torch.linspace(0, 1, d // 4, device=device)
-    rate = rate.repeat_interleave(2)                                                    # (d/2,), one rate a pair
-    row = torch.arange(H, device=device)[:, None, None] * rate                          # (H, 1, d/2)
-    column = torch.arange(W, device=device)[None, :, None] * rate                       # (1, W, d/2)
-    angle = torch.cat([row.expand(H, W, -1), column.expand(H, W, -1)], -1).flatten(0, 1)
+    rate = rate.repeat_interleave(2)                                # (d/2,), one rate per pair
+    row = torch.arange(H, device=device)[:, None, None] * rate      # (H, 1, d/2)
+    column = torch.arange(W, device=device)[None, :, None] * rate   # (1, W, d/2)
+    row = row.expand(H, W, -1)
+    column = column.expand(H, W, -1)
+    angle = torch.cat([row, column], -1).flatten(0, 1)              # (N, d)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (even, odd) of x (B, h, N, d) by the angles of cos, sin (N, d); float32 inside, x's type outside."""
-    turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-    return (x * cos + turned * sin).to(x.dtype)
+    """Rotate the channel pairs (even, odd) of x (B, h, N, d) by the angles of cos, sin (N, d).
+
+    Computed in float32, returned in the type of x.
+    """
+    quarter_turn = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    return (x * cos + quarter_turn * sin).to(x.dtype)
 
 
-# -------------------------------------------------------------------------------------------------------------- layers
 class DepthwiseConv(nn.Conv2d):
     """Depth-wise k x k convolution with zero padding on channels-last maps (B, H, W, C)."""
 
@@ -142,11 +236,15 @@ class DepthwiseConv(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x.permute(0, 3, 1, 2)                       # (B, C, H, W), a view
+        return super().forward(x).permute(0, 2, 3, 1)   # (B, H, W, C)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch per sample with probability `rate`, scale the survivors by 1 / (1 - rate)."""
+    """Stochastic depth: drop a residual branch per sample with probability `rate`.
+
+    In training, the remaining branches are scaled by 1 / (1 - rate).
+    """
 
     def __init__(self, rate):
         super().__init__()
@@ -155,7 +253,7 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training or self.rate == 0:
             return x
-        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)                             # 0 or 1 / (1 - rate)
+        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)  # 0 or 1 / (1 - rate) per sample
         return x * keep.view(-1, 1, 1, 1)
 
 
@@ -171,47 +269,74 @@ class LayerScale(nn.Module):
 
 
 class SECA(nn.Module):
-    """Semantic equitable clustering attention (paper, sec. 3.2): (B, H, W, C) -> the same.
+    """Semantic equitable clustering attention with LCE (sec. 3.2, Eq. 2 to 6).
 
-    `lce` adds a 5x5 depth-wise convolution of V (Eq. 6). `rope` is the released code's rotary embedding with its ascending sort.
-    Raises: ValueError for fewer than one cluster, for a width of the heads that is not whole or, with `rope`, no multiple of 4.
+    Args:
+        dim, heads: channels of the map and the number of heads that share them.
+        clusters: number of clusters per head.
+        lce: add a 5x5 depth-wise convolution of V (Eq. 6).
+        rope: 2-D rotary embedding of q and k before the clustering (released code).
+        descending: order of the sort, as in `cluster_order`.
+    Shape: (B, H, W, C) -> (B, H, W, C).
+    Raises: ValueError for fewer than one cluster, if `dim` does not split into `heads`, and with
+    `rope` for a head width that is not a multiple of 4.
     """
 
-    def __init__(self, dim, heads, clusters, lce=True, rope=False):
+    def __init__(self, dim, heads, clusters, lce=True, rope=False, descending=True):
         super().__init__()
-        if dim % heads:
+        if min(dim, heads) < 1 or dim % heads:
             raise ValueError(f"dim = {dim} does not split into {heads} heads")
         if clusters < 1:
             raise ValueError(f"clusters = {clusters}, expected at least 1")
         if rope and dim // heads % 4:
-            raise ValueError(f"rotary embedding needs heads of a multiple of 4 channels, not {dim // heads}")
-        self.heads, self.clusters, self.rope = heads, clusters, rope
-        self.q, self.k, self.v = (nn.Linear(dim, dim) for _ in range(3))    # three outputs in one piece each: no copies later
+            raise ValueError(f"head width {dim // heads}, rotary embedding needs a multiple of 4")
+        self.heads = heads
+        self.clusters = clusters
+        self.rope = rope
+        self.descending = descending
+        self.q = nn.Linear(dim, dim)    # separate layers, so that q, k and v are contiguous
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
         self.lce = DepthwiseConv(dim, 5) if lce else None
         self.proj = nn.Linear(dim, dim)
 
-    def queries_keys(self, x):
-        """(B, H, W, C) -> q, k (B, h, N, d), rotated if `rope`."""
-        q, k = self.split_heads(self.q(x)), self.split_heads(self.k(x))
-        if self.rope:
-            cos, sin = rotary_table(*x.shape[1:3], q.shape[-1], x.device)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return q, k
-
     def split_heads(self, x):
         """(B, H, W, C) -> (B, h, N, d), a view."""
-        return x.flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        x = x.flatten(1, 2)                             # (B, N, C)
+        x = x.unflatten(-1, (self.heads, -1))           # (B, N, h, d)
+        return x.transpose(1, 2)                        # (B, h, N, d)
+
+    def queries_keys(self, x):
+        """(B, H, W, C) -> q, k (B, h, N, d), with rotary embedding if `rope`."""
+        q = self.split_heads(self.q(x))                 # Eq. 2
+        k = self.split_heads(self.k(x))
+        if self.rope:
+            _, H, W, _ = x.shape
+            cos, sin = rotary_table(H, W, q.shape[-1], x.device)
+            q = rotate(q, cos, sin)
+            k = rotate(k, cos, sin)
+        return q, k
+
+    def output(self, y, v):
+        """Join the heads of y (B, h, N, d), add LCE of v (B, H, W, C), project; (B, H, W, C)."""
+        y = y.transpose(1, 2).reshape(v.shape)          # (B, H, W, C)
+        if self.lce is not None:
+            y = y + self.lce(v)                         # Eq. 6
+        return self.proj(y)
 
     def forward(self, x):
-        q, k = self.queries_keys(x)
-        v = self.v(x)
-        y = equitable_cluster_attention(q, k, self.split_heads(v), self.clusters, descending=not self.rope)
-        y = y.transpose(1, 2).reshape(x.shape)                                          # (B, h, N, d) -> (B, H, W, C)
-        return self.proj(y if self.lce is None else y + self.lce(v))
+        q, k = self.queries_keys(x)                     # (B, h, N, d)
+        v = self.v(x)                                   # (B, H, W, C)
+        heads_v = self.split_heads(v)                   # (B, h, N, d)
+        y = equitable_cluster_attention(q, k, heads_v, self.clusters, self.descending)
+        return self.output(y, v)
 
 
 class FFN(nn.Module):
-    """Linear, GELU, linear; `conv` adds a residual 3x3 depth-wise convolution after the GELU (released code)."""
+    """Linear layer, GELU, linear layer on (B, H, W, C).
+
+    With `conv`, a residual 3x3 depth-wise convolution follows the GELU (released code).
+    """
 
     def __init__(self, dim, ratio, conv):
         super().__init__()
@@ -226,10 +351,47 @@ class FFN(nn.Module):
         return self.fc2(x)
 
 
-class Block(nn.Module):
-    """Eq. 1: position encoding `cpe` (a module or None), attention `attn`, FFN, each with a shortcut; (B, H, W, C) -> the same."""
+def conv_norm(in_dim, out_dim, stride):
+    """3x3 convolution and BN on channels-first maps."""
+    conv = nn.Conv2d(in_dim, out_dim, 3, stride, padding=1)
+    return [conv, nn.BatchNorm2d(out_dim)]
 
-    def __init__(self, dim, cpe, attn, ratio, drop_path, layer_scale=None, ffn_conv=False):
+
+def convolutional_stem(dim, last_gelu):
+    """Four 3x3 convolutions, each with BN and GELU (appendix A); (B, 3, H, W) -> stride 4.
+
+    The released model has no GELU after the last of them.
+    """
+    half = dim // 2
+    layers = [
+        *conv_norm(3, half, stride=2), nn.GELU(),
+        *conv_norm(half, half, stride=1), nn.GELU(),
+        *conv_norm(half, half, stride=1), nn.GELU(),
+        *conv_norm(half, dim, stride=2),
+    ]
+    if last_gelu:
+        layers.append(nn.GELU())
+    return nn.Sequential(*layers)
+
+
+# -------------------------------------------------------------------------------------------- block
+class Block(nn.Module):
+    """Position encoding, attention and FFN, each with a shortcut (Eq. 1).
+
+    Args:
+        dim: channels of the map.
+        cpe: position encoding, a module or None for a block without one.
+        attn: attention, a module.
+        ratio: expansion of the FFN.
+        drop_path: rate of stochastic depth.
+        layer_scale: initial factor of both branches, None for branches without one.
+        ffn_conv: the released code's convolution in the FFN.
+    Shape: (B, H, W, C) -> (B, H, W, C).
+    """
+
+    def __init__(
+        self, dim, cpe, attn, ratio, drop_path, layer_scale=None, ffn_conv=False,
+    ):
         super().__init__()
         self.cpe = cpe
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -242,178 +404,248 @@ class Block(nn.Module):
 
     def forward(self, x):
         if self.cpe is not None:
-            x = x + self.cpe(x)
-        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.scale2(self.ffn(self.norm2(x))))
+            x = x + self.cpe(x)                         # X of Eq. 1
+        y = self.attn(self.norm1(x))
+        x = x + self.drop_path(self.scale1(y))          # Y
+        y = self.ffn(self.norm2(x))
+        return x + self.drop_path(self.scale2(y))       # Z
 
 
-def conv_norm(in_dim, out_dim, stride):
-    """3x3 convolution and batch norm on channels-first maps."""
-    return [nn.Conv2d(in_dim, out_dim, 3, stride, padding=1), nn.BatchNorm2d(out_dim)]
+# -------------------------------------------------------------------------------------------- model
+def check_arguments(num_classes, drop_path_rate, **stages):
+    """Raise ValueError unless every tuple in `stages` holds four integers of at least 1."""
+    if num_classes < 0:
+        raise ValueError(f"num_classes = {num_classes}, expected at least 0")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate = {drop_path_rate}, expected 0 <= rate < 1")
+    for name, values in stages.items():
+        if len(values) != 4 or min(values) < 1:
+            raise ValueError(f"{name} = {values}, expected 4 values of at least 1, one per stage")
+
+
+def build_stages(depths, drop_path_rate, block):
+    """Four stages of blocks, each from `block(stage, rate)`.
+
+    The rates of stochastic depth rise linearly from 0 to `drop_path_rate` at the last block.
+    """
+    last = max(sum(depths) - 1, 1)
+    index = 0
+    stages = nn.ModuleList()
+    for stage, depth in enumerate(depths):
+        blocks = nn.Sequential()
+        for _ in range(depth):
+            blocks.append(block(stage, drop_path_rate * index / last))
+            index += 1
+        stages.append(blocks)
+    return stages
 
 
 def init_weights(module):
-    """One rule for every parameter: weights N(0, 0.02) truncated, biases 0, norms and layer scales as constructed."""
+    """Weights and biases N(0, 0.02) truncated; norms and layer scales stay as constructed.
+
+    With biases of 0, as in the released code, padding and black images would give tokens that are
+    exactly 0 in all blocks, and each LayerNorm multiplies the gradient of such a token by
+    1 / sqrt(eps) = 1000.
+    Raises: TypeError for a module with parameters and no rule.
+    """
     if isinstance(module, (nn.Linear, nn.Conv2d)):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
-            nn.init.zeros_(module.bias)
-    elif list(module.parameters(recurse=False)) and not isinstance(module, (nn.LayerNorm, nn.BatchNorm2d, LayerScale)):
+            nn.init.trunc_normal_(module.bias, std=0.02)
+        return
+    has_parameters = len(list(module.parameters(recurse=False))) > 0
+    if has_parameters and not isinstance(module, (nn.LayerNorm, nn.BatchNorm2d, LayerScale)):
         raise TypeError(f"no initialization rule for {type(module).__name__}")
 
 
-# --------------------------------------------------------------------------------------------------------------- model
 class SecViT(nn.Module):
-    """Four stages of SECA blocks at strides 4, 8, 16 and 32 (paper, Fig. 3 and Table 8).
+    """Four stages of SECA blocks at strides 4, 8, 16 and 32 (Fig. 3 and Table 8).
 
     Args:
-        num_classes: width of the classifier.
-        drop_path_rate: stochastic depth of the last block; the first block's rate is 0, linear between.
-        depths, dims, heads, clusters, layer_scale: one entry a stage.
-        released: the model of the authors' checkpoints, see the file's header.
-        lce, cpe: False leaves the convolution of V, or the position encoding, out of every block (Table 6).
-        conv_stem: False for Swin's patch embedding and patch merging instead of the convolutions before and between stages (Table 6).
-        attention: "sec", or "csw" for cross-shaped windows instead of clusters (Table 6), which has the same tensors.
-    `channels` holds the four map widths.
-    Raises: ValueError for another `attention`, and unless there are four numbers of clusters, untouched with "csw".
+        num_classes: width of the classifier; 0 for none, the model then returns pooled features.
+        drop_path_rate: stochastic depth of the last block, in [0, 1); rates rise linearly from 0.
+        depths, dims, heads, clusters: blocks, channels, heads and clusters per stage.
+        layer_scale: initial layer scale per stage, None for a stage without.
+        released: the model of the authors' checkpoints, see the file's header; the paper's rows of
+            Tables 6 and 7 are `released=True`, too.
+        lce: False leaves the convolution of V out of every block (Table 6).
+        cpe: False leaves the position encoding out of every block (Table 6).
+        conv_stem: False replaces the convolutions before and between the stages by Swin's patch
+            embedding and patch merging (Table 6).
+        attention: "sec", or "csw" for cross-shaped windows instead of clusters (Table 6), which
+            have the same parameters.
+    `channels` holds the four widths of the maps.
+    Raises: ValueError for values outside these, and for clusters with "csw", which has none.
     """
 
-    def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, clusters=(32, 8, 2, 1),
-                 layer_scale=(None, None, None, None), released=False, lce=True, cpe=True, conv_stem=True, attention="sec"):
+    def __init__(
+        self, *, num_classes, drop_path_rate, depths, dims, heads,
+        clusters=CLUSTERS, layer_scale=(None, None, None, None), released=False,
+        lce=True, cpe=True, conv_stem=True, attention="sec",
+    ):
         super().__init__()
+        check_arguments(
+            num_classes, drop_path_rate,
+            depths=depths, dims=dims, heads=heads, clusters=clusters,
+        )
+        if len(layer_scale) != 4:
+            raise ValueError(f"layer_scale = {layer_scale}, expected four values, one per stage")
         if attention not in ("sec", "csw"):
             raise ValueError(f"attention = {attention!r}, expected 'sec' or 'csw'")
-        if len(clusters) != 4 or (attention == "csw" and tuple(clusters) != (32, 8, 2, 1)):
-            raise ValueError(f"clusters = {clusters}, expected four, one a stage, and the default where attention = 'csw' has none")
-        self.channels = tuple(dims)
-        half = dims[0] // 2
-        stem = []
-        for in_dim, out_dim, stride in ((3, half, 2), (half, half, 1), (half, half, 1), (half, dims[0], 2)):
-            stem += [*conv_norm(in_dim, out_dim, stride), nn.GELU()]
-        self.stem = nn.Sequential(*(stem[:-1] if released else stem)) if conv_stem else PatchEmbedding(dims[0])
-        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
+        if attention == "csw" and tuple(clusters) != CLUSTERS:
+            raise ValueError(f"clusters = {clusters}, expected none with attention = 'csw'")
 
-        def block(i):
-            layer, size = (SECA, clusters[i]) if attention == "sec" else (CSWA, STRIPES[i])
-            return Block(dims[i], DepthwiseConv(dims[i], 3) if cpe else None, layer(dims[i], heads[i], size, lce, released), ratio=3,
-                         drop_path=next(rates), layer_scale=layer_scale[i], ffn_conv=released)
-        self.stages = nn.ModuleList(nn.Sequential(*(block(i) for _ in range(depths[i]))) for i in range(4))
-        self.downsamples = nn.ModuleList(
-            nn.Sequential(*conv_norm(dims[i], dims[i + 1], 2)) if conv_stem else PatchMerging(dims[i], dims[i + 1]) for i in range(3))
-        self.proj = nn.Sequential(nn.Conv2d(dims[3], 1024, 1), nn.BatchNorm2d(1024), nn.SiLU())
-        self.head = nn.Linear(1024, num_classes)
+        def block(stage, rate):
+            dim = dims[stage]
+            position = DepthwiseConv(dim, 3) if cpe else None
+            if attention == "sec":
+                attn = SECA(
+                    dim, heads[stage], clusters[stage],
+                    lce=lce, rope=released, descending=not released,
+                )
+            else:
+                attn = CSWA(dim, heads[stage], STRIPES[stage], lce=lce, rope=released)
+            return Block(
+                dim, position, attn,
+                ratio=3, drop_path=rate, layer_scale=layer_scale[stage], ffn_conv=released,
+            )
+
+        self.channels = tuple(dims)
+        if conv_stem:
+            self.stem = convolutional_stem(dims[0], last_gelu=not released)
+        else:
+            self.stem = PatchEmbedding(dims[0])
+        self.stages = build_stages(depths, drop_path_rate, block)
+        self.downsamples = nn.ModuleList()
+        for in_dim, out_dim in zip(dims, dims[1:]):
+            if conv_stem:
+                layer = nn.Sequential(*conv_norm(in_dim, out_dim, stride=2))
+            else:
+                layer = PatchMerging(in_dim, out_dim)
+            self.downsamples.append(layer)
+        conv = nn.Conv2d(dims[3], HEAD_DIM, 1)
+        self.proj = nn.Sequential(conv, nn.BatchNorm2d(HEAD_DIM), nn.SiLU())
+        self.head = nn.Linear(HEAD_DIM, num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
     def forward_features(self, images):
-        """(B, 3, H, W) -> four maps (B, C_i, ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32, channels-last in memory.
+        """(B, 3, H, W) -> four maps (B, C_i, ceil(H / s), ceil(W / s)), s = 4, 8, 16, 32.
 
+        The maps are channels-last in memory.
         Raises: ValueError unless images are (B, 3, H, W) with both sides at least 32.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
-            raise ValueError(f"images of shape {tuple(images.shape)}, expected (B, 3, H, W) with H and W at least 32")
-        x = self.stem(images.contiguous(memory_format=torch.channels_last))
+            shape = tuple(images.shape)
+            raise ValueError(f"images of shape {shape}, expected (B, 3, H, W) with H, W >= 32")
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = self.stem(x)                                # (B, C, H/4, W/4)
         maps = []
         for i, stage in enumerate(self.stages):
-            if i:
+            if i > 0:
                 x = self.downsamples[i - 1](x)
-            x = stage(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)                        # blocks see (B, H, W, C)
+            x = x.permute(0, 2, 3, 1)                   # (B, H, W, C), a view
+            x = stage(x).permute(0, 3, 1, 2)            # (B, C, H, W)
             maps.append(x)
         return tuple(maps)
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, num_classes). In train mode BN needs more than one value a channel: B > 1 at 32 x 32."""
+        """(B, 3, H, W) -> logits (B, num_classes), or pooled features (B, C) without classes.
+
+        In train mode BN needs more than one value per channel: B > 1 at 32 x 32.
+        """
         x = self.proj(self.forward_features(images)[-1])
         return self.head(x.mean((2, 3)))
 
     def convert_released(self, state_dict):
-        """Rename, reshape and reorder the tensors of the authors' SecViT checkpoint to this file's; returns a new dict."""
-        names = ((r"^patch_embed\.proj", "stem"), (r"^layers\.(\d)\.blocks", r"stages.\1"), (r"^proj", "proj.0"), (r"^norm", "proj.1"),
-                 (r"^layers\.(\d)\.downsample\.reduction", r"downsamples.\1.0"), (r"^layers\.(\d)\.downsample\.norm", r"downsamples.\1.1"),
-                 (r"norm([12])\.norm", r"norm\1"), (r"attn\.lepe", "attn.lce"), (r"attn\.out_proj", "attn.proj"),
-                 (r"ffn\.dwconv", "ffn.conv"), (r"\.pos\.", ".cpe."), (r"gamma_([12])", r"scale\1.weight"))
-        ours, converted = self.state_dict(), {}
-        for key, value in state_dict.items():
-            if key.endswith("RoPE.angle"):  # recomputed from its formula
-                continue
-            name = key
-            for pattern, new in names:
-                name = re.sub(pattern, new, name)
-            rows = {name: value}
-            if ".qkv." in name:             # rows [all q | all k | all v]
-                rows = {name.replace(".qkv.", f".{part}."): third for part, third in zip("qkv", value.chunk(3))}
-            for name, value in rows.items():
-                if name in ours and value.squeeze().shape == ours[name].squeeze().shape:
-                    value = value.reshape(ours[name].shape)  # 1x1 convolutions are linear layers here
-                converted[name] = value
-        return converted
+        """Convert the authors' tensors to this model's, see the section on released weights."""
+        return convert_released(state_dict, self.state_dict())
 
     def load_released(self, state_dict):
-        """Load the authors' SecViT checkpoint (its "model" entry) strictly; needs a model built with `released=True`."""
+        """Load the authors' checkpoint (its "model" entry) strictly; needs `released=True`."""
         self.load_state_dict(self.convert_released(state_dict))
+
+
+# ---------------------------------------------------------------------------------------- factories
+def build(model, name, num_classes, drop_path_rate, overrides):
+    """Build a variant of a model; an unknown override is a TypeError of the constructor."""
+    arguments = {**VARIANTS[name], **overrides}
+    return model(num_classes=num_classes, drop_path_rate=drop_path_rate, **arguments)
 
 
 def secvit_t(num_classes=1000, drop_path_rate=0.1, **overrides):
     """SecViT-T, 14.87 M parameters (14.98 M released)."""
-    return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["secvit_t"], **overrides})
+    return build(SecViT, "secvit_t", num_classes, drop_path_rate, overrides)
 
 
 def secvit_s(num_classes=1000, drop_path_rate=0.15, **overrides):
     """SecViT-S, 26.56 M parameters (26.78 M released)."""
-    return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["secvit_s"], **overrides})
+    return build(SecViT, "secvit_s", num_classes, drop_path_rate, overrides)
 
 
 def secvit_b(num_classes=1000, drop_path_rate=0.4, **overrides):
     """SecViT-B, 54.26 M parameters (54.68 M released)."""
-    return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["secvit_b"], **overrides})
+    return build(SecViT, "secvit_b", num_classes, drop_path_rate, overrides)
 
 
 def secvit_l(num_classes=1000, drop_path_rate=0.5, **overrides):
     """SecViT-L, 95.92 M parameters (96.50 M released)."""
-    return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["secvit_l"], **overrides})
+    return build(SecViT, "secvit_l", num_classes, drop_path_rate, overrides)
 
 
-# ----------------------------------------------------------------------------------- ablations; the main model ends above
-STRIPES = (1, 2, 7, 7)  # rows or columns a stripe, stage by stage: CSWin, arXiv 2107.00652
+# ------------------------------------------------ the main model ends here: ablations and relatives
+STRIPES = (1, 2, 7, 7)  # rows or columns per stripe, per stage: CSWin, arXiv 2107.00652
 
 
 def stripe_attention(q, k, v, width):
-    """Attention inside stripes of up to `width` rows, as many as needed and as equal as can be: (B, h, H, W, d) -> the same."""
+    """Attention inside horizontal stripes of up to `width` rows, of sizes as equal as possible.
+
+    Shape: q, k, v (B, h, H, W, d) -> (B, h, H, W, d).
+    """
     H, W = q.shape[2:4]
-    runs = [(count, rows * W) for count, rows in cut_runs(H, (H + width - 1) // width)]
-    return run_attention(*(t.flatten(0, 1).flatten(1, 2) for t in (q, k, v)), runs).view(q.shape)
+    stripes = (H + width - 1) // width
+    sizes = [(count, rows * W) for count, rows in cluster_sizes(H, stripes)]
+    tokens = [t.flatten(0, 1).flatten(1, 2) for t in (q, k, v)]     # (B*h, N, d) each
+    return attend_clusters(*tokens, sizes).view(q.shape)
 
 
 def cross_shaped_attention(q, k, v, H, W, width):
-    """Cross-shaped windows: the first half of the heads attends in horizontal stripes, the second in vertical ones.
+    """Cross-shaped windows: half of the heads attend in horizontal stripes, half in vertical ones.
 
-    Args: q, k, v (B, h, N, d), an even number of heads; H, W, the map's sides; width, most rows or columns of a stripe.
-    Returns: (B, h, N, d). Where `width` does not divide a side stripes are narrower; no token is padding.
+    Args:
+        q, k, v: (B, h, N, d) with an even number of heads.
+        H, W: sides of the map.
+        width: largest number of rows or columns per stripe. Where it does not divide a side,
+            stripes are narrower; no token is padding.
+    Returns: (B, h, N, d).
     """
     half = q.shape[1] // 2
-    q, k, v = (t.unflatten(2, (H, W)) for t in (q, k, v))                               # (B, h, H, W, d)
-    horizontal = stripe_attention(*(t[:, :half] for t in (q, k, v)), width)
-    vertical = stripe_attention(*(t[:, half:].transpose(2, 3) for t in (q, k, v)), width).transpose(2, 3)
-    return torch.cat((horizontal, vertical), 1).flatten(2, 3)
+    maps = [t.unflatten(2, (H, W)) for t in (q, k, v)]              # (B, h, H, W, d) each
+    rows = [t[:, :half] for t in maps]                              # (B, h/2, H, W, d)
+    columns = [t[:, half:].transpose(2, 3) for t in maps]           # (B, h/2, W, H, d)
+    horizontal = stripe_attention(*rows, width)
+    vertical = stripe_attention(*columns, width).transpose(2, 3)
+    return torch.cat((horizontal, vertical), 1).flatten(2, 3)       # (B, h, N, d)
 
 
 class CSWA(SECA):
-    """SECA with cross-shaped windows of `width` in place of clusters (Table 6): (B, H, W, C) -> the same.
+    """SECA with cross-shaped windows of `width` instead of clusters (Table 6).
 
-    Raises: ValueError for an odd number of heads.
+    Shape: (B, H, W, C) -> (B, H, W, C).
+    Raises: ValueError for an odd number of heads, and what SECA raises.
     """
 
     def __init__(self, dim, heads, width, lce=True, rope=False):
         if heads % 2:
-            raise ValueError(f"heads = {heads} do not split into two halves, one for horizontal and one for vertical stripes")
-        super().__init__(dim, heads, 1, lce, rope)
+            raise ValueError(f"heads = {heads} do not split into horizontal and vertical halves")
+        super().__init__(dim, heads, clusters=1, lce=lce, rope=rope)
         self.width = width
 
     def forward(self, x):
-        q, k = self.queries_keys(x)
-        v = self.v(x)
-        y = cross_shaped_attention(q, k, self.split_heads(v), *x.shape[1:3], self.width)
-        y = y.transpose(1, 2).reshape(x.shape)                                          # (B, h, N, d) -> (B, H, W, C)
-        return self.proj(y if self.lce is None else y + self.lce(v))
+        _, H, W, _ = x.shape
+        q, k = self.queries_keys(x)                     # (B, h, N, d)
+        v = self.v(x)                                   # (B, H, W, C)
+        y = cross_shaped_attention(q, k, self.split_heads(v), H, W, self.width)
+        return self.output(y, v)
 
 
 class MapNorm(nn.LayerNorm):
@@ -423,11 +655,15 @@ class MapNorm(nn.LayerNorm):
         super().__init__(dim, eps=1e-6)
 
     def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1)                       # (B, H, W, C)
+        return super().forward(x).permute(0, 3, 1, 2)   # (B, C, H, W)
 
 
 class PatchEmbedding(nn.Module):
-    """Swin's: images (B, 3, H, W), zero-padded right and bottom to whole 4 x 4 patches, -> (B, C, ceil(H / 4), ceil(W / 4))."""
+    """Swin's 4 x 4 patches; images are zero-padded at the right and bottom to whole patches.
+
+    Shape: (B, 3, H, W) -> (B, C, ceil(H / 4), ceil(W / 4)).
+    """
 
     def __init__(self, dim):
         super().__init__()
@@ -435,11 +671,16 @@ class PatchEmbedding(nn.Module):
         self.norm = MapNorm(dim)
 
     def forward(self, x):
-        return self.norm(self.conv(F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))))
+        H, W = x.shape[2:]
+        x = F.pad(x, (0, -W % 4, 0, -H % 4))
+        return self.norm(self.conv(x))
 
 
 class PatchMerging(nn.Module):
-    """Swin's: 2 x 2 tokens, column by column, zero-padded right and bottom, to one; (B, C, H, W) -> (B, C', ceil(H / 2), ceil(W / 2))."""
+    """Swin's 2 x 2 merging; maps are zero-padded at the right and bottom to whole groups.
+
+    Shape: (B, C, H, W) -> (B, C', ceil(H / 2), ceil(W / 2)).
+    """
 
     def __init__(self, in_dim, dim):
         super().__init__()
@@ -447,12 +688,20 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * in_dim, dim, bias=False)
 
     def forward(self, x):
-        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)).permute(0, 2, 3, 1)
-        x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1)           # (B, ceil(H / 2), ceil(W / 2), 4C)
-        return self.reduction(self.norm(x)).permute(0, 3, 1, 2)
+        H, W = x.shape[2:]
+        x = F.pad(x, (0, W % 2, 0, H % 2))
+        x = x.permute(0, 2, 3, 1)                       # (B, H, W, C)
+        groups = [
+            x[:, 0::2, 0::2],                           # column by column, as in Swin
+            x[:, 1::2, 0::2],
+            x[:, 0::2, 1::2],
+            x[:, 1::2, 1::2],
+        ]
+        x = torch.cat(groups, -1)                       # (B, H/2, W/2, 4C)
+        x = self.reduction(self.norm(x))                # (B, H/2, W/2, C')
+        return x.permute(0, 3, 1, 2)
 
 
-# ------------------------------------------------------------------------------------------------------------ SEC-Swin
 VARIANTS |= {
     "sec_swin_t": dict(depths=(2, 2, 6, 2), dims=(96, 192, 384, 768), heads=(3, 6, 12, 24)),
     "sec_swin_s": dict(depths=(2, 2, 18, 2), dims=(96, 192, 384, 768), heads=(3, 6, 12, 24)),
@@ -460,78 +709,134 @@ VARIANTS |= {
 
 
 class SECSwin(nn.Module):
-    """Swin (arXiv 2103.14030) with SECA for its window attention: no CPE, no convolutional stem (Table 2a).
+    """Swin (arXiv 2103.14030) with SECA instead of window attention (Table 2a).
 
-    Args and `channels` as SecViT's. `proj`, before averaging, is only Swin's last norm.
+    It has neither a position encoding nor a convolutional stem.
+    Args and `channels` as SecViT's; `lce` False is SECA without its convolution of V. `proj`,
+    before averaging, is only Swin's last norm.
+    Raises: ValueError for values outside these.
     """
-    forward_features, forward = SecViT.forward_features, SecViT.forward
+    forward_features = SecViT.forward_features
+    forward = SecViT.forward
 
-    def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, clusters=(32, 8, 2, 1)):
+    def __init__(
+        self, *, num_classes, drop_path_rate, depths, dims, heads, clusters=CLUSTERS, lce=True,
+    ):
         super().__init__()
+        check_arguments(
+            num_classes, drop_path_rate,
+            depths=depths, dims=dims, heads=heads, clusters=clusters,
+        )
+
+        def block(stage, rate):
+            attn = SECA(dims[stage], heads[stage], clusters[stage], lce=lce)
+            return Block(dims[stage], None, attn, ratio=4, drop_path=rate)
+
         self.channels = tuple(dims)
         self.stem = PatchEmbedding(dims[0])
-        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dims[i], None, SECA(dims[i], heads[i], clusters[i]), ratio=4, drop_path=next(rates))
-                            for _ in range(depths[i])))
-            for i in range(4))
-        self.downsamples = nn.ModuleList(PatchMerging(dims[i], dims[i + 1]) for i in range(3))
+        self.stages = build_stages(depths, drop_path_rate, block)
+        self.downsamples = nn.ModuleList()
+        for in_dim, out_dim in zip(dims, dims[1:]):
+            self.downsamples.append(PatchMerging(in_dim, out_dim))
         self.proj = MapNorm(dims[3])
-        self.head = nn.Linear(dims[3], num_classes)
+        self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
 
 def sec_swin_t(num_classes=1000, drop_path_rate=0.2, **overrides):
     """SEC-Swin-T, 28.38 M parameters."""
-    return SECSwin(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["sec_swin_t"], **overrides})
+    return build(SECSwin, "sec_swin_t", num_classes, drop_path_rate, overrides)
 
 
 def sec_swin_s(num_classes=1000, drop_path_rate=0.3, **overrides):
     """SEC-Swin-S, 49.79 M parameters."""
-    return SECSwin(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["sec_swin_s"], **overrides})
+    return build(SECSwin, "sec_swin_s", num_classes, drop_path_rate, overrides)
 
 
-# ------------------------------------------------------------------------------------------------------- SEC-FasterViT
 VARIANTS |= {
-    "sec_fastervit_0": dict(depths=(2, 3, 6, 5), dims=(64, 128, 256, 512), heads=(None, None, 8, 16), stem_dim=64),
-    "sec_fastervit_1": dict(depths=(1, 3, 8, 5), dims=(80, 160, 320, 640), heads=(None, None, 8, 16), stem_dim=32),
+    "sec_fastervit_0": dict(
+        depths=(2, 3, 6, 5), dims=(64, 128, 256, 512), heads=(None, None, 8, 16), stem_dim=64,
+    ),
+    "sec_fastervit_1": dict(
+        depths=(1, 3, 8, 5), dims=(80, 160, 320, 640), heads=(None, None, 8, 16), stem_dim=32,
+    ),
 }
 
 
 class ConvBlock(nn.Module):
-    """FasterViT's first two stages: two 3x3 convolutions with BN, GELU between, with a shortcut; (B, H, W, C) -> the same."""
+    """Block of FasterViT's first two stages: 3x3 convolution, BN, GELU, the same, with a shortcut.
+
+    Shape: (B, H, W, C) -> (B, H, W, C).
+    """
 
     def __init__(self, dim, drop_path):
         super().__init__()
-        self.convs = nn.Sequential(*conv_norm(dim, dim, 1), nn.GELU(), *conv_norm(dim, dim, 1))
+        self.convs = nn.Sequential(
+            *conv_norm(dim, dim, stride=1), nn.GELU(),
+            *conv_norm(dim, dim, stride=1),
+        )
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        return x + self.drop_path(self.convs(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        y = self.convs(x.permute(0, 3, 1, 2))           # (B, C, H, W)
+        return x + self.drop_path(y.permute(0, 2, 3, 1))
 
 
 class PositionMLP(nn.Sequential):
-    """A learned function of row and column: coordinates (R,) and (S,) -> (R, S, dim), at all pairs of them."""
+    """Learned function of two coordinates, evaluated at all pairs of them.
+
+    Shape: rows (R,), columns (S,) -> (R, S, dim).
+    """
 
     def __init__(self, dim):
         super().__init__(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, dim, bias=False))
 
     def forward(self, rows, columns):
-        return super().forward(torch.stack(torch.meshgrid(rows, columns, indexing="ij"), -1).to(self[0].weight.dtype))
+        grid = torch.meshgrid(rows, columns, indexing="ij")
+        pairs = torch.stack(grid, -1)                   # (R, S, 2)
+        return super().forward(pairs.to(self[0].weight.dtype))
+
+
+def centred_positions(side, device):
+    """Positions of `side` tokens, from -1 to 1; a single token is at 0."""
+    position = 2 * torch.arange(side, device=device) - (side - 1)
+    return position / max(side - 1, 1)
+
+
+def log_offsets(side, device):
+    """Offsets (2 * side - 1,) between `side` tokens on Swin V2's logarithmic scale.
+
+    arXiv 2111.09883, Eq. 4, and its code: offsets relative to the side, times 8; base 8.
+    """
+    offset = 8 * torch.arange(1 - side, side, device=device) / max(side - 1, 1)
+    return offset.sign() * (offset.abs() + 1).log2() / 3
+
+
+def offset_index(side, device):
+    """Index (side, side) of the offset between query and key among the 2 * side - 1 offsets."""
+    position = torch.arange(side, device=device)
+    return position[:, None] - position + side - 1
 
 
 class TokenPosition(PositionMLP):
-    """FasterViT's position encoding of a map (B, H, W, C): the MLP at the tokens' places, from -1 to 1 along each side -> (H, W, C)."""
+    """FasterViT's position encoding: an MLP of the token's position.
+
+    Shape: (B, H, W, C) -> (H, W, C).
+    """
 
     def forward(self, x):
-        return super().forward(*((2 * torch.arange(side, device=x.device) - (side - 1)) / max(side - 1, 1) for side in x.shape[1:3]))
+        _, H, W, _ = x.shape
+        rows = centred_positions(H, x.device)
+        columns = centred_positions(W, x.device)
+        return super().forward(rows, columns)
 
 
 class GlobalAttention(SECA):
-    """FasterViT's attention in the last stage, one window over the whole map, with a position bias: (B, H, W, C) -> the same.
+    """Attention of FasterViT's last stage: one window over the whole map, with a position bias.
 
-    The bias of a pair of tokens is 16 sigmoid(MLP(offset)); offsets are relative to the map's sides and on a logarithmic scale
-    (Swin V2, arXiv 2111.09883, Eq. 4), which FasterViT evaluates for windows of 7 x 7 and this for whatever map comes: (h, N, N) a block.
+    The bias of query and key is 16 sigmoid(MLP(offset)), in FasterViT for windows of 7 x 7, here
+    for a map of any size. All (h, N, N) biases of a block are held in memory.
+    Shape: (B, H, W, C) -> (B, H, W, C).
     """
 
     def __init__(self, dim, heads):
@@ -540,179 +845,353 @@ class GlobalAttention(SECA):
 
     def position_bias(self, H, W, device):
         """(h, N, N), queries by keys, for a map of H x W."""
-        offsets = [8 * torch.arange(1 - side, side, device=device) / max(side - 1, 1) for side in (H, W)]   # -8 to 8, Eq. 4
-        table = 16 * self.bias(*(t.sign() * (t.abs() + 1).log2() / 3 for t in offsets)).sigmoid()           # (2H-1, 2W-1, h)
-        rows, columns = (torch.arange(side, device=device) for side in (H, W))
-        rows = rows[:, None] - rows + H - 1                                             # (H, H), of query and key
-        columns = columns[:, None] - columns + W - 1                                    # (W, W)
-        bias = table.permute(2, 0, 1)[:, rows[:, None, :, None], columns[None, :, None]]  # (h, H, W, H, W)
-        return bias.flatten(3, 4).flatten(1, 2).contiguous()
+        table = self.bias(log_offsets(H, device), log_offsets(W, device))
+        table = 16 * table.sigmoid()                    # (2H-1, 2W-1, h)
+        rows = offset_index(H, device)[:, None, :, None]        # (H, 1, H, 1)
+        columns = offset_index(W, device)[None, :, None, :]     # (1, W, 1, W)
+        bias = table.permute(2, 0, 1)[:, rows, columns]         # (h, H, W, H, W)
+        return bias.flatten(3, 4).flatten(1, 2).contiguous()    # (h, N, N)
 
     def forward(self, x):
-        q, k = self.queries_keys(x)
-        bias = self.position_bias(*x.shape[1:3], x.device).to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, self.split_heads(self.v(x)), attn_mask=bias)
-        return self.proj(y.transpose(1, 2).reshape(x.shape))
+        _, H, W, _ = x.shape
+        q, k = self.queries_keys(x)                     # (B, h, N, d)
+        v = self.v(x)                                   # (B, H, W, C)
+        bias = self.position_bias(H, W, x.device).to(q.dtype)
+        y = F.scaled_dot_product_attention(q, k, self.split_heads(v), attn_mask=bias)
+        return self.output(y, v)
+
+
+def fastervit_stem(stem_dim, dim):
+    """FasterViT's stem; (B, 3, H, W) -> (B, dim, H/4, W/4)."""
+    return nn.Sequential(
+        nn.Conv2d(3, stem_dim, 3, 2, padding=1, bias=False),
+        nn.BatchNorm2d(stem_dim, eps=1e-4),
+        nn.ReLU(),
+        nn.Conv2d(stem_dim, dim, 3, 2, padding=1, bias=False),
+        nn.BatchNorm2d(dim, eps=1e-4),
+        nn.ReLU(),
+    )
 
 
 class SECFasterViT(nn.Module):
-    """FasterViT (arXiv 2306.06189) with SECA for the hierarchical attention of stage 3 (Table 2b).
+    """FasterViT (arXiv 2306.06189) with SECA instead of hierarchical attention (Table 2b).
 
-    Args and `channels` as SecViT's; of heads the last two are used; clusters, one number, of stage 3; stem_dim, channels between
-    the stem's convolutions. `proj`, before averaging, is only FasterViT's last norm.
+    Args: as SecViT's, apart from
+        heads: per stage, the first two stages have none.
+        stem_dim: channels between the two convolutions of the stem.
+        clusters: number of clusters in stage 3.
+        stage4_attention: "global", FasterViT's attention with its position bias and encoding, or
+            "sec", SECA with one cluster, as the text says.
+        lce: False leaves the convolution of V out of SECA.
+    `channels` as SecViT's. `proj`, before averaging, is only FasterViT's last norm.
+    Raises: ValueError for values outside these.
     """
-    forward_features, forward = SecViT.forward_features, SecViT.forward
+    forward_features = SecViT.forward_features
+    forward = SecViT.forward
 
-    def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, stem_dim, clusters=2):
+    def __init__(
+        self, *, num_classes, drop_path_rate, depths, dims, heads, stem_dim,
+        clusters=CLUSTERS[2], stage4_attention="global", lce=True,
+    ):
         super().__init__()
-        self.channels = tuple(dims)
-        stem = []
-        for in_dim, out_dim in ((3, stem_dim), (stem_dim, dims[0])):
-            stem += [nn.Conv2d(in_dim, out_dim, 3, 2, padding=1, bias=False), nn.BatchNorm2d(out_dim, eps=1e-4), nn.ReLU()]
-        self.stem = nn.Sequential(*stem)
-        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
+        attention_heads = [1 if h is None else h for h in heads]  # convolutions have none
+        check_arguments(
+            num_classes, drop_path_rate,
+            depths=depths, dims=dims, heads=attention_heads,
+        )
+        if stem_dim < 1:
+            raise ValueError(f"stem_dim = {stem_dim}, expected at least 1")
+        if stage4_attention not in ("global", "sec"):
+            raise ValueError(f"stage4_attention = {stage4_attention!r}, expected 'global' or 'sec'")
 
-        def block(i):
-            if i < 2:
-                return ConvBlock(dims[i], next(rates))
-            if i == 2:
-                return Block(dims[2], None, SECA(dims[2], heads[2], clusters), ratio=4, drop_path=next(rates))
-            return Block(dims[3], TokenPosition(dims[3]), GlobalAttention(dims[3], heads[3]), ratio=4, drop_path=next(rates))
-        self.stages = nn.ModuleList(nn.Sequential(*(block(i) for _ in range(depths[i]))) for i in range(4))
-        self.downsamples = nn.ModuleList(
-            nn.Sequential(MapNorm(dims[i]), nn.Conv2d(dims[i], dims[i + 1], 3, 2, padding=1, bias=False)) for i in range(3))
+        def block(stage, rate):
+            dim = dims[stage]
+            if stage < 2:
+                return ConvBlock(dim, rate)
+            if stage == 3 and stage4_attention == "global":
+                position = TokenPosition(dim)
+                attn = GlobalAttention(dim, heads[stage])
+            else:
+                position = None
+                attn = SECA(dim, heads[stage], clusters if stage == 2 else 1, lce=lce)
+            return Block(dim, position, attn, ratio=4, drop_path=rate)
+
+        self.channels = tuple(dims)
+        self.stem = fastervit_stem(stem_dim, dims[0])
+        self.stages = build_stages(depths, drop_path_rate, block)
+        self.downsamples = nn.ModuleList()
+        for in_dim, out_dim in zip(dims, dims[1:]):
+            conv = nn.Conv2d(in_dim, out_dim, 3, 2, padding=1, bias=False)
+            self.downsamples.append(nn.Sequential(MapNorm(in_dim), conv))
         self.proj = nn.BatchNorm2d(dims[3])
-        self.head = nn.Linear(dims[3], num_classes)
+        self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
 
 def sec_fastervit_0(num_classes=1000, drop_path_rate=0.2, **overrides):
     """SEC-FasterViT-0, 25.04 M parameters."""
-    return SECFasterViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["sec_fastervit_0"], **overrides})
+    return build(SECFasterViT, "sec_fastervit_0", num_classes, drop_path_rate, overrides)
 
 
 def sec_fastervit_1(num_classes=1000, drop_path_rate=0.2, **overrides):
     """SEC-FasterViT-1, 40.83 M parameters."""
-    return SECFasterViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["sec_fastervit_1"], **overrides})
+    return build(SECFasterViT, "sec_fastervit_1", num_classes, drop_path_rate, overrides)
 
 
-# ------------------------------------------------------------------------------------------------------------- drawing
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what trained weights expect
+# --------------------------------------------------------------------------------- released weights
+RELEASED_NAMES = (  # pattern in the authors' keys, our name
+    (r"^patch_embed\.proj", "stem"),
+    (r"^layers\.(\d)\.blocks", r"stages.\1"),
+    (r"^layers\.(\d)\.downsample\.reduction", r"downsamples.\1.0"),
+    (r"^layers\.(\d)\.downsample\.norm", r"downsamples.\1.1"),
+    (r"^proj", "proj.0"),
+    (r"^norm", "proj.1"),
+    (r"\.pos\.", ".cpe."),
+    (r"norm([12])\.norm", r"norm\1"),
+    (r"attn\.lepe", "attn.lce"),
+    (r"attn\.out_proj", "attn.proj"),
+    (r"ffn\.dwconv", "ffn.conv"),
+    (r"gamma_([12])", r"scale\1.weight"),
+)
 
 
-def example_picture():
-    """A 480 x 320 landscape drawn here, so that the file can show itself without a photo."""
-    picture = Image.new("RGB", (480, 320))
-    draw = ImageDraw.Draw(picture)
-    for y in range(320):
-        draw.line((0, y, 480, y), (120 + y // 4, 170 + y // 6, 235 - y // 8))               # sky
-    draw.ellipse((350, 30, 410, 90), (255, 225, 120))                                       # sun
-    draw.polygon([(0, 220), (110, 110), (230, 215), (330, 140), (480, 230), (480, 320), (0, 320)], (96, 108, 128))
-    draw.rectangle((0, 225, 480, 320), (86, 140, 62))                                       # meadow
-    draw.polygon([(210, 320), (250, 225), (262, 225), (330, 320)], (196, 170, 120))         # path
-    draw.rectangle((60, 170, 170, 265), (206, 92, 70))                                      # house
-    draw.polygon([(50, 172), (115, 120), (180, 172)], (92, 52, 48))
-    draw.rectangle((100, 215, 128, 265), (70, 42, 36))
-    draw.rectangle((138, 190, 160, 212), (250, 240, 190))
-    draw.rectangle((392, 180, 406, 262), (92, 66, 44))                                      # tree
-    draw.ellipse((350, 105, 448, 205), (38, 92, 46))
-    return picture
+def rename_released(key):
+    """Our name of a tensor in the authors' checkpoint."""
+    for pattern, name in RELEASED_NAMES:
+        key = re.sub(pattern, name, key)
+    return key
 
 
-def load_picture(path, longer_side=512):
-    """Read any picture Pillow reads, upright by its EXIF orientation, as RGB with the given longer side and no side under 32.
+def split_qkv(name, value):
+    """[(name, tensor), ...]: the authors' `qkv` has the rows of all q, all k, all v."""
+    if ".qkv." not in name:
+        return [(name, value)]
+    parts = zip("qkv", value.chunk(3))
+    return [(name.replace(".qkv.", f".{letter}."), rows) for letter, rows in parts]
 
-    Grey of more than 8 bits is stretched from its darkest to its brightest value, which Pillow would clip.
+
+def convert_released(state_dict, ours):
+    """Rename, split and reshape the tensors of the authors' SecViT checkpoint.
+
+    Args: state_dict, the authors' tensors; ours, the state dict that they are to fit.
+    Returns: a new state dict; tensors without a counterpart in `ours` stay, for a strict load.
     """
-    picture = ImageOps.exif_transpose(Image.open(path))
-    if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture, np.float32)
-        picture = Image.fromarray((255 * (values - values.min()) / max(np.ptp(values), 1e-9)).astype(np.uint8))
-    picture = picture.convert("RGB")
-    scale = longer_side / max(picture.size)
-    return picture.resize([max(32, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+    converted = {}
+    for key, value in state_dict.items():
+        if key.endswith("RoPE.angle"):  # rotary_table computes it
+            continue
+        for name, tensor in split_qkv(rename_released(key), value):
+            if name in ours and tensor.squeeze().shape == ours[name].squeeze().shape:
+                tensor = tensor.reshape(ours[name].shape)  # 1x1 convolutions are linear here
+            converted[name] = tensor
+    return converted
 
 
-def load_weights(factory, path):
-    """Build `factory`'s model with a file's weights: train_imagenet.py's checkpoint, a bare state dict or the authors' file.
+def read_weights(path):
+    """State dict in a file: a train_imagenet.py checkpoint, a bare one or the authors' file.
 
-    Raises: OSError if the file cannot be opened, ValueError if it holds no weights of this model.
+    Raises: OSError if the file cannot be opened, ValueError if it holds no state dict.
     """
     with open(path, "rb") as file:
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):                # the authors' files hold one
+            with torch.serialization.safe_globals([argparse.Namespace]):  # in the authors' files
                 state = torch.load(file, map_location="cpu", weights_only=True)
-            state = state.get("model", state)
-            classes = state["head.weight"].shape[0]
-        except Exception as error:  # torch.load raises half a dozen types for files that are not its own
+            return dict(state.get("model", state))
+        except Exception as error:  # torch.load raises many types on files of other formats
             raise ValueError(f"no weights in it ({type(error).__name__})") from None
-    released = "patch_embed.proj.0.weight" in state
-    options = {"released": True} if released or "stages.0.0.ffn.conv.weight" in state else {}
+
+
+def load_weights(factory, path):
+    """Build the model of `factory` with the weights in a file, in eval mode.
+
+    Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
+    """
+    state = read_weights(path)
+    from_authors = "patch_embed.proj.0.weight" in state
+    options = {}
+    if from_authors or "stages.0.0.ffn.conv.weight" in state:
+        options["released"] = True
     try:
-        model = factory(num_classes=classes, **options)
-        (model.load_released if released else model.load_state_dict)(state)
-    except (RuntimeError, TypeError) as error:  # TypeError: SEC-Swin and SEC-FasterViT have no `released`
-        raise ValueError(f"weights of another model ({' '.join(str(error).split())[:200]})") from None
+        options["num_classes"] = len(state.get("head.weight", ()))
+        model = factory(**options)  # TypeError: SEC-Swin and SEC-FasterViT have no `released`
+        if from_authors:
+            model.load_released(state)
+        else:
+            model.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
+        message = " ".join(str(error).split())[:200]
+        raise ValueError(f"weights of another model ({message})") from None
     return model.eval()
 
 
-def tile(panels):
-    """Put (caption, picture) pairs of equal size side by side."""
-    W, H = panels[0][1].size
-    sheet = Image.new("RGB", (len(panels) * (W + 8) - 8, H + 20), "white")
-    for i, (caption, picture) in enumerate(panels):
-        sheet.paste(picture, (i * (W + 8), 20))
-        ImageDraw.Draw(sheet).text((i * (W + 8) + 2, 3), caption, "black")
-    return sheet
+# ------------------------------------------------------------------------------------------ drawing
+MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)  # of ImageNet, as in training
+STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+
+
+def to_tensor(image):
+    """RGB image -> normalised tensor (1, 3, H, W)."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return (pixels[None] / 255 - MEAN) / STD
+
+
+def layer_inputs(model, layers, image):
+    """Run `model` on an image and return the input of each of its `layers`."""
+    inputs = {}
+
+    def record(layer, args):
+        inputs[layer] = args[0]
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    model.forward_features(to_tensor(image))
+    for hook in hooks:
+        hook.remove()
+    return [inputs[layer] for layer in layers]
+
+
+def cluster_map(attn, x):
+    """Cluster of each token of x (1, H, W, C) in the first head of a SECA: (H, W)."""
+    _, H, W, _ = x.shape
+    _, k = attn.queries_keys(x)
+    order = cluster_order(k, attn.descending)[0, 0]     # (N,)
+    counts, sizes = zip(*cluster_sizes(H * W, min(attn.clusters, H * W)))
+    sizes = torch.tensor(sizes).repeat_interleave(torch.tensor(counts))     # (clusters,)
+    cluster = torch.arange(len(sizes)).repeat_interleave(sizes)     # (N,), in sorted order
+    return torch.empty_like(order).scatter_(0, order, cluster).view(H, W)
+
+
+def palette(clusters):
+    """Colours (clusters, 3): the hue follows the sorted order, the brightness alternates."""
+    colours = []
+    for c in range(clusters):
+        colours.append(colorsys.hsv_to_rgb(0.8 * c / clusters, 0.75, 0.95 - 0.3 * (c % 2)))
+    return (255 * torch.tensor(colours)).byte()
 
 
 @torch.no_grad()
-def draw_clusters(model, picture):
-    """The paper's Fig. 4: the picture beside the clusters in the last block of each stage that has several, one colour a cluster.
+def draw_clusters(model, image):
+    """Fig. 4: the image beside the clusters of each stage's last block, one colour per cluster.
 
-    Clusters differ from head to head; the first head is drawn. Colours run from the most to the least similar cluster.
+    Stages without clusters are left out. Heads differ in their clusters; the first is shown.
     """
-    seen = {}
-    layers = {i: stage[-1].attn for i, stage in enumerate(model.stages, 1) if not isinstance(stage[-1], ConvBlock)}
-    hooks = [attn.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0]})) for attn in layers.values()]
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
-    model.forward_features((x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])
-    panels = [("image", picture)]
-    for hook in hooks:
-        hook.remove()
-    for i, attn in layers.items():
-        _, H, W, _ = seen[attn].shape
-        clusters = min(attn.clusters, H * W)
-        if clusters == 1:
-            continue
-        order = cluster_order(attn.queries_keys(seen[attn])[1], descending=not attn.rope)[0, 0]  # (N,)
-        lengths = [length for count, length in cut_runs(H * W, clusters) for _ in range(count)]
-        colours = torch.tensor([colorsys.hsv_to_rgb(0.8 * c / clusters, 0.75, 0.95 - 0.3 * (c % 2)) for c in range(clusters)])
-        colours = (255 * colours).byte().repeat_interleave(torch.tensor(lengths), 0)    # (N, 3), by sorted place
-        drawn = torch.empty_like(colours).index_copy_(0, order, colours).view(H, W, 3)
-        drawn = Image.fromarray(drawn.numpy()).resize(picture.size, Image.Resampling.NEAREST)
-        panels.append((f"stage {i}: {clusters} clusters", Image.blend(picture.convert("L").convert("RGB"), drawn, 0.7)))
+    layers = {}
+    for i, stage in enumerate(model.stages, 1):
+        if isinstance(stage[-1], Block) and stage[-1].attn.clusters > 1:
+            layers[f"stage {i}"] = stage[-1].attn
+    inputs = layer_inputs(model, layers.values(), image)
+    grey = image.convert("L").convert("RGB")
+    panels = [("image", image)]
+    for (name, attn), x in zip(layers.items(), inputs):
+        cluster = cluster_map(attn, x)
+        clusters = int(cluster.max()) + 1
+        overlay = Image.fromarray(palette(clusters)[cluster].numpy())
+        overlay = overlay.resize(image.size, Image.Resampling.NEAREST)
+        panels.append((f"{name}: {clusters} clusters", Image.blend(grey, overlay, 0.7)))
     return tile(panels)
 
 
+def tile(panels):
+    """Put (caption, image) pairs of equal size side by side."""
+    gap = 8
+    caption_height = 20
+    width, height = panels[0][1].size
+    size = (len(panels) * (width + gap) - gap, height + caption_height)
+    sheet = Image.new("RGB", size, "white")
+    canvas = ImageDraw.Draw(sheet)
+    for i, (caption, image) in enumerate(panels):
+        left = i * (width + gap)
+        sheet.paste(image, (left, caption_height))
+        canvas.text((left + 2, 3), caption, "black")
+    return sheet
+
+
+# ------------------------------------------------------------------------------------- command line
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {  # EXIF orientation -> what turns the stored image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def example_picture():
+    """A 480 x 320 landscape, so that the command line works without a photo."""
+    image = Image.new("RGB", (480, 320))
+    canvas = ImageDraw.Draw(image)
+    for y in range(320):  # sky
+        canvas.line((0, y, 480, y), (120 + y // 4, 170 + y // 6, 235 - y // 8))
+    canvas.ellipse((350, 30, 410, 90), (255, 225, 120))  # sun
+    mountains = [(0, 220), (110, 110), (230, 215), (330, 140), (480, 230), (480, 320), (0, 320)]
+    canvas.polygon(mountains, (96, 108, 128))
+    canvas.rectangle((0, 225, 480, 320), (86, 140, 62))  # meadow
+    canvas.polygon([(210, 320), (250, 225), (262, 225), (330, 320)], (196, 170, 120))  # path
+    canvas.rectangle((60, 170, 170, 265), (206, 92, 70))  # house
+    canvas.polygon([(50, 172), (115, 120), (180, 172)], (92, 52, 48))  # roof
+    canvas.rectangle((100, 215, 128, 265), (70, 42, 36))  # door
+    canvas.rectangle((138, 190, 160, 212), (250, 240, 190))  # window
+    canvas.rectangle((392, 180, 406, 262), (92, 66, 44))  # trunk
+    canvas.ellipse((350, 105, 448, 205), (38, 92, 46))  # crown
+    return image
+
+
+def turn_upright(image):
+    """Turn an image by its EXIF orientation; with unreadable EXIF data it stays as stored."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+    except Exception:  # Pillow raises SyntaxError, struct.error and others on damaged EXIF data
+        return image
+    if orientation not in UPRIGHT:
+        return image
+    return image.transpose(UPRIGHT[orientation])
+
+
+def load_picture(path, longer_side=512):
+    """Read an image file: upright, RGB, with the given longer side and no side under 32 pixels.
+
+    Grey values of more than 8 bits, which Pillow would clip, are stretched to 0 .. 255.
+    Raises: OSError if the file cannot be read or holds no image, ValueError if it is damaged.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+    except OSError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise ValueError(f"damaged image ({type(error).__name__}: {error})") from error
+    image = turn_upright(image)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, np.float32)
+        values = 255 * (values - values.min()) / max(np.ptp(values), 1e-9)
+        image = Image.fromarray(values.astype(np.uint8))
+    image = image.convert("RGB")
+    scale = longer_side / max(image.size)
+    size = [max(32, round(side * scale)) for side in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
 def main():
-    """Command line: read a picture, draw what the mechanism does to it, write a PNG."""
-    parser = argparse.ArgumentParser(description="Draw SecViT's clusters on a picture, stage by stage (paper, Fig. 4).")
-    parser.add_argument("picture", nargs="?", help="any file Pillow reads; without it a picture drawn here")
-    parser.add_argument("-o", "--output", default="secvit.png", help="where to write the drawing")
+    """Read an image, show what the mechanism does to it, write a PNG."""
+    parser = argparse.ArgumentParser(description="Plot SecViT's clusters on an image (Fig. 4).")
+    parser.add_argument("picture", nargs="?", help="any image file (default: a built-in landscape)")
+    parser.add_argument("-o", "--output", default="secvit.png", help="file to write")
     parser.add_argument("--model", default="secvit_t", choices=sorted(VARIANTS))
-    parser.add_argument("--weights", help="trained weights; without them the model is random and so are its clusters")
+    parser.add_argument("--weights", help="trained weights (default: random, seed 0)")
     args = parser.parse_args()
     torch.manual_seed(0)
-    factory, reading = globals()[args.model], args.picture
+    factory = globals()[args.model]
+    path = args.picture
     try:
-        picture = load_picture(args.picture) if args.picture else example_picture()
-        reading = args.weights
-        model = load_weights(factory, args.weights) if args.weights else factory().eval()
-        reading = args.output
-        draw_clusters(model, picture).save(args.output)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on broken files
-        parser.exit(2, f"{reading}: {' '.join(str(error).split())}\n")
+        image = load_picture(path) if path else example_picture()
+        path = args.weights
+        model = load_weights(factory, path) if path else factory().eval()
+        path = args.output
+        draw_clusters(model, image).save(path)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{path}: {' '.join(str(error).split())}\n")
     print(f"wrote {args.output}")
 
 
