@@ -152,7 +152,7 @@ class KeyOnlyAttention(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise ValueError(f"dim = {dim} does not split into {heads} heads")
         self.heads = heads
         self.k = nn.Linear(dim, dim)
@@ -281,6 +281,17 @@ class Block(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------- model
+def check_arguments(num_classes, drop_path_rate, **stages):
+    """Raise ValueError unless every tuple in `stages` holds four integers of at least 1."""
+    if num_classes < 0:
+        raise ValueError(f"num_classes = {num_classes}, expected at least 0")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate = {drop_path_rate}, expected 0 <= rate < 1")
+    for name, values in stages.items():
+        if len(values) != 4 or min(values) < 1:
+            raise ValueError(f"{name} = {values}, expected 4 values of at least 1, one per stage")
+
+
 def build_stages(depths, drop_path_rate, block):
     """Four stages of blocks, each from `block(stage, rate)`.
 
@@ -341,6 +352,7 @@ class LinGlo(nn.Module):
         hierarchical=True,
     ):
         super().__init__()
+        check_arguments(num_classes, drop_path_rate, depths=depths, dims=dims, heads=heads)
         check_ablations(attention, layout, cpe)
         if not hierarchical and (convolutions or len(set(dims)) > 1):
             raise ValueError(
@@ -442,7 +454,7 @@ class DotProductAttention(nn.Module):
 
     def __init__(self, dim, heads):
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise ValueError(f"dim = {dim} does not split into {heads} heads")
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)

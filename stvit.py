@@ -277,7 +277,7 @@ class SuperTokenAttention(nn.Module):
 
     def __init__(self, dim, heads, grid, iterations=1, bias_side=None):
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise ValueError(f"dim = {dim} does not split into {heads} heads")
         self.heads = heads
         self.grid = tuple(grid)
@@ -400,6 +400,17 @@ class Block(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------- model
+def check_arguments(num_classes, drop_path_rate, **stages):
+    """Raise ValueError unless every tuple in `stages` holds four integers of at least 1."""
+    if num_classes < 0:
+        raise ValueError(f"num_classes = {num_classes}, expected at least 0")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate = {drop_path_rate}, expected 0 <= rate < 1")
+    for name, values in stages.items():
+        if len(values) != 4 or min(values) < 1:
+            raise ValueError(f"{name} = {values}, expected 4 values of at least 1, one per stage")
+
+
 def build_stages(depths, drop_path_rate, block):
     """Four stages of blocks, each from `block(stage, rate)`.
 
@@ -456,8 +467,9 @@ class STViT(nn.Module):
         ffn_shortcut=True,
     ):
         super().__init__()
-        check_sampling(grids, iterations)
-        check_ablations(stem, position, conv_ffn, ffn_shortcut)
+        check_arguments(
+            num_classes, drop_path_rate, depths=depths, dims=dims, heads=heads, grids=grids)
+        check_ablations(iterations, layer_scale, stem, position, conv_ffn, ffn_shortcut)
 
         def block(stage, rate):
             return Block(
@@ -541,16 +553,12 @@ def stvit_l(num_classes=1000, drop_path_rate=0.6, **overrides):
 
 
 # ------------------------------------------------ the main model ends here: ablations and relatives
-def check_sampling(grids, iterations):
-    """Raise ValueError for grids and iterations that cannot be built."""
-    if len(grids) != 4 or min(grids) < 1 or iterations < 0:
-        raise ValueError(
-            f"grids = {grids}, iterations = {iterations}, "
-            "expected four grids of at least 1 and iterations of at least 0")
-
-
-def check_ablations(stem, position, conv_ffn, ffn_shortcut):
+def check_ablations(iterations, layer_scale, stem, position, conv_ffn, ffn_shortcut):
     """Raise ValueError for values that no row of the paper's tables has."""
+    if iterations < 0:
+        raise ValueError(f"iterations = {iterations}, expected at least 0")
+    if len(layer_scale) != 4:
+        raise ValueError(f"layer_scale = {layer_scale}, expected 4 values, one per stage")
     if stem not in ("conv", "patch"):
         raise ValueError(f"stem = {stem!r}, expected 'conv' or 'patch'")
     if position not in ("cpe", "ape", "rpe", None):

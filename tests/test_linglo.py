@@ -132,6 +132,13 @@ def test_half_precision_stays_close(dtype, device):
 
 
 # ------------------------------------------------------------------------------------------- layers
+@pytest.mark.parametrize("layer", [linglo.KeyOnlyAttention, linglo.DotProductAttention])
+@pytest.mark.parametrize("heads", [0, 3])
+def test_attention_refuses_heads_that_do_not_divide(layer, heads):
+    with pytest.raises(ValueError, match=f"dim = 8 does not split into {heads} heads"):
+        layer(8, heads)
+
+
 def test_key_only_attention_module_is_equation_4(device):
     module = linglo.KeyOnlyAttention(12, 3).to(device).double()
     nn.init.normal_(module.saliency)
@@ -204,6 +211,24 @@ def test_initial_weights(name, std, rtol):
 def test_initial_saliency():
     saliency = linglo.linglo_b1().stages[3][0].attn.saliency
     assert_close(saliency.std(), torch.tensor(0.02), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("values", [(2, 2, 2), (2, 2, 2, 2, 2), (0, 2, 2, 2), (2, 2, 2, -2)])
+@pytest.mark.parametrize("argument", ["depths", "dims", "heads"])
+def test_stages_are_four_of_at_least_one(argument, values):
+    with pytest.raises(ValueError, match=f"{argument} = .*expected 4 values of at least 1"):
+        linglo.linglo_b0(**{argument: values})
+
+
+@pytest.mark.parametrize("argument, value, rule", [
+    ("num_classes", -1, "at least 0"),
+    ("drop_path_rate", -0.1, "0 <= rate < 1"),
+    ("drop_path_rate", 1, "0 <= rate < 1"),
+    ("drop_path_rate", math.nan, "0 <= rate < 1"),
+])
+def test_model_refuses_values_out_of_range(argument, value, rule):
+    with pytest.raises(ValueError, match=f"{argument} = {value}, expected {rule}"):
+        linglo.linglo_b0(**{argument: value})
 
 
 # --------------------------------------------------------------------------------------- deployment

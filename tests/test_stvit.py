@@ -423,9 +423,10 @@ def test_grid_one_is_plain_attention(grid, bias_side, device):
     assert_same(module(x), slow, [x, *module.parameters()])
 
 
-def test_super_token_attention_raises_when_heads_do_not_divide():
-    with pytest.raises(ValueError, match="dim = 10 does not split into 4 heads"):
-        stvit.SuperTokenAttention(10, 4, (2, 2))
+@pytest.mark.parametrize("heads", [0, 4])
+def test_super_token_attention_refuses_heads_that_do_not_divide(heads):
+    with pytest.raises(ValueError, match=f"dim = 10 does not split into {heads} heads"):
+        stvit.SuperTokenAttention(10, heads, (2, 2))
 
 
 @pytest.mark.parametrize("conv, shortcut", [(True, True), (True, False), (False, True)])
@@ -695,11 +696,34 @@ def test_compiled_positions_with_dynamic_sizes_equal_eager(build, shapes):
     ({"conv_ffn": False, "ffn_shortcut": False}, "ffn_shortcut = False, expected True"),
     ({"iterations": -1}, "iterations = -1, expected"),
     ({"grids": (8, 0, 1, 1)}, r"grids = \(8, 0, 1, 1\)"),
-    ({"grids": (8, 4, 1)}, r"grids = \(8, 4, 1\), .*expected four"),
+    ({"grids": (8, 4, 1)}, r"grids = \(8, 4, 1\), .*expected 4 values"),
 ])
 def test_unknown_ablations_raise(wrong, message):
     with pytest.raises(ValueError, match=message):
         tiny(**wrong)
+
+
+@pytest.mark.parametrize("values", [(2, 2, 2), (2, 2, 2, 2, 2), (0, 2, 2, 2), (2, 2, 2, -2)])
+@pytest.mark.parametrize("argument", ["depths", "dims", "heads", "grids"])
+def test_stages_are_four_of_at_least_one(argument, values):
+    with pytest.raises(ValueError, match=f"{argument} = .*expected 4 values of at least 1"):
+        stvit.stvit_s(**{argument: values})
+
+
+@pytest.mark.parametrize("argument, value, rule", [
+    ("num_classes", -1, "at least 0"),
+    ("drop_path_rate", -0.1, "0 <= rate < 1"),
+    ("drop_path_rate", 1, "0 <= rate < 1"),
+    ("drop_path_rate", math.nan, "0 <= rate < 1"),
+])
+def test_model_refuses_values_out_of_range(argument, value, rule):
+    with pytest.raises(ValueError, match=f"{argument} = {value}, expected {rule}"):
+        stvit.stvit_s(**{argument: value})
+
+
+def test_layer_scale_has_a_value_per_stage():
+    with pytest.raises(ValueError, match="layer_scale = .*expected 4 values, one per stage"):
+        tiny(layer_scale=(None, None, 0.5))
 
 
 # --------------------------------------------------------------------------------- released weights
