@@ -323,7 +323,7 @@ class LinGlo(nn.Module):
     """Four stages of key-only blocks at strides 4, 8, 16 and 32 (Fig. 3, sec. 3.4).
 
     Args:
-        num_classes: width of the classifier.
+        num_classes: width of the classifier; 0 for none.
         drop_path_rate: stochastic depth of the last block; rates rise linearly from 0.
         depths, dims, heads: blocks, channels and heads, one entry per stage.
         attention: "key-only", or "dot" for dot-product attention (Fig. 4).
@@ -373,7 +373,7 @@ class LinGlo(nn.Module):
             self.embeds = separate_embeddings(dims, hierarchical)
         self.stages = build_stages(depths, drop_path_rate, block)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
-        self.head = nn.Linear(dims[3], num_classes)
+        self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
     def forward_features(self, images):
@@ -397,7 +397,7 @@ class LinGlo(nn.Module):
         return tuple(maps)
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, num_classes).
+        """(B, 3, H, W) -> logits (B, num_classes), or pooled features (B, C) without classes.
 
         In train mode BatchNorm needs more than one value per channel: B > 1 at 32 x 32.
         """
@@ -567,9 +567,7 @@ def load_weights(factory, path):
     Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
     """
     state = read_weights(path)
-    head = state.get("head.weight")
-    num_classes = 0 if head is None else len(head)
-    model = factory(num_classes=num_classes)
+    model = factory(num_classes=len(state.get("head.weight", ())))
     if "stages.0.0.ffn.cpe.branches.0.weight" in state:  # after `reparameterize`
         model.reparameterize()
     try:
@@ -608,8 +606,8 @@ def layer_inputs(model, layers, image):
 def blue_to_red(values):
     """Array of values from 0 to 255 -> RGB array with one more axis."""
     palette = []
-    for level in np.linspace(0, 1, 256):
-        palette.append(colorsys.hsv_to_rgb(0.7 * (1 - level), 0.9, 0.3 + 0.7 * level))
+    for level in range(256):
+        palette.append(colorsys.hsv_to_rgb(0.7 * (1 - level / 255), 0.9, 0.3 + 0.7 * level / 255))
     return (255 * np.array(palette)[values]).astype(np.uint8)
 
 

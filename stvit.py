@@ -432,7 +432,7 @@ class STViT(nn.Module):
     """Four stages of super token blocks at strides 4, 8, 16 and 32 (Fig. 3, Table 8).
 
     Args:
-        num_classes: width of the classifier.
+        num_classes: width of the classifier; 0 for none.
         drop_path_rate: stochastic depth of the last block; rates rise linearly from 0.
         depths, dims, heads: blocks, channels and heads, one entry per stage. Table 9's models have
             depths (2, 2, 6, 2), dims (96, 192, 384, 768) and heads (3, 6, 12, 24).
@@ -491,9 +491,11 @@ class STViT(nn.Module):
         self.stages = build_stages(depths, drop_path_rate, block)
         self.downsamples = nn.ModuleList(downsampling(dims[i], dims[i + 1]) for i in range(3))
         self.proj = conv_projection(dims[3]) if projection else nn.BatchNorm2d(dims[3])
-        self.head = nn.Linear(PROJECTION_DIM if projection else dims[3], num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(PROJECTION_DIM if projection else dims[3], num_classes)
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
 
     def forward_features(self, images):
         """Feature maps of the four stages, channels-last in memory.
@@ -517,7 +519,7 @@ class STViT(nn.Module):
         return tuple(maps)
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, num_classes).
+        """(B, 3, H, W) -> logits (B, num_classes), or pooled features (B, 1024) without classes.
 
         In train mode BatchNorm needs more than one value per channel: B > 1 at 32 x 32.
         """
@@ -689,9 +691,7 @@ def load_weights(factory, path):
     Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
     """
     state = read_weights(path)
-    head = state.get("head.weight")
-    num_classes = 0 if head is None else len(head)
-    model = factory(num_classes=num_classes)
+    model = factory(num_classes=len(state.get("head.weight", ())))
     if "patch_embed.proj.0.weight" in state:  # the authors' names
         state = model.convert_released(state)
     try:

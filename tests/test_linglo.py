@@ -198,6 +198,12 @@ def test_classifier_sees_the_mean_of_the_last_map():
     assert_close(model(images), model.head(last.flatten(2).mean(2)))
 
 
+def test_no_classes_give_the_mean_of_the_last_map():
+    model = linglo.linglo_b0(num_classes=0, **TINY).eval()
+    images = torch.randn(2, 3, 64, 96)
+    assert model(images).equal(model.forward_features(images)[3].mean((2, 3)))
+
+
 @pytest.mark.parametrize("name, std, rtol", [
     ("embeds.1.0.conv", math.sqrt(2 / (9 * 128)), 0.02),
     ("stages.0.0.ffn.cpe.branches.0.0", math.sqrt(2 / 9), 0.05),    # depth-wise

@@ -616,6 +616,14 @@ def test_multiply_adds_of_the_variants(factory, pixels, multiply_adds):
     assert f"{exact_size(factory, pixels)[1]:.2f}" == multiply_adds
 
 
+@pytest.mark.parametrize("projection", [True, False])
+def test_no_classes_give_the_mean_of_the_projection(projection):
+    model = tiny_factory(0, projection=projection).eval()
+    images = torch.randn(2, 3, 64, 96)
+    projected = model.proj(model.forward_features(images)[3])
+    assert model(images).equal(projected.mean((2, 3)))
+
+
 ABLATIONS = {
     "ape": {"stem": "patch", "position": "ape", "ffn_shortcut": False},
     "rpe": {"position": "rpe", "iterations": 2},
@@ -940,8 +948,9 @@ def test_load_released_names_wrong_tensors(theirs, added, message):
         tiny().load_released({**theirs.state_dict(), **added})
 
 
-def tiny_factory(num_classes):
-    return stvit.STViT(num_classes=num_classes, drop_path_rate=0.1, **TINY)
+def tiny_factory(num_classes, **overrides):
+    options = {**TINY, **overrides}
+    return stvit.STViT(num_classes=num_classes, drop_path_rate=0.1, **options)
 
 
 def checkpoint(state):
