@@ -51,7 +51,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
 # ----------------------------------------------------------------------------------------- variants
 VARIANTS = {  # Table 8
@@ -785,6 +785,18 @@ def tile(panels):
 
 
 # ------------------------------------------------------------------------------------- command line
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {  # EXIF orientation -> what turns the stored image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def example_picture():
     """A 480 x 320 landscape, so that the command line works without a photo."""
     image = Image.new("RGB", (480, 320))
@@ -805,12 +817,31 @@ def example_picture():
     return image
 
 
+def turn_upright(image):
+    """Turn an image by its EXIF orientation; with unreadable EXIF data it stays as stored."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+    except Exception:  # Pillow raises SyntaxError, struct.error and others on damaged EXIF data
+        return image
+    if orientation not in UPRIGHT:
+        return image
+    return image.transpose(UPRIGHT[orientation])
+
+
 def load_picture(path, longer_side=512):
     """Read an image file: upright, RGB, with the given longer side and no side under 32 pixels.
 
     Grey values of more than 8 bits, which Pillow would clip, are stretched to 0 .. 255.
+    Raises: OSError if the file cannot be read or holds no image, ValueError if it is damaged.
     """
-    image = ImageOps.exif_transpose(Image.open(path))
+    try:
+        image = Image.open(path)
+        image.load()
+    except OSError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise ValueError(f"damaged image ({type(error).__name__}: {error})") from error
+    image = turn_upright(image)
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image, np.float32)
         values = 255 * (values - values.min()) / max(np.ptp(values), 1e-9)
@@ -838,7 +869,7 @@ def main():
         model = load_weights(factory, path) if path else factory().eval()
         path = args.output
         draw_super_tokens(model, image).save(path)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"{path}: {' '.join(str(error).split())}\n")
     print(f"wrote {args.output}")
 

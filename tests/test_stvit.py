@@ -5,14 +5,16 @@ tests run in float64 with B > 1 and compare outputs and the gradients of all inp
 symbols are those of stvit.py, after the references.
 """
 import math
+import struct
 from functools import cache, partial
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from bench import complexity
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.testing import assert_close
 
@@ -989,3 +991,55 @@ def test_drawn_super_tokens_have_their_mean_colour(panel):
     drawn = sheet.crop((panel * 108, 20, panel * 108 + 100, 80))
     colours = {colour for _, colour in drawn.getcolors()}
     assert colours == {(90, 120, 40), (255, 255, 0)}
+
+
+# ------------------------------------------------------------------------------------- command line
+def exif_block(orientation, resolution=(72, 1)):
+    """EXIF data with an orientation and the numerator and denominator of a signed resolution."""
+    entries = struct.pack("<HHLHH", 0x112, 3, 1, orientation, 0)
+    entries += struct.pack("<HHLL", 0x11A, 10, 1, 38)           # its value starts at byte 38
+    header = b"II*\0" + struct.pack("<LH", 8, 2)                # first directory, two entries
+    return b"Exif\0\0" + header + entries + struct.pack("<Lll", 0, *resolution)
+
+
+@pytest.fixture
+def photo():
+    """40 x 80 pixels, each quarter of another colour."""
+    image = Image.new("RGB", (40, 80), (255, 0, 0))
+    image.paste((0, 255, 0), (20, 0, 40, 40))
+    image.paste((0, 0, 255), (0, 40, 20, 80))
+    return image
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_load_picture_turns_upright(orientation, photo, tmp_path):
+    """As Pillow's own function, which writes the EXIF data back and fails on odd ones."""
+    photo.save(tmp_path / "photo.png", exif=exif_block(orientation))
+    with Image.open(tmp_path / "photo.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    loaded = stvit.load_picture(tmp_path / "photo.png", longer_side=80)
+    assert (np.asarray(loaded) == expected).all()
+
+
+def test_odd_exif_data_do_not_hide_the_orientation(photo, tmp_path):
+    """A resolution of -1/0, on which exif_transpose raises struct.error."""
+    photo.save(tmp_path / "photo.jpg", exif=exif_block(6, resolution=(-1, 0)))
+    assert stvit.load_picture(tmp_path / "photo.jpg").size == (512, 256)
+
+
+def test_image_with_unreadable_exif_data_stays_as_stored(photo, tmp_path):
+    path = tmp_path / "photo.webp"
+    photo.save(path, exif=exif_block(6))
+    path.write_bytes(path.read_bytes().replace(b"II*\0", b"XX*\0"))
+    assert stvit.load_picture(path).size == (256, 512)
+
+
+@pytest.mark.parametrize("error", [KeyError, TypeError, SyntaxError, struct.error])
+def test_damaged_images_are_a_value_error(error, photo, tmp_path, monkeypatch):
+    def load(_image):
+        raise error("odd")
+
+    photo.save(tmp_path / "photo.bmp")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(ValueError, match=f"damaged image .{error.__name__}: .*odd"):
+        stvit.load_picture(tmp_path / "photo.bmp")
