@@ -41,7 +41,8 @@ The text is ambiguous.
 
 The text is silent.
 - K, V, U1 and U2 have biases. The classifier sees the mean of the last map.
-- Initial weights are PVTv2's. Stochastic depth of 0.1 / 0.1 / 0.15 is our choice.
+- Initial weights are PVTv2's, but the biases of patch embeddings are not 0, see `init_weights`.
+  Stochastic depth of 0.1 / 0.1 / 0.15 is our choice.
 - Without convolutions, sides that the patches do not divide are zero-padded, and the tables of
   positions belong to 224 x 224 and are interpolated for other sizes.
 """
@@ -242,21 +243,25 @@ class FFN(nn.Module):
 def init_weights(module):
     """PVTv2's rule: linear weights N(0, 0.02) truncated, convolutions N(0, sqrt(2 / fan-out)).
 
-    Saliency and position tables are N(0, 0.02) truncated, biases 0, norms as constructed.
+    Saliency and position tables are N(0, 0.02) truncated. Biases are 0, except in the patch
+    embeddings, whose convolutions keep PyTorch's default: with bias 0, black or padded pixels
+    would be zero tokens, and a LayerNorm of those multiplies gradients by 1 / sqrt(eps) = 1000.
+    Norms stay as constructed.
     Raises: TypeError for a module with parameters and no rule.
     """
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
         fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
         nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-    elif isinstance(module, (nn.Linear, PositionTable)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, KeyOnlyAttention):
         nn.init.trunc_normal_(module.saliency, std=0.02)
+    elif isinstance(module, PositionTable):
+        nn.init.trunc_normal_(module.weight, std=0.02)
     elif list(module.parameters(recurse=False)):
         if not isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
             raise TypeError(f"no initialization rule for {type(module).__name__}")
-    if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
-        nn.init.zeros_(module.bias)
 
 
 # -------------------------------------------------------------------------------------------- block

@@ -221,6 +221,32 @@ def test_initial_saliency():
     assert_close(saliency.std(), torch.tensor(0.02), rtol=0.1, atol=0)
 
 
+def gradient_norm(model, images):
+    """Norm of all gradients of a fixed linear function of the maps and logits."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    loss = 0
+    for output in (*model.forward_features(images), model(images)):
+        loss = loss + (output * torch.randn_like(output)).mean()
+    loss.backward()
+    gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return torch.stack(gradients).norm()
+
+
+@pytest.mark.parametrize("blank_columns", [32, 64])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_blank_pixels_give_gradients_of_ordinary_size(
+        convolutions, training, blank_columns, device):
+    """With biases of 0 in the patch embeddings: 1e6 and more for padding, NaN for zero images."""
+    model = linglo.linglo_b0(drop_path_rate=0.0, convolutions=convolutions)
+    model = model.to(device).train(training)
+    images = torch.randn(2, 3, 64, 64, device=device)
+    ordinary = gradient_norm(model, images)
+    images[..., 64 - blank_columns:] = 0
+    assert gradient_norm(model, images) <= 5 * ordinary
+
+
 @pytest.mark.parametrize("values", [(2, 2, 2), (2, 2, 2, 2, 2), (0, 2, 2, 2), (2, 2, 2, -2)])
 @pytest.mark.parametrize("argument", ["depths", "dims", "heads"])
 def test_stages_are_four_of_at_least_one(argument, values):

@@ -713,6 +713,33 @@ def test_unknown_ablations_raise(wrong, message):
         tiny(**wrong)
 
 
+def gradient_norm(model, images):
+    """Norm of all gradients of a fixed linear function of the maps and logits."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    loss = 0
+    for output in (*model.forward_features(images), model(images)):
+        loss = loss + (output * torch.randn_like(output)).mean()
+    loss.backward()
+    gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return torch.stack(gradients).norm()
+
+
+@pytest.mark.parametrize("training, blank_columns", [(True, 32), (False, 32), (False, 64)])
+def test_blank_pixels_give_gradients_of_ordinary_size(training, blank_columns, device):
+    """Zero padding, and in eval mode zero images. A whole batch of them has no variance."""
+    model = stvit.stvit_s(drop_path_rate=0.0, depths=(1, 1, 2, 1)).to(device).train(training)
+    images = torch.randn(2, 3, 64, 64, device=device)
+    ordinary = gradient_norm(model, images)
+    images[..., 64 - blank_columns:] = 0
+    assert gradient_norm(model, images) <= 3 * ordinary
+
+
+def test_a_batch_of_zero_images_gives_finite_gradients(device):
+    model = stvit.stvit_s(drop_path_rate=0.0, depths=(1, 1, 2, 1)).to(device).train()
+    assert gradient_norm(model, torch.zeros(2, 3, 64, 64, device=device)).isfinite()
+
+
 @pytest.mark.parametrize("values", [(2, 2, 2), (2, 2, 2, 2, 2), (0, 2, 2, 2), (2, 2, 2, -2)])
 @pytest.mark.parametrize("argument", ["depths", "dims", "heads", "grids"])
 def test_stages_are_four_of_at_least_one(argument, values):
