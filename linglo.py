@@ -1,23 +1,50 @@
-"""LinGlo: Linear-Complexity Global-Local Interaction (key-only attention)
-"Rethinking Query-Key Pairwise Interactions in Vision Transformers", Cheng Li, Yangxin Liu; arXiv 2207.00188
+"""LinGlo: Rethinking Query-Key Pairwise Interactions in Vision Transformers
+Cheng Li, Yangxin Liu; arXiv 2207.00188v2
 
-Mechanism: drop the queries. A learned vector tells how salient each key is, the salient keys are summed up to one context a head,
-and the context gates the value of every token. Linear in the number of tokens, so that all stages can afford it.
+Mechanism. Key-only attention has no queries: a learned vector scores the keys, and their
+softmax-weighted mean is one context per head, which gates the value of every token. The cost is
+linear in the number of tokens, so that every stage can attend to its whole map.
 
-Letters: B batch, C channels, H x W the token grid, N = H * W tokens, h heads, d = C / h head width.
-Reading order: key_only_attention -> KeyOnlyAttention -> RPCPE -> Block -> LinGlo; drawing and `main` come last.
-Memory order: every map inside a stage is channels-last, (B, H, W, C), so that linear layers, norms and convolutions share it.
+Symbols.
+    paper               here
+    N, F = D            N = H * W tokens of C channels, B samples
+    heads (sec. 3.4)    heads, h in shapes; d = C / h is the width of a head
+    K, V                k, v (B, h, N, d)
+    W_saliency (Eq. 2)  saliency (h, d), one vector per head
+    A (Eq. 2)           attention_map (B, h, N)
+    G (Eq. 3)           global_context (B, h, 1, d)
+    U1, U2 (Eq. 4)      u1, u2
+    C, B (sec. 3.4)     dims, depths, one entry per stage
+Inside a stage every map is channels-last, (B, H, W, C): linear layers, norms and convolutions
+share this layout.
 
-What differs from the paper, and why:
-- The printed 3.4/13.1/25.4 M are not reached by any reading of the text, and disagree with the paper's own dense tables (they are
-  printed by PVTv2 for its models, too). This is the text taken literally: 3.60/13.73/25.14 M deployed, 3.81/14.14/25.97 M in training.
-- Each of the four RP-CPE branches has a BatchNorm in training, as in the re-parameterisation method that the paper cites: without it
-  they would be one convolution in training already. `reparameterize()` folds branches, norms and skip for deployment. In the
-  ablations (Table 6) single branches have it, too.
-Where the text is silent:
-- K, V, U1 and U2 are C x C with bias, and a head's saliency vector has d entries, so that the scale is 1 / sqrt(d).
-- The rest is PVTv2's: LayerNorm before attention and FFN, after patch embeddings and stages, initial weights. Stochastic depth
-  0.1/0.1/0.15, and what exactly a convolution block with SE is (Table 5), are our choice.
+Reading order. key_only_attention -> KeyOnlyAttention -> RPCPE -> FFN -> Block -> LinGlo. What
+follows the factories is not needed to understand the model.
+
+Differs from the text.
+- LinGlo-w/o-CH (Fig. 5, `hierarchical=False`) keeps the LayerNorms after stages 1 to 3, though
+  the resolution does not change there.
+
+The text is ambiguous.
+- Sizes. Table 2's 3.4 and 13.1 M parameters contradict the paper's own dense models (Tables 3 and
+  4), its 25.4 M agrees with them, and no reading of the text gives all three. Here the text is
+  taken literally: 3.60, 13.73 and 25.14 M deployed, 3.81, 14.14 and 25.97 M in training.
+- Heads. Eq. 2 and 3 have one softmax over K of width D, sec. 3.4 has several heads. Here each head
+  has its own saliency vector and softmax, scaled by 1 / sqrt(d).
+- RP-CPE. The text names four convolutions and a re-parameterisation method, whose branches have
+  BatchNorm. Here each branch has one in training, since without it the four would be one
+  convolution in training, too. Single branches (Table 6) have it as well.
+- RP-CPE is "in" the FFN: here after the expansion and before the GELU, as in PVTv2.
+- LayerNorm is "added wherever spatial resolution is changed": here after each patch embedding and
+  after each stage. Blocks apply it before attention and FFN.
+- "Convolutional blocks with SE" (Table 5) are two 3x3 convolutions with BatchNorm and a gate.
+
+The text is silent.
+- K, V, U1 and U2 have biases. The classifier sees the mean of the last map.
+- Initial weights are PVTv2's, but the biases of patch embeddings are not 0, see `init_weights`.
+  Stochastic depth of 0.1 / 0.1 / 0.15 is our choice.
+- Without convolutions, sides that the patches do not divide are zero-padded, and the tables of
+  positions belong to 224 x 224 and are interpolated for other sizes.
 """
 import argparse
 import colorsys
@@ -27,40 +54,66 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
+# ----------------------------------------------------------------------------------------- variants
 VARIANTS = {  # sec. 3.4
     "linglo_b0": dict(depths=(2, 3, 3, 2), dims=(32, 64, 160, 256), heads=(1, 2, 5, 8)),
     "linglo_b1": dict(depths=(2, 3, 3, 2), dims=(64, 128, 320, 512), heads=(1, 2, 5, 8)),
     "linglo_b2": dict(depths=(3, 5, 9, 3), dims=(64, 128, 320, 512), heads=(1, 2, 5, 8)),
 }
-CPE = {"cpe": (1, False), "r": (1, True), "p": (4, False), "rp": (4, True)}  # Table 6: branches, skip connection
+FFN_RATIOS = (8, 8, 4, 4)  # sec. 3.4, expansion of the FFN in each stage
+DOWN_SAMPLING = ((7, 4), (3, 2), (3, 2), (3, 2))  # sec. 3.4, kernel size and stride
+CPE = {  # Table 6: number of branches, skip connection
+    "cpe": (1, False),
+    "r": (1, True),
+    "p": (4, False),
+    "rp": (4, True),
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------- core
-def salience(k, saliency):
-    """How salient each token is: k (B, h, N, d), saliency (h, d) -> softmax over the tokens (B, h, N) (paper, Eq. 2).
-
-    For looking at it: `key_only_attention` has the same softmax inside its fused kernel.
-    """
-    return (k @ saliency[..., None] * k.shape[-1] ** -0.5).squeeze(3).softmax(2)
-
-
+# --------------------------------------------------------------------------------------------- core
 def key_only_attention(k, v, saliency):
-    """Gate every value with the sum of the salient keys (paper, Eq. 2, 3 and the product in Eq. 4).
+    """Gate every value with the global context (Eq. 2, Eq. 3 and the product in Eq. 4).
 
-    Args: k, v (B, h, N, d), keys and values; saliency (h, d), learned.
+    In the form of the equations this is
+        score = k @ saliency[..., None] / d ** 0.5              # (B, h, N, 1)
+        attention_map = score.softmax(2)                        # (B, h, N, 1), Eq. 2
+        global_context = (attention_map * k).sum(2, True)       # (B, h, 1, d), Eq. 3
+        return global_context * v                               # (B, h, N, d), Eq. 4
+    Eq. 2 and 3 are dot-product attention whose only query is the saliency vector and whose values
+    are the keys, so that a fused kernel computes them without storing the attention map.
+
+    Args:
+        k: (B, h, N, d), keys.
+        v: (B, h, N, d), values.
+        saliency: (h, d), learned.
     Returns: (B, h, N, d) in k's type. Time and memory are linear in N.
     """
-    # softmax(s . K / sqrt(d)) K is ordinary attention with s as the only query and the keys as values: a fused kernel does it
-    query = saliency.to(k.dtype)[None, :, None].expand(k.shape[0], -1, -1, -1)          # (B, h, 1, d)
-    context = F.scaled_dot_product_attention(query, k, k)                               # (B, h, 1, d), Eq. 3
-    return context * v
+    query = saliency.to(k.dtype)[None, :, None]                         # (1, h, 1, d)
+    query = query.expand(k.shape[0], -1, -1, -1)                        # (B, h, 1, d)
+    global_context = F.scaled_dot_product_attention(query, k, k)        # (B, h, 1, d), Eq. 2, 3
+    return global_context * v                                           # (B, h, N, d)
 
 
-# -------------------------------------------------------------------------------------------------------------- layers
+def attention_map(k, saliency):
+    """Weight of each key in its head's context (Eq. 2), for visualisation only.
+
+    Args:
+        k: (B, h, N, d), keys.
+        saliency: (h, d), learned.
+    Returns: (B, h, N), which sums to 1 over the tokens.
+    """
+    score = k @ saliency[..., None] * k.shape[-1] ** -0.5               # (B, h, N, 1)
+    return score.squeeze(3).softmax(2)
+
+
+# ------------------------------------------------------------------------------------------- layers
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch per sample with probability `rate`, scale the survivors by 1 / (1 - rate)."""
+    """Stochastic depth: drop a residual branch per sample with probability `rate`.
+
+    In training, the remaining branches are scaled by 1 / (1 - rate).
+    """
 
     def __init__(self, rate):
         super().__init__()
@@ -69,89 +122,112 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training or self.rate == 0:
             return x
-        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)                             # 0 or 1 / (1 - rate)
+        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)  # 0 or 1 / (1 - rate) per sample
         return x * keep.view(-1, 1, 1, 1)
 
 
-class KeyOnlyAttention(nn.Module):
-    """Key-only attention with its projections (paper, Fig. 1, Eq. 4): (B, H, W, C) -> the same.
+class PatchEmbedding(nn.Module):
+    """Overlapping patches: a strided convolution and LayerNorm.
 
-    Raises: ValueError for heads that do not divide `dim`, like DotProductAttention.
+    (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C').
+    """
+
+    def __init__(self, in_dim, dim, kernel_size, stride):
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x):
+        x = self.conv(x.permute(0, 3, 1, 2))
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+class KeyOnlyAttention(nn.Module):
+    """Key-only attention with its projections (Fig. 1, Eq. 4): (B, H, W, C) -> the same.
+
+    Args:
+        dim: C.
+        heads: h, which divides `dim`.
+    Raises: ValueError for heads that do not divide `dim`.
     """
 
     def __init__(self, dim, heads):
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise ValueError(f"dim = {dim} does not split into {heads} heads")
         self.heads = heads
-        self.k, self.v, self.u1, self.u2 = (nn.Linear(dim, dim) for _ in range(4))
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.u1 = nn.Linear(dim, dim)
+        self.u2 = nn.Linear(dim, dim)
         self.saliency = nn.Parameter(torch.zeros(heads, dim // heads))
 
     def split_heads(self, x):
         """(B, H, W, C) -> (B, h, N, d), a view."""
-        return x.flatten(1, 2).unflatten(2, (self.heads, -1)).transpose(1, 2)
+        x = x.flatten(1, 2)                                             # (B, N, C)
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)         # (B, h, N, d)
 
     def forward(self, x):
-        k = self.k(x)
-        y = key_only_attention(self.split_heads(k), self.split_heads(self.v(x)), self.saliency)
-        return self.u2(self.u1(y.transpose(1, 2).reshape(x.shape)) + k)                 # Eq. 4
-
-
-class DotProductAttention(nn.Module):
-    """Plain multi-head self-attention, which Fig. 4 compares with: (B, H, W, C) -> the same."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        if dim % heads:
-            raise ValueError(f"dim = {dim} does not split into {heads} heads")
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        qkv = self.qkv(x).flatten(1, 2).unflatten(2, (3, self.heads, -1))               # (B, N, 3, h, d)
-        y = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))                 # (B, h, N, d)
-        return self.proj(y.transpose(1, 2).reshape(x.shape))
+        k = self.k(x)                                                   # (B, H, W, C)
+        v = self.v(x)
+        gated = key_only_attention(self.split_heads(k), self.split_heads(v), self.saliency)
+        gated = gated.transpose(1, 2).reshape(x.shape)                  # (B, H, W, C), G * V
+        return self.u2(self.u1(gated) + k)                              # Eq. 4
 
 
 class RPCPE(nn.Module):
-    """Residual parallel conditional position encoding (paper, sec. 3.2): (B, H, W, C) -> the same.
+    """Residual parallel conditional position encoding (sec. 3.2): (B, H, W, C) -> the same.
 
-    The input, if `skip`, plus parallel 3x3 depth-wise convolutions, each with BatchNorm. After `reparameterize` one convolution.
+    Parallel 3x3 depth-wise convolutions, each with BatchNorm, plus the input if `skip`. After
+    `reparameterize` it is one convolution with bias.
     """
 
     def __init__(self, dim, branches, skip):
         super().__init__()
         self.skip = skip
-        self.branches = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False), nn.BatchNorm2d(dim)) for _ in range(branches))
+        self.branches = nn.ModuleList()
+        for _ in range(branches):
+            conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+            self.branches.append(nn.Sequential(conv, nn.BatchNorm2d(dim)))
 
     def forward(self, x):
-        x = x.permute(0, 3, 1, 2)
+        x = x.permute(0, 3, 1, 2)                                       # (B, C, H, W), a view
         y = x if self.skip else 0
         for branch in self.branches:
             y = y + branch(x)
-        return y.permute(0, 2, 3, 1)
+        return y.permute(0, 2, 3, 1)                                    # (B, H, W, C)
 
     @torch.no_grad()
     def reparameterize(self):
-        """Fold branches, running statistics and skip connection into one convolution with bias; nothing if that is done."""
+        """Fold branches, running statistics and skip connection; no-op if already folded."""
         if isinstance(self.branches[0], nn.Conv2d):
             return
-        first, weight, bias = self.branches[0][0], 0, 0
+        weight = 0
+        bias = 0
         for conv, norm in self.branches:
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-            weight = weight + conv.weight * scale[:, None, None, None]
-            bias = bias + norm.bias - norm.running_mean * scale
+            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()         # (C,)
+            weight = weight + conv.weight * scale[:, None, None, None]          # (C, 1, 3, 3)
+            bias = bias + norm.bias - norm.running_mean * scale                 # (C,)
         if self.skip:
-            weight[:, :, 1, 1] += 1
-        folded = torch.nn.utils.skip_init(nn.Conv2d, len(weight), len(weight), 3, padding=1, groups=len(weight), device=weight.device)
-        folded.weight, folded.bias = (nn.Parameter(t, first.weight.requires_grad) for t in (weight, bias))
-        self.branches, self.skip = nn.ModuleList([folded]).train(self.training), False
+            weight[:, :, 1, 1] += 1     # the identity as a kernel
+        trainable = self.branches[0][0].weight.requires_grad
+        dim = len(weight)
+        folded = nn.utils.skip_init(
+            nn.Conv2d, dim, dim, 3, padding=1, groups=dim, device=weight.device)
+        folded.weight = nn.Parameter(weight, trainable)
+        folded.bias = nn.Parameter(bias, trainable)
+        self.branches = nn.ModuleList([folded]).train(self.training)
+        self.skip = False
 
 
 class FFN(nn.Module):
-    """Linear, position encoding `cpe` (a key of CPE, or None), GELU, linear."""
+    """Linear, position encoding, GELU, linear: (B, H, W, C) -> the same.
+
+    Args:
+        dim: C.
+        ratio: expansion of the hidden layer.
+        cpe: a key of CPE, or None for no position encoding.
+    """
 
     def __init__(self, dim, ratio, cpe):
         super().__init__()
@@ -160,16 +236,46 @@ class FFN(nn.Module):
         self.fc2 = nn.Linear(ratio * dim, dim)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.cpe(self.fc1(x))))
+        hidden = self.cpe(self.fc1(x))                                  # (B, H, W, ratio * C)
+        return self.fc2(F.gelu(hidden))
 
 
+def init_weights(module):
+    """PVTv2's rule: linear weights N(0, 0.02) truncated, convolutions N(0, sqrt(2 / fan-out)).
+
+    Saliency and position tables are N(0, 0.02) truncated. Biases are 0, except in the patch
+    embeddings, whose convolutions keep PyTorch's default: with bias 0, black or padded pixels
+    would be zero tokens, and a LayerNorm of those multiplies gradients by 1 / sqrt(eps) = 1000.
+    Norms stay as constructed.
+    Raises: TypeError for a module with parameters and no rule.
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+    elif isinstance(module, KeyOnlyAttention):
+        nn.init.trunc_normal_(module.saliency, std=0.02)
+    elif isinstance(module, PositionTable):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif list(module.parameters(recurse=False)):
+        if not isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+            raise TypeError(f"no initialization rule for {type(module).__name__}")
+
+
+# -------------------------------------------------------------------------------------------- block
 class Block(nn.Module):
-    """Attention and FFN, each with LayerNorm before and a shortcut (paper, Fig. 3b); (B, H, W, C) -> the same."""
+    """Attention and FFN, each with LayerNorm before and a shortcut (Fig. 3b).
 
-    def __init__(self, dim, heads, attention, ffn_ratio, cpe, drop_path):
+    (B, H, W, C) -> the same. `attention` is "key-only" or "dot", `cpe` as in FFN.
+    """
+
+    def __init__(self, dim, heads, ffn_ratio, attention, cpe, drop_path):
         super().__init__()
+        layer = KeyOnlyAttention if attention == "key-only" else DotProductAttention
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = (KeyOnlyAttention if attention == "key-only" else DotProductAttention)(dim, heads)
+        self.attn = layer(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.ffn = FFN(dim, ffn_ratio, cpe)
         self.drop_path = DropPath(drop_path)
@@ -179,137 +285,135 @@ class Block(nn.Module):
         return x + self.drop_path(self.ffn(self.norm2(x)))
 
 
-class ConvBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and a squeeze-and-excitation gate, with a shortcut (Table 5); (B, H, W, C) -> the same."""
-
-    def __init__(self, dim, drop_path):
-        super().__init__()
-        self.convs = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.GELU(),
-                                   nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim))
-        self.gate = nn.Sequential(nn.Linear(dim, dim // 4), nn.GELU(), nn.Linear(dim // 4, dim), nn.Sigmoid())
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x):
-        y = self.convs(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + self.drop_path(y * self.gate(y.mean((1, 2), keepdim=True)))
+# -------------------------------------------------------------------------------------------- model
+def check_arguments(num_classes, drop_path_rate, **stages):
+    """Raise ValueError unless every tuple in `stages` holds four integers of at least 1."""
+    if num_classes < 0:
+        raise ValueError(f"num_classes = {num_classes}, expected at least 0")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate = {drop_path_rate}, expected 0 <= rate < 1")
+    for name, values in stages.items():
+        if len(values) != 4 or min(values) < 1:
+            raise ValueError(f"{name} = {values}, expected 4 values of at least 1, one per stage")
 
 
-class PatchEmbedding(nn.Module):
-    """A strided convolution and LayerNorm; (B, H, W, C) -> (B, ceil(H / stride), ceil(W / stride), C').
+def build_stages(depths, drop_path_rate, block):
+    """Four stages of blocks, each from `block(stage, rate)`.
 
-    With `kernel_size` = `stride` patches do not overlap; maps are then zero-padded right and bottom to whole patches.
+    The rates of stochastic depth rise linearly from 0 to `drop_path_rate` at the last block.
     """
-
-    def __init__(self, in_dim, dim, kernel_size, stride):
-        super().__init__()
-        self.pad = stride if kernel_size == stride else 1
-        self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2 if kernel_size > stride else 0)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-
-    def forward(self, x):
-        x = F.pad(x.permute(0, 3, 1, 2), (0, -x.shape[2] % self.pad, 0, -x.shape[1] % self.pad))
-        return self.norm(self.conv(x).permute(0, 2, 3, 1))
-
-
-class PositionTable(nn.Module):
-    """Adds a learned vector a place, for maps of side x side, interpolated for others (PVT; Fig. 5); (B, H, W, C) -> the same."""
-
-    def __init__(self, dim, side):
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(1, dim, side, side))
-
-    def forward(self, x):
-        return x + F.interpolate(self.weight, size=x.shape[1:3], mode="bilinear").permute(0, 2, 3, 1)
+    last = max(sum(depths) - 1, 1)
+    index = 0
+    stages = nn.ModuleList()
+    for stage, depth in enumerate(depths):
+        blocks = nn.Sequential()
+        for _ in range(depth):
+            blocks.append(block(stage, drop_path_rate * index / last))
+            index += 1
+        stages.append(blocks)
+    return stages
 
 
-def init_weights(module):
-    """PVTv2's rule: linear weights, saliency and position tables N(0, 0.02) truncated, convolutions N(0, sqrt(2 / fan-out)), biases 0,
-    norms as constructed."""
-    if isinstance(module, nn.Conv2d):
-        fan_out = module.out_channels * math.prod(module.kernel_size) // module.groups
-        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
-    elif isinstance(module, (nn.Linear, PositionTable)):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    elif isinstance(module, KeyOnlyAttention):
-        nn.init.trunc_normal_(module.saliency, std=0.02)
-    elif list(module.parameters(recurse=False)) and not isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
-        raise TypeError(f"no initialization rule for {type(module).__name__}")
-    if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+def overlapping_embeddings(dims):
+    """Patch embedding of each stage, in a Sequential as in `separate_embeddings`."""
+    embeds = nn.ModuleList()
+    in_dim = 3
+    for dim, (kernel_size, stride) in zip(dims, DOWN_SAMPLING):
+        embeds.append(nn.Sequential(PatchEmbedding(in_dim, dim, kernel_size, stride)))
+        in_dim = dim
+    return embeds
 
 
-# --------------------------------------------------------------------------------------------------------------- model
 class LinGlo(nn.Module):
-    """Four stages of key-only blocks at strides 4, 8, 16 and 32 (paper, Fig. 3 and sec. 3.4).
+    """Four stages of key-only blocks at strides 4, 8, 16 and 32 (Fig. 3, sec. 3.4).
 
     Args:
-        num_classes: width of the classifier.
-        drop_path_rate: stochastic depth of the last block; the first block's rate is 0, linear between.
-        depths, dims, heads: one entry a stage.
+        num_classes: width of the classifier; 0 for none.
+        drop_path_rate: stochastic depth of the last block; rates rise linearly from 0.
+        depths, dims, heads: blocks, channels and heads, one entry per stage.
         attention: "key-only", or "dot" for dot-product attention (Fig. 4).
-        layout: a letter a stage, H for hybrid blocks, C for convolution blocks with SE (Table 5).
+        layout: one letter per stage, H for hybrid blocks, C for convolution blocks (Table 5).
         cpe: "rp", "r", "p" or "cpe", see CPE (Table 6).
-        convolutions: False for patches without overlap, no RP-CPE, learned position tables (LinGlo-w/o-C of Fig. 5).
-        hierarchical: False for 16 x 16 patches and no other down-sampling (LinGlo-w/o-CH of Fig. 5, which has dims=(150,) * 4 and
-            heads=(3,) * 4); the four maps then all have stride 16.
-    `channels` holds the four map widths.
-    Raises: ValueError for values outside these, for different `dims` without hierarchy, for convolutions without hierarchy.
+        convolutions: False for patches without overlap, tables of positions and no RP-CPE
+            (LinGlo-w/o-C of Fig. 5).
+        hierarchical: False for 16 x 16 patches and no other down-sampling, so that all strides
+            are 16 (LinGlo-w/o-CH of Fig. 5, with dims=(150,) * 4 and heads=(3,) * 4).
+    Attributes: channels, the widths of the four maps.
+    Raises: ValueError for other values, for different `dims` or convolutions without hierarchy.
     """
 
-    def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, attention="key-only", layout="HHHH", cpe="rp",
-                 convolutions=True, hierarchical=True):
+    def __init__(
+        self,
+        *,
+        num_classes,
+        drop_path_rate,
+        depths,
+        dims,
+        heads,
+        attention="key-only",
+        layout="HHHH",
+        cpe="rp",
+        convolutions=True,
+        hierarchical=True,
+    ):
         super().__init__()
-        if attention not in ("key-only", "dot"):
-            raise ValueError(f"attention = {attention!r}, expected 'key-only' or 'dot'")
-        if len(layout) != 4 or set(layout) - set("HC"):
-            raise ValueError(f"layout = {layout!r}, expected four letters H or C")
-        if cpe not in CPE:
-            raise ValueError(f"cpe = {cpe!r}, expected one of {', '.join(CPE)}")
+        check_arguments(num_classes, drop_path_rate, depths=depths, dims=dims, heads=heads)
+        check_ablations(attention, layout, cpe)
         if not hierarchical and (convolutions or len(set(dims)) > 1):
-            raise ValueError(f"hierarchical=False needs convolutions=False and equal dims, not {convolutions} and {dims}")
+            raise ValueError(
+                "hierarchical=False needs convolutions=False and equal dims, "
+                f"not {convolutions} and {dims}")
+
+        def block(stage, rate):
+            dim = dims[stage]
+            if layout[stage] == "C":
+                return ConvBlock(dim, rate)
+            encoding = cpe if convolutions else None
+            return Block(dim, heads[stage], FFN_RATIOS[stage], attention, encoding, rate)
+
         self.channels = tuple(dims)
-        if not hierarchical:
-            embeds = [[PatchEmbedding(3, dims[0], 16, 16), PositionTable(dims[0], 14)], [], [], []]
-        elif not convolutions:
-            embeds = [[PatchEmbedding(dims[i - 1] if i else 3, dims[i], size, size), PositionTable(dims[i], 56 >> i)]
-                      for i, size in enumerate((4, 2, 2, 2))]
+        if convolutions:
+            self.embeds = overlapping_embeddings(dims)
         else:
-            embeds = [[PatchEmbedding(dims[i - 1] if i else 3, dims[i], *size)] for i, size in enumerate(((7, 4), (3, 2), (3, 2), (3, 2)))]
-        self.embeds = nn.ModuleList(nn.Sequential(*embed) for embed in embeds)
-        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(ConvBlock(dims[i], next(rates)) if layout[i] == "C" else
-                            Block(dims[i], heads[i], attention, (8, 8, 4, 4)[i], cpe if convolutions else None, next(rates))
-                            for _ in range(depths[i])))
-            for i in range(4))
+            self.embeds = separate_embeddings(dims, hierarchical)
+        self.stages = build_stages(depths, drop_path_rate, block)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
-        self.head = nn.Linear(dims[3], num_classes)
+        self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
     def forward_features(self, images):
-        """(B, 3, H, W) -> four maps (B, C_i, ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32, channels-last in memory.
+        """Feature maps of the four stages, channels-last in memory.
 
-        Without hierarchy all strides are 16.
-
+        Args: images (B, 3, H, W), normalised.
+        Returns: four maps (B, C_i, ceil(H / s), ceil(W / s)) with s = 4, 8, 16, 32; without
+            hierarchy all strides s are 16.
         Raises: ValueError unless images are (B, 3, H, W) with both sides at least 32.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
-            raise ValueError(f"images of shape {tuple(images.shape)}, expected (B, 3, H, W) with H and W at least 32")
-        x = images.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)    # blocks see (B, H, W, C)
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}, "
+                "expected (B, 3, H, W) with H and W at least 32")
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = x.permute(0, 2, 3, 1)                                       # (B, H, W, 3), a view
         maps = []
         for embed, stage, norm in zip(self.embeds, self.stages, self.norms):
-            x = norm(stage(embed(x)))
-            maps.append(x.permute(0, 3, 1, 2))
+            x = norm(stage(embed(x)))                                   # (B, H / s, W / s, C_i)
+            maps.append(x.permute(0, 3, 1, 2))                          # (B, C_i, H / s, W / s)
         return tuple(maps)
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, num_classes). In train mode BN needs more than one value a channel: B > 1 at 32 x 32."""
-        return self.head(self.forward_features(images)[-1].mean((2, 3)))
+        """(B, 3, H, W) -> logits (B, num_classes), or pooled features (B, C) without classes.
+
+        In train mode BatchNorm needs more than one value per channel: B > 1 at 32 x 32.
+        """
+        last = self.forward_features(images)[-1]
+        return self.head(last.mean((2, 3)))
 
     def reparameterize(self):
-        """Fold every RP-CPE into one convolution, in place, for deployment: the same outputs in eval mode. Returns the model.
+        """Fold every RP-CPE into one convolution, in place, and return the model.
 
-        Parameters are replaced, so optimizers, weight averages and DistributedDataParallel made before do not know them.
+        Outputs in eval mode stay the same. Parameters are replaced: call it before creating an
+        optimizer, EMA or DistributedDataParallel.
         """
         for module in self.modules():
             if isinstance(module, RPCPE):
@@ -317,141 +421,337 @@ class LinGlo(nn.Module):
         return self
 
 
+# ---------------------------------------------------------------------------------------- factories
 def linglo_b0(num_classes=1000, drop_path_rate=0.1, **overrides):
     """LinGlo-b0, 3.60 M parameters deployed, 3.81 M in training."""
-    return LinGlo(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["linglo_b0"], **overrides})
+    options = {**VARIANTS["linglo_b0"], **overrides}
+    return LinGlo(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
 def linglo_b1(num_classes=1000, drop_path_rate=0.1, **overrides):
     """LinGlo-b1, 13.73 M parameters deployed, 14.14 M in training."""
-    return LinGlo(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["linglo_b1"], **overrides})
+    options = {**VARIANTS["linglo_b1"], **overrides}
+    return LinGlo(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
 def linglo_b2(num_classes=1000, drop_path_rate=0.15, **overrides):
     """LinGlo-b2, 25.14 M parameters deployed, 25.97 M in training."""
-    return LinGlo(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["linglo_b2"], **overrides})
+    options = {**VARIANTS["linglo_b2"], **overrides}
+    return LinGlo(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
-# ------------------------------------------------------------------------------------------------------------- drawing
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what trained weights expect
+# ------------------------------------------------ the main model ends here: ablations and relatives
+def check_ablations(attention, layout, cpe):
+    """Raise ValueError for values that no row of the paper's tables has."""
+    if attention not in ("key-only", "dot"):
+        raise ValueError(f"attention = {attention!r}, expected 'key-only' or 'dot'")
+    if len(layout) != 4 or set(layout) - set("HC"):
+        raise ValueError(f"layout = {layout!r}, expected four letters H or C")
+    if cpe not in CPE:
+        raise ValueError(f"cpe = {cpe!r}, expected one of {', '.join(CPE)}")
 
 
-def example_picture():
-    """A 480 x 320 landscape drawn here, so that the file can show itself without a photo."""
-    picture = Image.new("RGB", (480, 320))
-    draw = ImageDraw.Draw(picture)
-    for y in range(320):
-        draw.line((0, y, 480, y), (120 + y // 4, 170 + y // 6, 235 - y // 8))               # sky
-    draw.ellipse((350, 30, 410, 90), (255, 225, 120))                                       # sun
-    draw.polygon([(0, 220), (110, 110), (230, 215), (330, 140), (480, 230), (480, 320), (0, 320)], (96, 108, 128))
-    draw.rectangle((0, 225, 480, 320), (86, 140, 62))                                       # meadow
-    draw.polygon([(210, 320), (250, 225), (262, 225), (330, 320)], (196, 170, 120))         # path
-    draw.rectangle((60, 170, 170, 265), (206, 92, 70))                                      # house
-    draw.polygon([(50, 172), (115, 120), (180, 172)], (92, 52, 48))
-    draw.rectangle((100, 215, 128, 265), (70, 42, 36))
-    draw.rectangle((138, 190, 160, 212), (250, 240, 190))
-    draw.rectangle((392, 180, 406, 262), (92, 66, 44))                                      # tree
-    draw.ellipse((350, 105, 448, 205), (38, 92, 46))
-    return picture
+class DotProductAttention(nn.Module):
+    """Multi-head self-attention (Eq. 1; Fig. 4): (B, H, W, C) -> the same.
 
-
-def load_picture(path, longer_side=512):
-    """Read any picture Pillow reads, upright by its EXIF orientation, as RGB with the given longer side and no side under 32.
-
-    Grey of more than 8 bits is stretched from its darkest to its brightest value, which Pillow would clip.
+    Raises: ValueError for heads that do not divide `dim`.
     """
-    picture = ImageOps.exif_transpose(Image.open(path))
-    if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture, np.float32)
-        picture = Image.fromarray((255 * (values - values.min()) / max(np.ptp(values), 1e-9)).astype(np.uint8))
-    picture = picture.convert("RGB")
-    scale = longer_side / max(picture.size)
-    return picture.resize([max(32, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"dim = {dim} does not split into {heads} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        qkv = self.qkv(x).flatten(1, 2)                                 # (B, N, 3 * C)
+        qkv = qkv.unflatten(2, (3, self.heads, -1))                     # (B, N, 3, h, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (B, h, N, d)
+        y = F.scaled_dot_product_attention(q, k, v)                     # (B, h, N, d), Eq. 1
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 
-def load_weights(factory, path):
-    """Build `factory`'s model with a file's weights: train_imagenet.py's checkpoint or a bare state dict, deployed or not.
+class ConvBlock(nn.Module):
+    """Convolution block with squeeze-and-excitation (Table 5): (B, H, W, C) -> the same.
 
-    Raises: OSError if the file cannot be opened, ValueError if it holds no weights of this model.
+    Two 3x3 convolutions with BatchNorm, a gate per channel and a shortcut.
+    """
+
+    def __init__(self, dim, drop_path):
+        super().__init__()
+        self.convs = nn.Sequential(
+            nn.Conv2d(dim, dim, 3, padding=1, bias=False),
+            nn.BatchNorm2d(dim),
+            nn.GELU(),
+            nn.Conv2d(dim, dim, 3, padding=1, bias=False),
+            nn.BatchNorm2d(dim),
+        )
+        self.gate = nn.Sequential(
+            nn.Linear(dim, dim // 4),
+            nn.GELU(),
+            nn.Linear(dim // 4, dim),
+            nn.Sigmoid(),
+        )
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x):
+        y = self.convs(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)       # (B, H, W, C)
+        squeezed = y.mean((1, 2), keepdim=True)                         # (B, 1, 1, C)
+        return x + self.drop_path(y * self.gate(squeezed))
+
+
+class SeparatePatches(nn.Module):
+    """Patches without overlap: a convolution of kernel size = stride, and LayerNorm (Fig. 5).
+
+    (B, H, W, C), zero-padded right and bottom -> (B, ceil(H / size), ceil(W / size), C').
+    """
+
+    def __init__(self, in_dim, dim, size):
+        super().__init__()
+        self.size = size
+        self.conv = nn.Conv2d(in_dim, dim, size, stride=size)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x):
+        _, H, W, _ = x.shape
+        x = F.pad(x.permute(0, 3, 1, 2), (0, -W % self.size, 0, -H % self.size))
+        x = self.conv(x)                                                # (B, C', H', W')
+        return self.norm(x.permute(0, 2, 3, 1))
+
+
+class PositionTable(nn.Module):
+    """Adds a learned vector per position (PVT; Fig. 5): (B, H, W, C) -> the same.
+
+    The table is side x side and bilinearly interpolated for other maps.
+    """
+
+    def __init__(self, dim, side):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, dim, side, side))
+
+    def forward(self, x):
+        table = F.interpolate(self.weight, size=x.shape[1:3], mode="bilinear")
+        return x + table.permute(0, 2, 3, 1)                            # (1, H, W, C)
+
+
+def separate_embeddings(dims, hierarchical):
+    """Patch embedding and position table of each stage for Fig. 5; tables are for 224 x 224."""
+    if not hierarchical:
+        first = nn.Sequential(SeparatePatches(3, dims[0], 16), PositionTable(dims[0], 14))
+        return nn.ModuleList([first, nn.Sequential(), nn.Sequential(), nn.Sequential()])
+    embeds = nn.ModuleList()
+    in_dim = 3
+    side = 224
+    for dim, size in zip(dims, (4, 2, 2, 2)):
+        side //= size
+        patches = SeparatePatches(in_dim, dim, size)
+        embeds.append(nn.Sequential(patches, PositionTable(dim, side)))
+        in_dim = dim
+    return embeds
+
+
+# --------------------------------------------------------------------------------- released weights
+def read_weights(path):
+    """State dict in a file: a train_imagenet.py checkpoint or a bare one.
+
+    Raises: OSError if the file cannot be opened, ValueError if it holds no state dict.
     """
     with open(path, "rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            state = state.get("model", state)
-            classes = state["head.weight"].shape[0]
-        except Exception as error:  # torch.load raises half a dozen types for files that are not its own
+            return dict(state.get("model", state))
+        except Exception as error:  # torch.load raises many types on files of other formats
             raise ValueError(f"no weights in it ({type(error).__name__})") from None
-    model = factory(num_classes=classes)
-    if "stages.0.0.ffn.cpe.branches.0.weight" in state:
+
+
+def load_weights(factory, path):
+    """Build the model of `factory` with the weights in a file, deployed or not, in eval mode.
+
+    Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
+    """
+    state = read_weights(path)
+    model = factory(num_classes=len(state.get("head.weight", ())))
+    if "stages.0.0.ffn.cpe.branches.0.weight" in state:  # after `reparameterize`
         model.reparameterize()
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"weights of another model ({' '.join(str(error).split())[:200]})") from None
+        message = " ".join(str(error).split())[:200]
+        raise ValueError(f"weights of another model ({message})") from None
     return model.eval()
 
 
-def tile(panels):
-    """Put (caption, picture) pairs of equal size side by side."""
-    W, H = panels[0][1].size
-    sheet = Image.new("RGB", (len(panels) * (W + 8) - 8, H + 20), "white")
-    for i, (caption, picture) in enumerate(panels):
-        sheet.paste(picture, (i * (W + 8), 20))
-        ImageDraw.Draw(sheet).text((i * (W + 8) + 2, 3), caption, "black")
-    return sheet
+# ------------------------------------------------------------------------------------------ drawing
+MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)  # of ImageNet, as in training
+STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+
+
+def to_tensor(image):
+    """RGB image -> normalised tensor (1, 3, H, W)."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return (pixels[None] / 255 - MEAN) / STD
+
+
+def layer_inputs(model, layers, image):
+    """Run `model` on an image and return the input of each of its `layers`."""
+    inputs = {}
+
+    def record(layer, args):
+        inputs[layer] = args[0]
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    model.forward_features(to_tensor(image))
+    for hook in hooks:
+        hook.remove()
+    return [inputs[layer] for layer in layers]
+
+
+def blue_to_red(values):
+    """Array of values from 0 to 255 -> RGB array with one more axis."""
+    palette = []
+    for level in range(256):
+        palette.append(colorsys.hsv_to_rgb(0.7 * (1 - level / 255), 0.9, 0.3 + 0.7 * level / 255))
+    return (255 * np.array(palette)[values]).astype(np.uint8)
+
+
+def saliency_panel(weights, image):
+    """Attention maps (h, H, W) of one layer over the image: a grid of heads, row by row."""
+    low = weights.amin((1, 2), keepdim=True)
+    high = weights.amax((1, 2), keepdim=True)
+    levels = (255 * (weights - low) / (high - low).clamp(min=1e-12)).int().numpy()
+    columns = math.ceil(math.sqrt(len(weights)))
+    width, height = (side // columns for side in image.size)
+    grey = image.convert("L").convert("RGB").resize((width, height))
+    panel = Image.new("RGB", image.size, "white")
+    for head, colours in enumerate(blue_to_red(levels)):
+        heat = Image.fromarray(colours).resize((width, height), Image.Resampling.NEAREST)
+        row, column = divmod(head, columns)
+        panel.paste(Image.blend(grey, heat, 0.7), (column * width, row * height))
+    return panel
 
 
 @torch.no_grad()
-def draw_saliency(model, picture):
-    """The picture beside the saliency (Eq. 2) of every head in the last block of each stage, bright where keys count most.
+def draw_saliency(model, image):
+    """The image beside the attention maps (Eq. 2) of the last block of each stage.
 
-    The heads of a stage share a panel, row by row.
+    Stages without key-only attention have no panel. Red keys weigh most in their head's context.
     """
-    attns = [stage[-1].attn for stage in model.stages if isinstance(getattr(stage[-1], "attn", None), KeyOnlyAttention)]
-    seen = {}
-    hooks = [attn.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0]})) for attn in attns]
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
-    model.forward_features((x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])
-    heat = np.array([colorsys.hsv_to_rgb(0.7 * (1 - i / 255), 0.9, 0.3 + 0.7 * i / 255) for i in range(256)])   # blue to red
-    panels = [("image", picture)]
+    attns = {}
     for i, stage in enumerate(model.stages):
         attn = getattr(stage[-1], "attn", None)
-        if attn not in seen:
-            continue
-        hooks.pop(0).remove()
-        _, H, W, _ = seen[attn].shape
-        maps = salience(attn.split_heads(attn.k(seen[attn])), attn.saliency)[0].view(-1, H, W)              # (h, H, W)
-        low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-        maps = (255 * (maps - low) / (high - low).clamp(min=1e-12)).int().numpy()
-        side = math.ceil(math.sqrt(attn.heads))
-        cell = picture.size[0] // side, picture.size[1] // side
-        panel = Image.new("RGB", picture.size, "white")
-        for j, shown in enumerate(maps):
-            drawn = Image.fromarray((255 * heat[shown]).astype(np.uint8)).resize(cell, Image.Resampling.NEAREST)
-            drawn = Image.blend(picture.convert("L").convert("RGB").resize(cell), drawn, 0.7)
-            panel.paste(drawn, (j % side * cell[0], j // side * cell[1]))
-        panels.append((f"stage {i + 1}: {attn.heads} heads", panel))
+        if isinstance(attn, KeyOnlyAttention):
+            attns[f"stage {i + 1}: {attn.heads} heads"] = attn
+    panels = [("image", image)]
+    for (caption, attn), x in zip(attns.items(), layer_inputs(model, attns.values(), image)):
+        weights = attention_map(attn.split_heads(attn.k(x)), attn.saliency)     # (1, h, N)
+        panels.append((caption, saliency_panel(weights[0].unflatten(1, x.shape[1:3]), image)))
     return tile(panels)
 
 
+def tile(panels):
+    """Put (caption, image) pairs of equal size side by side."""
+    gap = 8
+    caption_height = 20
+    width, height = panels[0][1].size
+    sheet_size = (len(panels) * (width + gap) - gap, height + caption_height)
+    sheet = Image.new("RGB", sheet_size, "white")
+    canvas = ImageDraw.Draw(sheet)
+    for i, (caption, image) in enumerate(panels):
+        left = i * (width + gap)
+        sheet.paste(image, (left, caption_height))
+        canvas.text((left + 2, 3), caption, "black")
+    return sheet
+
+
+# ------------------------------------------------------------------------------------- command line
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {  # EXIF orientation -> what turns the stored image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def example_picture():
+    """A 480 x 320 landscape, so that the command line works without a photo."""
+    image = Image.new("RGB", (480, 320))
+    canvas = ImageDraw.Draw(image)
+    for y in range(320):  # sky
+        canvas.line((0, y, 480, y), (120 + y // 4, 170 + y // 6, 235 - y // 8))
+    canvas.ellipse((350, 30, 410, 90), (255, 225, 120))  # sun
+    mountains = [(0, 220), (110, 110), (230, 215), (330, 140), (480, 230), (480, 320), (0, 320)]
+    canvas.polygon(mountains, (96, 108, 128))
+    canvas.rectangle((0, 225, 480, 320), (86, 140, 62))  # meadow
+    canvas.polygon([(210, 320), (250, 225), (262, 225), (330, 320)], (196, 170, 120))  # path
+    canvas.rectangle((60, 170, 170, 265), (206, 92, 70))  # house
+    canvas.polygon([(50, 172), (115, 120), (180, 172)], (92, 52, 48))  # roof
+    canvas.rectangle((100, 215, 128, 265), (70, 42, 36))  # door
+    canvas.rectangle((138, 190, 160, 212), (250, 240, 190))  # window
+    canvas.rectangle((392, 180, 406, 262), (92, 66, 44))  # trunk
+    canvas.ellipse((350, 105, 448, 205), (38, 92, 46))  # crown
+    return image
+
+
+def turn_upright(image):
+    """Turn an image by its EXIF orientation; with unreadable EXIF data it stays as stored."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+    except Exception:  # Pillow raises SyntaxError, struct.error and others on damaged EXIF data
+        return image
+    if orientation not in UPRIGHT:
+        return image
+    return image.transpose(UPRIGHT[orientation])
+
+
+def load_picture(path, longer_side=512):
+    """Read an image file: upright, RGB, with the given longer side and no side under 32 pixels.
+
+    Grey values of more than 8 bits, which Pillow would clip, are stretched to 0 .. 255.
+    Raises: OSError if the file cannot be read or holds no image, ValueError if it is damaged.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+    except OSError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise ValueError(f"damaged image ({type(error).__name__}: {error})") from error
+    image = turn_upright(image)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, np.float32)
+        values = 255 * (values - values.min()) / max(np.ptp(values), 1e-9)
+        image = Image.fromarray(values.astype(np.uint8))
+    image = image.convert("RGB")
+    scale = longer_side / max(image.size)
+    size = [max(32, round(side * scale)) for side in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
 def main():
-    """Command line: read a picture, draw what the mechanism does to it, write a PNG."""
-    parser = argparse.ArgumentParser(description="Draw which keys of a picture LinGlo finds salient, stage by stage and head by head.")
-    parser.add_argument("picture", nargs="?", help="any file Pillow reads; without it a picture drawn here")
-    parser.add_argument("-o", "--output", default="linglo.png", help="where to write the drawing")
+    """Read an image, show what the mechanism does to it, write a PNG."""
+    parser = argparse.ArgumentParser(description="Plot which keys of an image LinGlo attends to.")
+    parser.add_argument("picture", nargs="?", help="any image file (default: a built-in landscape)")
+    parser.add_argument("-o", "--output", default="linglo.png", help="file to write")
     parser.add_argument("--model", default="linglo_b0", choices=sorted(VARIANTS))
-    parser.add_argument("--weights", help="trained weights; without them the model is random and so is its saliency")
+    parser.add_argument("--weights", help="trained weights (default: random, seed 0)")
     args = parser.parse_args()
     torch.manual_seed(0)
-    factory, reading = globals()[args.model], args.picture
+    factory = globals()[args.model]
+    path = args.picture
     try:
-        picture = load_picture(args.picture) if args.picture else example_picture()
-        reading = args.weights
-        model = load_weights(factory, args.weights) if args.weights else factory().eval()
-        reading = args.output
-        draw_saliency(model, picture).save(args.output)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on broken files
-        parser.exit(2, f"{reading}: {' '.join(str(error).split())}\n")
+        image = load_picture(path) if path else example_picture()
+        path = args.weights
+        model = load_weights(factory, path) if path else factory().eval()
+        path = args.output
+        draw_saliency(model, image).save(path)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{path}: {' '.join(str(error).split())}\n")
     print(f"wrote {args.output}")
 
 

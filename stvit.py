@@ -1,57 +1,201 @@
 """STViT: Vision Transformer with Super Token Sampling
-Huaibo Huang, Xiaoqiang Zhou, Jie Cao, Ran He, Tieniu Tan; CVPR 2023, arXiv 2211.11167
+Huaibo Huang, Xiaoqiang Zhou, Jie Cao, Ran He, Tieniu Tan; CVPR 2023, arXiv 2211.11167v2
 
-Mechanism: pool the tokens into super tokens the way superpixels are grown (soft association of every token with the
-3x3 cells around it), attend among the few super tokens, and map the result back with the same association.
+Mechanism. Tokens are pooled into super tokens as pixels are into superpixels: every token is
+softly associated with the 3x3 cells around it. Attention runs among the few super tokens, and the
+same association maps its result back to all tokens.
 
-Letters: B batch, C channels, H x W the token grid, N = H * W tokens, h heads, d = C / h head width; grid (gh, gw) the size of
-a cell in tokens, H' x W' the cell grid, M = H' * W' super tokens, P = gh * gw tokens a cell.
-Reading order: GatherNeighbours, FoldNeighbours -> sample_super_tokens, upsample_super_tokens -> SuperTokenAttention -> Block ->
-STViT -> stvit_s. The main model ends there; behind it come the layers of its ablations, drawing and `main`.
-Memory order: every map inside a stage is channels-last, (B, H, W, C), so that linear layers, norms and convolutions share it.
+Symbols.
+    paper                   here
+    N, C                    N = H * W tokens of C channels, B samples
+    m, number of cells      M = H' * W', one super token per cell
+    h x w, the grid size    grid (gh, gw), tokens per cell; P = gh * gw
+    X, S (sec. 3.2.1)       tokens by cell (B, H', W', P, C), supers (B, H', W', C)
+    Q (Eq. 5)               association (B, M, P, 9): of each token with the 3x3 cells around it
+    q, k, v (Eq. 9)         qkv, a linear layer
+    A(S) (Eq. 10)           inside F.scaled_dot_product_attention
+    heads (Table 8)         heads, h in shapes; d = C / h is the width of a head
+Inside a stage every map is channels-last, (B, H, W, C): linear layers, norms and convolutions
+share this layout.
 
-Where the paper's text is silent, this follows the released code:
-- a neighbour cell outside the map is a zero vector: it takes its share of the softmax, and that share is dropped;
-- associations carry no gradient, aggregation does; sides that the grid does not divide are zero-padded right and bottom;
-- SuperTokenAttention sits behind LayerNorm, ConvFFN behind BatchNorm; layer scale 1e-6 in stages 3 and 4 of STViT-B and -L;
-- the rows of `qkv` are head-major: each head's q, k and v rows adjacent.
-Our choice in the ablations, where the text is silent (the sizes of Tables 6 and 9 follow from it): patches keep the 3x3 merging
-between stages, norms stay BatchNorm, tables of positions start at N(0, 0.02), belong to 224 x 224 and are resized bilinearly.
-Printed figures that they do not meet: APE has those of "+ conv stem" (here 25.43 M, 4.29 G), grids 4, 2, 1, 1 have 4.15 G (4.11),
-and 25.4 M (25.50) and Table 9's 4.3 G (4.353) are truncated; all others come out, counted as tests/test_stvit.py says.
-Against the released code: layer-scale vectors are exempt from weight decay in train_imagenet.py (there they are 4-D and decayed).
-Faster than the paper's own form (its appendix E names fold and unfold by one-hot convolutions as the bottleneck): neighbours
-are a strided view, folding is nine shifted adds, each is the other's gradient, and the association keeps the nine last but one.
+Reading order. sample_super_tokens -> upsample_super_tokens -> SuperTokenAttention -> ConvFFN ->
+Block -> STViT. What follows the factories is not needed to understand the model.
+
+Differs from the text.
+- The text speaks of learned associations. Here, as in the released code, Q has no gradient; Eq. 6
+  and 11 are differentiated in X and S only.
+- Appendix E names fold, unfold and depth-wise convolutions as slow on GPUs. Here unfold is a
+  strided view and fold nine shifted sums, with the same results.
+
+The text is ambiguous.
+- A token at the border has fewer than nine cells around it. Here, as in the released code, a cell
+  outside the map is a zero vector: it takes part in the softmax of Eq. 5 and its weight is
+  dropped. A corner token's weights thus sum to less than 1, to 4/9 where all nine logits are 0.
+  Eq. 6 normalises this away, Eq. 11 does not.
+- GELU and batch normalization are "used after each convolution" of the stem: here in this order.
+
+The text is silent.
+- As in the released code: sides that the grid does not divide are zero-padded right and bottom;
+  the rows of `qkv` are head-major, each head's q, k and v rows adjacent; LayerScale of 1e-6 in
+  stages 3 and 4 of STViT-B and -L; initial weights are torch's, but N(0, 0.02) in the classifier.
+- Our choice for Tables 6, 7 and 9: without iterations, up-sampling is bilinear. Patches without
+  overlap keep the 3x3 convolutions between stages, norms stay BatchNorm. Tables of positions start
+  at N(0, 0.02), belong to 224 x 224 and are interpolated for other sizes.
+- train_imagenet.py does not decay LayerScale; the released code, where it is 4-D, does.
 """
 import argparse
+import math
 import re
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 
+# ----------------------------------------------------------------------------------------- variants
 VARIANTS = {  # Table 8
-    "stvit_s": dict(depths=(3, 5, 9, 3), dims=(64, 128, 320, 512), heads=(1, 2, 5, 8)),
-    "stvit_b": dict(depths=(4, 6, 14, 6), dims=(96, 192, 384, 512), heads=(2, 3, 6, 8), layer_scale=(None, None, 1e-6, 1e-6)),
-    "stvit_l": dict(depths=(4, 7, 19, 8), dims=(96, 192, 448, 640), heads=(2, 3, 7, 10), layer_scale=(None, None, 1e-6, 1e-6)),
+    "stvit_s": dict(
+        depths=(3, 5, 9, 3),
+        dims=(64, 128, 320, 512),
+        heads=(1, 2, 5, 8),
+    ),
+    "stvit_b": dict(
+        depths=(4, 6, 14, 6),
+        dims=(96, 192, 384, 512),
+        heads=(2, 3, 6, 8),
+        layer_scale=(None, None, 1e-6, 1e-6),
+    ),
+    "stvit_l": dict(
+        depths=(4, 7, 19, 8),
+        dims=(96, 192, 448, 640),
+        heads=(2, 3, 7, 10),
+        layer_scale=(None, None, 1e-6, 1e-6),
+    ),
 }
+FFN_RATIO = 4  # sec. 3.3
+PROJECTION_DIM = 1024  # Table 8
 
 
-# ---------------------------------------------------------------------------------------------------------------- core
+# --------------------------------------------------------------------------------------------- core
+def sample_super_tokens(x, grid, iterations=1):
+    """Super token sampling (sec. 3.2.1, Eq. 5 and 6).
+
+    With all super tokens for every token, for one sample X (N, C), this is
+        S = mean of X in each cell                                      # (M, C)
+        Q = (X @ S.T / C ** 0.5).softmax(1)                             # (N, M), Eq. 5
+        S = (Q / Q.sum(0)).T @ X                                        # (M, C), Eq. 6
+    with the last two lines once per iteration. The code keeps only the nine columns of a token's
+    row of Q that belong to the 3x3 cells around its own (Fig. 4).
+
+    Args:
+        x: (B, C, H, W), tokens.
+        grid: (gh, gw), tokens per cell.
+        iterations: number of updates; 0 keeps the means of the cells.
+    Returns:
+        supers: (B, C, H', W') with H' = ceil(H / gh) and W' = ceil(W / gw).
+        association: (B, M, P, 9), Q without gradient; None without iterations.
+    """
+    tokens = split_cells(x, grid)                                       # (B, H', W', P, C), X
+    supers = tokens.mean(3)                                             # (B, H', W', C), S
+    association = None
+    for _ in range(iterations):
+        association = associate(tokens, supers)                         # (B, H', W', P, 9)
+        supers = update_super_tokens(tokens, association)               # (B, H', W', C)
+    if association is not None:
+        association = association.to(tokens.dtype).flatten(1, 2)        # (B, M, P, 9)
+    return supers.permute(0, 3, 1, 2), association
+
+
+def upsample_super_tokens(supers, association, grid, size):
+    """Token up-sampling (sec. 3.2.3): X = Q S (Eq. 11).
+
+    Args:
+        supers: (B, C, H', W').
+        association: (B, M, P, 9), or None for bilinear interpolation (Table 7, no iterations).
+        grid: (gh, gw), tokens per cell.
+        size: (H, W) of the token map.
+    Returns: (B, C, H, W), each token the association-weighted sum of the 3x3 super tokens around
+        it, where super tokens outside the map are zero.
+    """
+    if association is None:
+        x = F.interpolate(supers, scale_factor=grid, mode="bilinear")
+    else:
+        supers = supers.permute(0, 2, 3, 1)                             # (B, H', W', C), S
+        neighbours = GatherNeighbours.apply(supers).flatten(1, 2)       # (B, M, 9, C)
+        tokens = association @ neighbours                               # (B, M, P, C), Eq. 11
+        tokens = tokens.unflatten(1, supers.shape[1:3])                 # (B, H', W', P, C)
+        x = merge_cells(tokens, grid).permute(0, 3, 1, 2)
+    return x[:, :, :size[0], :size[1]]
+
+
+def associate(tokens, supers):
+    """Association Q of each token with the 3x3 super tokens around it (Eq. 5), without gradient.
+
+    Args:
+        tokens: (B, H', W', P, C), X.
+        supers: (B, H', W', C), S.
+    Returns: (B, H', W', P, 9) in at least float32; each token's nine weights sum to 1. In memory
+        the nine come before P, which makes the softmax and the product in Eq. 6 faster.
+    """
+    compute_dtype = torch.promote_types(tokens.dtype, torch.float32)
+    with torch.no_grad():
+        neighbours = gather_neighbours(supers)                          # (B, H', W', 9, C)
+        logits = neighbours @ tokens.mT * tokens.shape[-1] ** -0.5      # (B, H', W', 9, P)
+        return logits.to(compute_dtype).softmax(3).mT                   # (B, H', W', P, 9)
+
+
+def update_super_tokens(tokens, association):
+    """Weighted mean of the tokens of the 3x3 cells around each cell (Eq. 6), differentiable in X.
+
+    Args:
+        tokens: (B, H', W', P, C), X.
+        association: (B, H', W', P, 9), Q.
+    Returns: (B, H', W', C), S.
+    """
+    column_sum = fold_neighbours(association.mT.sum(4, keepdim=True))   # (B, H', W', 1)
+    parts = association.to(tokens.dtype).mT @ tokens                    # (B, H', W', 9, C)
+    total = FoldNeighbours.apply(parts)                                 # (B, H', W', C), Q^T X
+    return (total / (column_sum + 1e-12)).to(total.dtype)
+
+
+def split_cells(x, grid):
+    """(B, C, H, W) -> tokens by cell (B, H', W', P, C), zero-padded right and bottom."""
+    gh, gw = grid
+    H, W = x.shape[2:]
+    x = x.permute(0, 2, 3, 1)
+    if H % gh or W % gw:
+        x = F.pad(x, (0, 0, 0, -W % gw, 0, -H % gh))                    # (B, H'*gh, W'*gw, C)
+    x = x.unflatten(2, (-1, gw)).unflatten(1, (-1, gh))                 # (B, H', gh, W', gw, C)
+    return x.transpose(2, 3).flatten(3, 4)
+
+
+def merge_cells(tokens, grid):
+    """Tokens by cell (B, H', W', P, C) -> (B, H'*gh, W'*gw, C), the inverse of `split_cells`."""
+    x = tokens.unflatten(3, grid).transpose(2, 3)                       # (B, H', gh, W', gw, C)
+    return x.flatten(3, 4).flatten(1, 2)
+
+
 def gather_neighbours(cells):
-    """(B, H', W', C) -> (B, H', W', 9, C): the 3x3 cells around each cell, row by row, zeros outside the map."""
-    windows = F.pad(cells, (0, 0, 1, 1, 1, 1)).unfold(1, 3, 1).unfold(2, 3, 1)          # (B, H', W', C, 3, 3), a view
+    """Unfold: (B, H', W', C) -> (B, H', W', 9, C), the 3x3 cells around each cell.
+
+    They are in row-major order, zeros outside the map.
+    """
+    padded = F.pad(cells, (0, 0, 1, 1, 1, 1))                           # (B, H' + 2, W' + 2, C)
+    windows = padded.unfold(1, 3, 1).unfold(2, 3, 1)                    # (B, H', W', C, 3, 3)
     return windows.flatten(4).transpose(3, 4).contiguous()
 
 
 def fold_neighbours(parts):
-    """(B, H', W', 9, C) -> (B, H', W', C): adds what each cell holds for its neighbours to those; the adjoint of gathering."""
+    """Fold: (B, H', W', 9, C) -> (B, H', W', C), the adjoint of `gather_neighbours`.
+
+    Adds each cell's nine contributions to its neighbours; those outside the map are dropped.
+    """
     B, H, W, _, C = parts.shape
     total = parts.new_zeros(B, H + 2, W + 2, C)
     for i in range(9):
-        total[:, i // 3:i // 3 + H, i % 3:i % 3 + W] += parts[:, :, :, i]
+        row, column = divmod(i, 3)
+        total[:, row:row + H, column:column + W] += parts[:, :, :, i]
     return total[:, 1:-1, 1:-1]
 
 
@@ -79,61 +223,7 @@ class FoldNeighbours(torch.autograd.Function):
         return gather_neighbours(grad)
 
 
-def split_cells(x, grid):
-    """(B, C, H, W) -> tokens by cell (B, H', W', P, C), zero-padded right and bottom to whole cells."""
-    (gh, gw), (H, W) = grid, x.shape[2:]
-    x = x.permute(0, 2, 3, 1)
-    if H % gh or W % gw:
-        x = F.pad(x, (0, 0, 0, -W % gw, 0, -H % gh))                                    # (B, H'*gh, W'*gw, C)
-    return x.unflatten(2, (-1, gw)).unflatten(1, (-1, gh)).transpose(2, 3).flatten(3, 4)
-
-
-def sample_super_tokens(x, grid, iterations=1):
-    """Super token sampling (paper, sec. 3.2.1, Eq. 5 and 6).
-
-    Args: x (B, C, H, W), tokens; grid (gh, gw), tokens a cell; iterations, 0 keeps the averages of the cells.
-    Returns: super tokens (B, C, ceil(H / gh), ceil(W / gw)) and the association (B, H'*W', gh*gw, 9) of the tokens of each
-    cell with the 3x3 cells around it (None without iterations). Softmax runs in float32 at least.
-    """
-    tokens = split_cells(x, grid)                                                       # (B, H', W', P, C)
-    B, H, W, P, C = tokens.shape
-    supers = tokens.mean(3)                                                             # (B, H', W', C)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    association = None
-    for step in range(iterations):
-        with torch.no_grad():
-            around = gather_neighbours(supers)                                          # (B, H', W', 9, C)
-            logits = around @ tokens.mT * C ** -0.5                                     # (B, H', W', 9, P), Eq. 5
-            weights = logits.to(wide).softmax(3)
-            share = fold_neighbours(weights.sum(4, keepdim=True))                       # (B, H', W', 1), sum over tokens
-            association = weights.to(tokens.dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and step == iterations - 1):
-            gathered = FoldNeighbours.apply(association @ tokens)                       # (B, H', W', C)
-            supers = (gathered / (share + 1e-12)).to(gathered.dtype)                    # Eq. 6
-    if association is not None:
-        association = association.mT.flatten(1, 2)                                      # (B, M, P, 9)
-    return supers.permute(0, 3, 1, 2), association
-
-
-def upsample_super_tokens(supers, association, grid, size):
-    """Token up-sampling (paper, sec. 3.2.3, Eq. 11).
-
-    Args: supers (B, C, H', W'); association (B, H'*W', gh*gw, 9) or None; grid (gh, gw); size (H, W) of the token map.
-    Returns: (B, C, H, W), each token the association-weighted sum of the 3x3 super tokens around it, those outside the map
-    being zero; without an association, plain bilinear interpolation (iterations = 0, paper Table 7).
-    """
-    (gh, gw), (H, W) = grid, supers.shape[2:]
-    if association is None:
-        x = F.interpolate(supers, scale_factor=(gh, gw), mode="bilinear")
-    else:
-        around = GatherNeighbours.apply(supers.permute(0, 2, 3, 1)).flatten(1, 2)       # (B, M, 9, C)
-        x = association @ around                                                        # (B, M, P, C)
-        x = x.unflatten(2, (gh, gw)).unflatten(1, (H, W)).transpose(2, 3)               # (B, H', gh, W', gw, C)
-        x = x.flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2)
-    return x[:, :, :size[0], :size[1]]
-
-
-# -------------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 class DepthwiseConv(nn.Conv2d):
     """Depth-wise k x k convolution with zero padding on channels-last maps (B, H, W, C)."""
 
@@ -141,11 +231,15 @@ class DepthwiseConv(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x):
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x.permute(0, 3, 1, 2)                       # (B, C, H, W), a view
+        return super().forward(x).permute(0, 2, 3, 1)   # (B, H, W, C)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch per sample with probability `rate`, scale the survivors by 1 / (1 - rate)."""
+    """Stochastic depth: drop a residual branch per sample with probability `rate`.
+
+    In training, the remaining branches are scaled by 1 / (1 - rate).
+    """
 
     def __init__(self, rate):
         super().__init__()
@@ -154,7 +248,7 @@ class DropPath(nn.Module):
     def forward(self, x):
         if not self.training or self.rate == 0:
             return x
-        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)                             # 0 or 1 / (1 - rate)
+        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)  # 0 or 1 / (1 - rate) per sample
         return x * keep.view(-1, 1, 1, 1)
 
 
@@ -170,39 +264,57 @@ class LayerScale(nn.Module):
 
 
 class SuperTokenAttention(nn.Module):
-    """Sample super tokens, attend among them, map back (paper, sec. 3.2): (B, H, W, C) -> the same. Grid (1, 1) is plain attention.
+    """Sample super tokens, attend among them, map back (sec. 3.2): (B, H, W, C) -> the same.
 
-    `bias_side`: side of the learned RelativePositionBias among the super tokens (Table 6), None without one.
-    Raises: ValueError if `dim` does not split into `heads`.
+    Args:
+        dim: C.
+        heads: h, which divides `dim`.
+        grid: (gh, gw), tokens per cell; (1, 1) is plain attention.
+        iterations: sampling steps, see `sample_super_tokens`.
+        bias_side: side of a RelativePositionBias among the super tokens (Table 6), or None.
+    Raises: ValueError for heads that do not divide `dim`.
     """
 
     def __init__(self, dim, heads, grid, iterations=1, bias_side=None):
         super().__init__()
-        if dim % heads:
+        if heads < 1 or dim % heads:
             raise ValueError(f"dim = {dim} does not split into {heads} heads")
-        self.heads, self.grid, self.iterations = heads, tuple(grid), iterations
+        self.heads = heads
+        self.grid = tuple(grid)
+        self.iterations = iterations
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.bias = RelativePositionBias(heads, bias_side) if bias_side else None
 
     def attend(self, x):
-        """Multi-head self-attention over all positions of x (B, H, W, C), Eq. 9 and 10."""
-        qkv = self.qkv(x).flatten(1, 2).unflatten(2, (self.heads, 3, -1))               # (B, N, h, 3, d)
-        bias = None if self.bias is None else self.bias(*x.shape[1:3])                  # (1, h, N, N)
-        y = F.scaled_dot_product_attention(*qkv.permute(3, 0, 2, 1, 4), attn_mask=bias)     # (B, h, N, d)
+        """Multi-head self-attention over all positions of x (B, H, W, C) (Eq. 9 and 10)."""
+        qkv = self.qkv(x).flatten(1, 2)                                 # (B, N, 3 * C), Eq. 9
+        qkv = qkv.unflatten(2, (self.heads, 3, -1))                     # (B, N, h, 3, d)
+        q, k, v = qkv.permute(3, 0, 2, 1, 4)                            # each (B, h, N, d)
+        bias = None if self.bias is None else self.bias(*x.shape[1:3])  # (1, h, N, N)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)     # (B, h, N, d), Eq. 10
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
     def forward(self, x):
         if self.grid == (1, 1):
             return self.attend(x)
-        tokens = x.permute(0, 3, 1, 2)
-        supers, association = sample_super_tokens(tokens, self.grid, self.iterations)
-        supers = self.attend(supers.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return upsample_super_tokens(supers, association, self.grid, tokens.shape[2:]).permute(0, 2, 3, 1)
+        x = x.permute(0, 3, 1, 2)                                       # (B, C, H, W), a view
+        supers, association = sample_super_tokens(x, self.grid, self.iterations)
+        supers = self.attend(supers.permute(0, 2, 3, 1))                # (B, H', W', C)
+        supers = supers.permute(0, 3, 1, 2)                             # (B, C, H', W')
+        y = upsample_super_tokens(supers, association, self.grid, x.shape[2:])
+        return y.permute(0, 2, 3, 1)                                    # (B, H, W, C)
 
 
 class ConvFFN(nn.Module):
-    """Linear, GELU, residual 3x3 depth-wise convolution, linear; for Table 6 without the `shortcut` or the whole `conv`."""
+    """Linear, GELU, 3x3 depth-wise convolution with shortcut, linear: (B, H, W, C) -> the same.
+
+    Args:
+        dim: C.
+        ratio: expansion of the hidden layer.
+        conv: False for no convolution (Table 6).
+        shortcut: False for no shortcut around the convolution (Table 6).
+    """
 
     def __init__(self, dim, ratio, conv, shortcut):
         super().__init__()
@@ -212,151 +324,262 @@ class ConvFFN(nn.Module):
         self.fc2 = nn.Linear(ratio * dim, dim)
 
     def forward(self, x):
-        x = F.gelu(self.fc1(x))
-        if self.conv is not None:
-            x = x + self.conv(x) if self.shortcut else self.conv(x)
-        return self.fc2(x)
+        hidden = F.gelu(self.fc1(x))                                    # (B, H, W, ratio * C)
+        if self.conv is None:
+            return self.fc2(hidden)
+        local = self.conv(hidden)
+        return self.fc2(hidden + local if self.shortcut else local)
 
 
+def conv_stem(dim):
+    """Four 3x3 convolutions with strides 2, 1, 2, 1 (sec. 3.1): (B, 3, H, W) -> stride 4."""
+    stem = nn.Sequential()
+    in_dim = 3
+    for out_dim, stride in ((dim // 2, 2), (dim // 2, 1), (dim, 2), (dim, 1)):
+        stem.append(nn.Conv2d(in_dim, out_dim, 3, stride, padding=1))
+        stem.append(nn.GELU())
+        stem.append(nn.BatchNorm2d(out_dim))
+        in_dim = out_dim
+    return stem
+
+
+def downsampling(in_dim, dim):
+    """3x3 convolution of stride 2 and BatchNorm (appendix B): (B, C, H, W) -> stride 2."""
+    conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1)
+    return nn.Sequential(conv, nn.BatchNorm2d(dim))
+
+
+def conv_projection(dim):
+    """1x1 convolution, BatchNorm and Swish before the average (appendix B)."""
+    conv = nn.Conv2d(dim, PROJECTION_DIM, 1)
+    return nn.Sequential(conv, nn.BatchNorm2d(PROJECTION_DIM), nn.SiLU())
+
+
+# -------------------------------------------------------------------------------------------- block
 class Block(nn.Module):
-    """Eq. 1 to 3: convolutional position embedding, super token attention, ConvFFN, each with a shortcut; (B, H, W, C) -> the same."""
+    """Super token transformer block (Eq. 1 to 3): (B, H, W, C) -> the same.
 
-    def __init__(self, dim, heads, grid, iterations, drop_path, layer_scale, cpe, bias_side, conv_ffn, ffn_shortcut):
+    Args:
+        dim, heads, grid, iterations, bias_side: see SuperTokenAttention.
+        drop_path: rate of stochastic depth.
+        layer_scale: initial value of both LayerScales, or None for none.
+        cpe: whether to have the convolutional position embedding of Eq. 1.
+        conv_ffn, ffn_shortcut: `conv` and `shortcut` of ConvFFN.
+    """
+
+    def __init__(
+        self,
+        dim,
+        heads,
+        grid,
+        *,
+        iterations,
+        bias_side,
+        drop_path,
+        layer_scale,
+        cpe,
+        conv_ffn,
+        ffn_shortcut,
+    ):
         super().__init__()
         self.cpe = DepthwiseConv(dim, 3) if cpe else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = SuperTokenAttention(dim, heads, grid, iterations, bias_side)
         self.norm2 = nn.BatchNorm2d(dim)
-        self.ffn = ConvFFN(dim, ratio=4, conv=conv_ffn, shortcut=ffn_shortcut)
+        self.ffn = ConvFFN(dim, FFN_RATIO, conv_ffn, ffn_shortcut)
         self.scale1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.scale2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
         if self.cpe is not None:
-            x = x + self.cpe(x)
-        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
-        y = self.norm2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return x + self.drop_path(self.scale2(self.ffn(y)))
+            x = x + self.cpe(x)                                         # Eq. 1
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))   # Eq. 2
+        y = self.norm2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)       # (B, H, W, C)
+        return x + self.drop_path(self.scale2(self.ffn(y)))             # Eq. 3
 
 
-# --------------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
+def check_arguments(num_classes, drop_path_rate, **stages):
+    """Raise ValueError unless every tuple in `stages` holds four integers of at least 1."""
+    if num_classes < 0:
+        raise ValueError(f"num_classes = {num_classes}, expected at least 0")
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f"drop_path_rate = {drop_path_rate}, expected 0 <= rate < 1")
+    for name, values in stages.items():
+        if len(values) != 4 or min(values) < 1:
+            raise ValueError(f"{name} = {values}, expected 4 values of at least 1, one per stage")
+
+
+def build_stages(depths, drop_path_rate, block):
+    """Four stages of blocks, each from `block(stage, rate)`.
+
+    The rates of stochastic depth rise linearly from 0 to `drop_path_rate` at the last block.
+    """
+    last = max(sum(depths) - 1, 1)
+    index = 0
+    stages = nn.ModuleList()
+    for stage, depth in enumerate(depths):
+        blocks = nn.Sequential()
+        for _ in range(depth):
+            blocks.append(block(stage, drop_path_rate * index / last))
+            index += 1
+        stages.append(blocks)
+    return stages
+
+
 class STViT(nn.Module):
-    """Four stages of super token blocks at strides 4, 8, 16 and 32 (paper, Fig. 3 and Table 8).
+    """Four stages of super token blocks at strides 4, 8, 16 and 32 (Fig. 3, Table 8).
 
     Args:
-        num_classes: width of the classifier.
-        drop_path_rate: stochastic depth of the last block; the first block's rate is 0, linear between.
-        depths, dims, heads, grids, layer_scale: one entry a stage; a grid is the side of a cell in tokens. Table 9's models have
+        num_classes: width of the classifier; 0 for none.
+        drop_path_rate: stochastic depth of the last block; rates rise linearly from 0.
+        depths, dims, heads: blocks, channels and heads, one entry per stage. Table 9's models have
             depths (2, 2, 6, 2), dims (96, 192, 384, 768) and heads (3, 6, 12, 24).
-        iterations: sampling steps; 0 for averages of the cells and bilinear up-sampling (Table 7).
+        grids: side of a cell in tokens, one per stage.
+        iterations: sampling steps; 0 for the means of the cells (Table 7).
+        layer_scale: initial value of LayerScale or None, one per stage.
         stem: "conv", or "patch" for 4 x 4 patches without overlap (Tables 6, 7 and 9).
-        projection: False for a classifier on the last map's BatchNorm (Tables 6, 7 and 9).
-        position: "cpe"; "ape", a learned map after the stem; "rpe", a learned bias in every attention; or None (Tables 6 and 9).
-        conv_ffn, ffn_shortcut: False for an FFN without its convolution, or without the shortcut around that (Table 6).
-    `channels` holds the four map widths. Weights start as the released code's do: torch's defaults, classifier N(0, 0.02).
-    Raises: ValueError for values outside these.
+        projection: False for BatchNorm alone before the average (Tables 6, 7 and 9).
+        position: "cpe"; "ape", a table of positions after the stem; "rpe", a bias in every
+            attention; or None (Tables 6 and 9).
+        conv_ffn, ffn_shortcut: False for an FFN without its convolution, or without the shortcut
+            around it (Table 6).
+    Attributes: channels, the widths of the four maps.
+    Raises: ValueError for other values.
     """
 
-    def __init__(self, *, num_classes, drop_path_rate, depths, dims, heads, grids=(8, 4, 1, 1), iterations=1,
-                 layer_scale=(None, None, None, None), stem="conv", projection=True, position="cpe", conv_ffn=True, ffn_shortcut=True):
+    def __init__(
+        self,
+        *,
+        num_classes,
+        drop_path_rate,
+        depths,
+        dims,
+        heads,
+        grids=(8, 4, 1, 1),
+        iterations=1,
+        layer_scale=(None, None, None, None),
+        stem="conv",
+        projection=True,
+        position="cpe",
+        conv_ffn=True,
+        ffn_shortcut=True,
+    ):
         super().__init__()
-        if len(grids) != 4 or min(grids) < 1 or iterations < 0:
-            raise ValueError(f"grids = {grids}, iterations = {iterations}, expected four grids of at least 1 and iterations of at least 0")
-        if stem not in ("conv", "patch"):
-            raise ValueError(f"stem = {stem!r}, expected 'conv' or 'patch'")
-        if position not in ("cpe", "ape", "rpe", None):
-            raise ValueError(f"position = {position!r}, expected 'cpe', 'ape', 'rpe' or None")
-        if not conv_ffn and not ffn_shortcut:
-            raise ValueError("ffn_shortcut = False, expected True where conv_ffn = False leaves nothing to go around")
+        check_arguments(
+            num_classes, drop_path_rate, depths=depths, dims=dims, heads=heads, grids=grids)
+        check_ablations(iterations, layer_scale, stem, position, conv_ffn, ffn_shortcut)
+
+        def block(stage, rate):
+            return Block(
+                dims[stage],
+                heads[stage],
+                grid=(grids[stage], grids[stage]),
+                iterations=iterations,
+                bias_side=bias_side(stage, grids[stage]) if position == "rpe" else None,
+                drop_path=rate,
+                layer_scale=layer_scale[stage],
+                cpe=position == "cpe",
+                conv_ffn=conv_ffn,
+                ffn_shortcut=ffn_shortcut,
+            )
+
         self.channels = tuple(dims)
-        half, layers = dims[0] // 2, []
-        for in_dim, out_dim, stride in ((3, half, 2), (half, half, 1), (half, dims[0], 2), (dims[0], dims[0], 1)):
-            layers += [nn.Conv2d(in_dim, out_dim, 3, stride, padding=1), nn.GELU(), nn.BatchNorm2d(out_dim)]
-        self.stem = nn.Sequential(*layers) if stem == "conv" else PatchEmbedding(dims[0])
+        self.stem = conv_stem(dims[0]) if stem == "conv" else PatchEmbedding(dims[0])
         self.position = PositionTable(dims[0], 56) if position == "ape" else nn.Identity()
-        sides = [-(-56 // 2 ** i // grids[i]) if position == "rpe" else None for i in range(4)]     # super tokens at 224 x 224
-        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
-        self.stages = nn.ModuleList(
-            nn.Sequential(*(Block(dims[i], heads[i], (grids[i], grids[i]), iterations, drop_path=next(rates), layer_scale=layer_scale[i],
-                                  cpe=position == "cpe", bias_side=sides[i], conv_ffn=conv_ffn, ffn_shortcut=ffn_shortcut)
-                            for _ in range(depths[i])))
-            for i in range(4))
-        self.downsamples = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(dims[i], dims[i + 1], 3, stride=2, padding=1), nn.BatchNorm2d(dims[i + 1])) for i in range(3))
-        self.proj = nn.Sequential(nn.Conv2d(dims[3], 1024, 1), nn.BatchNorm2d(1024), nn.SiLU()) if projection else nn.BatchNorm2d(dims[3])
-        self.head = nn.Linear(1024 if projection else dims[3], num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
-        nn.init.zeros_(self.head.bias)
+        self.stages = build_stages(depths, drop_path_rate, block)
+        self.downsamples = nn.ModuleList(downsampling(dims[i], dims[i + 1]) for i in range(3))
+        self.proj = conv_projection(dims[3]) if projection else nn.BatchNorm2d(dims[3])
+        self.head = nn.Identity()
+        if num_classes:
+            self.head = nn.Linear(PROJECTION_DIM if projection else dims[3], num_classes)
+            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.zeros_(self.head.bias)
 
     def forward_features(self, images):
-        """(B, 3, H, W) -> four maps (B, C_i, ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32, channels-last in memory.
+        """Feature maps of the four stages, channels-last in memory.
 
+        Args: images (B, 3, H, W), normalised.
+        Returns: four maps (B, C_i, ceil(H / s), ceil(W / s)) with s = 4, 8, 16, 32.
         Raises: ValueError unless images are (B, 3, H, W) with both sides at least 32.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
-            raise ValueError(f"images of shape {tuple(images.shape)}, expected (B, 3, H, W) with H and W at least 32")
-        x = self.position(self.stem(images.contiguous(memory_format=torch.channels_last)))
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}, "
+                "expected (B, 3, H, W) with H and W at least 32")
+        x = images.contiguous(memory_format=torch.channels_last)
+        x = self.position(self.stem(x))                                 # (B, C_1, H / 4, W / 4)
         maps = []
         for i, stage in enumerate(self.stages):
-            if i:
+            if i > 0:
                 x = self.downsamples[i - 1](x)
-            x = stage(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)                        # blocks see (B, H, W, C)
+            x = stage(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)        # blocks see (B, H, W, C)
             maps.append(x)
         return tuple(maps)
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, num_classes). In train mode BN needs more than one value a channel: B > 1 at 32 x 32."""
+        """(B, 3, H, W) -> logits (B, num_classes), or pooled features (B, 1024) without classes.
+
+        In train mode BatchNorm needs more than one value per channel: B > 1 at 32 x 32.
+        """
         x = self.proj(self.forward_features(images)[-1])
         return self.head(x.mean((2, 3)))
 
     def convert_released(self, state_dict):
-        """Rename and reshape the tensors of the authors' STViT checkpoint to this file's; returns a new dict.
-
-        The fold and unfold kernels in it are constants and dropped. The first release added a stored 3x3 "shortcut" kernel instead
-        of the identity to both residual depth-wise convolutions: then our identity is taken off the centre tap, theirs put on.
-        """
-        names = ((r"^patch_embed\.proj", "stem"), (r"^layers\.(\d)\.blocks", r"stages.\1"), (r"^proj", "proj.0"), (r"^norm", "proj.1"),
-                 (r"^layers\.(\d)\.downsample\.proj", r"downsamples.\1"), (r"norm1\.norm", "norm1"),
-                 (r"attn\.stoken_refine", "attn"), (r"mlp2\.conv\.conv", "ffn.conv"), (r"mlp2", "ffn"),
-                 (r"pos_embed\.conv", "cpe"), (r"gamma_([12])", r"scale\1.weight"))
-        ours, converted = self.state_dict(), {}
-        for key, value in state_dict.items():
-            if key.endswith(("fold.weights", "shortcut")):
-                continue
-            if key.endswith("conv.weight") and (shortcut := state_dict.get(key.removesuffix("conv.weight") + "shortcut")) is not None:
-                value = value + shortcut
-                value[:, :, 1, 1] -= 1
-            for pattern, new in names:
-                key = re.sub(pattern, new, key)
-            if key in ours and value.squeeze().shape == ours[key].squeeze().shape:
-                value = value.reshape(ours[key].shape)  # 1x1 convolutions are linear layers here
-            converted[key] = value
-        return converted
+        """Rename and reshape the authors' tensors to this file's, see "released weights"."""
+        return convert_released(state_dict, self.state_dict())
 
     def load_released(self, state_dict):
         """Load the authors' STViT checkpoint (its "model" entry) strictly."""
         self.load_state_dict(self.convert_released(state_dict))
 
 
+# ---------------------------------------------------------------------------------------- factories
 def stvit_s(num_classes=1000, drop_path_rate=0.1, **overrides):
     """STViT-S, 25.50 M parameters."""
-    return STViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["stvit_s"], **overrides})
+    options = {**VARIANTS["stvit_s"], **overrides}
+    return STViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
 def stvit_b(num_classes=1000, drop_path_rate=0.4, **overrides):
     """STViT-B, 51.69 M parameters."""
-    return STViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["stvit_b"], **overrides})
+    options = {**VARIANTS["stvit_b"], **overrides}
+    return STViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
 def stvit_l(num_classes=1000, drop_path_rate=0.6, **overrides):
     """STViT-L, 94.97 M parameters."""
-    return STViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **{**VARIANTS["stvit_l"], **overrides})
+    options = {**VARIANTS["stvit_l"], **overrides}
+    return STViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
-# ----------------------------------------------------------------------------------- ablations; the main model ends above
+# ------------------------------------------------ the main model ends here: ablations and relatives
+def check_ablations(iterations, layer_scale, stem, position, conv_ffn, ffn_shortcut):
+    """Raise ValueError for values that no row of the paper's tables has."""
+    if iterations < 0:
+        raise ValueError(f"iterations = {iterations}, expected at least 0")
+    if len(layer_scale) != 4:
+        raise ValueError(f"layer_scale = {layer_scale}, expected 4 values, one per stage")
+    if stem not in ("conv", "patch"):
+        raise ValueError(f"stem = {stem!r}, expected 'conv' or 'patch'")
+    if position not in ("cpe", "ape", "rpe", None):
+        raise ValueError(f"position = {position!r}, expected 'cpe', 'ape', 'rpe' or None")
+    if not conv_ffn and not ffn_shortcut:
+        raise ValueError("ffn_shortcut = False, expected True without a convolution (conv_ffn)")
+
+
+def bias_side(stage, grid):
+    """Super tokens along a side of a stage's map for 224 x 224 images."""
+    tokens = 224 // 4 // 2 ** stage
+    return math.ceil(tokens / grid)
+
+
 class PatchEmbedding(nn.Module):
-    """4 x 4 patches without overlap, BatchNorm; (B, 3, H, W), zero-padded right and bottom -> (B, C, ceil(H / 4), ceil(W / 4))."""
+    """4 x 4 patches without overlap, and BatchNorm (Table 6).
+
+    (B, 3, H, W), zero-padded right and bottom -> (B, C, ceil(H / 4), ceil(W / 4)).
+    """
 
     def __init__(self, dim):
         super().__init__()
@@ -364,11 +587,15 @@ class PatchEmbedding(nn.Module):
         self.norm = nn.BatchNorm2d(dim)
 
     def forward(self, images):
-        return self.norm(self.conv(F.pad(images, (0, -images.shape[3] % 4, 0, -images.shape[2] % 4))))
+        H, W = images.shape[2:]
+        return self.norm(self.conv(F.pad(images, (0, -W % 4, 0, -H % 4))))
 
 
 class PositionTable(nn.Module):
-    """Adds a learned vector a place, for maps of side x side, interpolated for others (Table 6, APE); (B, C, H, W) -> the same."""
+    """Adds a learned vector per position (Table 6, APE): (B, C, H, W) -> the same.
+
+    The table is side x side and bilinearly interpolated for other maps.
+    """
 
     def __init__(self, dim, side):
         super().__init__()
@@ -380,9 +607,10 @@ class PositionTable(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """A learned bias a head for each offset between two places of a side x side map (Table 6, RPE; Swin): H, W -> (1, h, N, N), N = H * W.
+    """A learned bias per head and offset between two positions (Table 6, RPE; Swin).
 
-    For other maps the table of offsets is interpolated to theirs; offset 0 stays in its middle. The N x N biases are held in memory.
+    H, W -> (1, h, N, N) with N = H * W, held in memory. The table has one entry per offset on a
+    side x side map and is interpolated for other maps; offset 0 stays in its middle.
     """
 
     def __init__(self, heads, side):
@@ -392,133 +620,257 @@ class RelativePositionBias(nn.Module):
 
     def forward(self, H, W):
         table = F.interpolate(self.weight, size=(2 * H - 1, 2 * W - 1), mode="bilinear")
-        row, column = (torch.arange(length, device=table.device) for length in (H, W))
-        rows, columns = row[:, None] - row + H - 1, column[:, None] - column + W - 1    # query minus key, from 0
-        return table[:, :, rows[:, None, :, None], columns[:, None]].flatten(4).flatten(2, 3)
+        row = torch.arange(H, device=table.device)
+        column = torch.arange(W, device=table.device)
+        rows = row[:, None] - row + H - 1                               # (H, H), query - key
+        columns = column[:, None] - column + W - 1                      # (W, W)
+        bias = table[:, :, rows[:, None, :, None], columns[:, None]]    # (1, h, H, W, H, W)
+        return bias.flatten(4).flatten(2, 3)
 
 
-# ------------------------------------------------------------------------------------------------------------- drawing
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, what trained weights expect
+# --------------------------------------------------------------------------------- released weights
+RELEASED_NAMES = (  # pattern in the authors' names, name here
+    (r"^patch_embed\.proj", "stem"),
+    (r"^layers\.(\d)\.blocks", r"stages.\1"),
+    (r"^proj", "proj.0"),
+    (r"^norm", "proj.1"),
+    (r"^layers\.(\d)\.downsample\.proj", r"downsamples.\1"),
+    (r"norm1\.norm", "norm1"),
+    (r"attn\.stoken_refine", "attn"),
+    (r"mlp2\.conv\.conv", "ffn.conv"),
+    (r"mlp2", "ffn"),
+    (r"pos_embed\.conv", "cpe"),
+    (r"gamma_([12])", r"scale\1.weight"),
+)
 
 
-def example_picture():
-    """A 480 x 320 landscape drawn here, so that the file can show itself without a photo."""
-    picture = Image.new("RGB", (480, 320))
-    draw = ImageDraw.Draw(picture)
-    for y in range(320):
-        draw.line((0, y, 480, y), (120 + y // 4, 170 + y // 6, 235 - y // 8))               # sky
-    draw.ellipse((350, 30, 410, 90), (255, 225, 120))                                       # sun
-    draw.polygon([(0, 220), (110, 110), (230, 215), (330, 140), (480, 230), (480, 320), (0, 320)], (96, 108, 128))
-    draw.rectangle((0, 225, 480, 320), (86, 140, 62))                                       # meadow
-    draw.polygon([(210, 320), (250, 225), (262, 225), (330, 320)], (196, 170, 120))         # path
-    draw.rectangle((60, 170, 170, 265), (206, 92, 70))                                      # house
-    draw.polygon([(50, 172), (115, 120), (180, 172)], (92, 52, 48))
-    draw.rectangle((100, 215, 128, 265), (70, 42, 36))
-    draw.rectangle((138, 190, 160, 212), (250, 240, 190))
-    draw.rectangle((392, 180, 406, 262), (92, 66, 44))                                      # tree
-    draw.ellipse((350, 105, 448, 205), (38, 92, 46))
-    return picture
+def convert_released(state_dict, ours):
+    """Rename and reshape the tensors of the authors' STViT checkpoint; returns a new dict.
 
+    Fold and unfold kernels are constants and dropped. The first release stored a 3x3 "shortcut"
+    kernel in place of the identity around both depth-wise convolutions: it is added to the
+    convolution's kernel, and our identity is subtracted from the centre tap.
 
-def load_picture(path, longer_side=512):
-    """Read any picture Pillow reads, upright by its EXIF orientation, as RGB with the given longer side and no side under 32.
-
-    Grey of more than 8 bits is stretched from its darkest to its brightest value, which Pillow would clip.
+    Args:
+        state_dict: the authors' names and tensors.
+        ours: state dict of the model to load, for the shapes.
     """
-    picture = ImageOps.exif_transpose(Image.open(path))
-    if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture, np.float32)
-        picture = Image.fromarray((255 * (values - values.min()) / max(np.ptp(values), 1e-9)).astype(np.uint8))
-    picture = picture.convert("RGB")
-    scale = longer_side / max(picture.size)
-    return picture.resize([max(32, round(side * scale)) for side in picture.size], Image.Resampling.BICUBIC)
+    converted = {}
+    for key, value in state_dict.items():
+        if key.endswith(("fold.weights", "shortcut")):
+            continue
+        shortcut = state_dict.get(re.sub(r"conv\.weight$", "shortcut", key))
+        if key.endswith("conv.weight") and shortcut is not None:
+            value = value + shortcut
+            value[:, :, 1, 1] -= 1
+        for pattern, name in RELEASED_NAMES:
+            key = re.sub(pattern, name, key)
+        if key in ours and value.squeeze().shape == ours[key].squeeze().shape:
+            value = value.reshape(ours[key].shape)  # 1x1 convolutions are linear layers here
+        converted[key] = value
+    return converted
 
 
-def load_weights(factory, path):
-    """Build `factory`'s model with a file's weights: train_imagenet.py's checkpoint, a bare state dict or the authors' file.
+def read_weights(path):
+    """State dict in a file: a train_imagenet.py checkpoint, a bare one or the authors' file.
 
-    Raises: OSError if the file cannot be opened, ValueError if it holds no weights of this model.
+    Raises: OSError if the file cannot be opened, ValueError if it holds no state dict.
     """
     with open(path, "rb") as file:
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):                # the authors' files hold one
+            with torch.serialization.safe_globals([argparse.Namespace]):  # in the authors' files
                 state = torch.load(file, map_location="cpu", weights_only=True)
-            state = state.get("model", state)
-            classes = state["head.weight"].shape[0]
-        except Exception as error:  # torch.load raises half a dozen types for files that are not its own
+            return dict(state.get("model", state))
+        except Exception as error:  # torch.load raises many types on files of other formats
             raise ValueError(f"no weights in it ({type(error).__name__})") from None
-    released = "patch_embed.proj.0.weight" in state
-    model = factory(num_classes=classes)
+
+
+def load_weights(factory, path):
+    """Build the model of `factory` with the weights in a file, in eval mode.
+
+    Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
+    """
+    state = read_weights(path)
+    model = factory(num_classes=len(state.get("head.weight", ())))
+    if "patch_embed.proj.0.weight" in state:  # the authors' names
+        state = model.convert_released(state)
     try:
-        (model.load_released if released else model.load_state_dict)(state)
+        model.load_state_dict(state)
     except RuntimeError as error:
-        raise ValueError(f"weights of another model ({' '.join(str(error).split())[:200]})") from None
+        message = " ".join(str(error).split())[:200]
+        raise ValueError(f"weights of another model ({message})") from None
     return model.eval()
 
 
-def tile(panels):
-    """Put (caption, picture) pairs of equal size side by side."""
-    W, H = panels[0][1].size
-    sheet = Image.new("RGB", (len(panels) * (W + 8) - 8, H + 20), "white")
-    for i, (caption, picture) in enumerate(panels):
-        sheet.paste(picture, (i * (W + 8), 20))
-        ImageDraw.Draw(sheet).text((i * (W + 8) + 2, 3), caption, "black")
-    return sheet
+# ------------------------------------------------------------------------------------------ drawing
+MEAN = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1)  # of ImageNet, as in training
+STD = torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
+
+
+def to_tensor(image):
+    """RGB image -> normalised tensor (1, 3, H, W)."""
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return (pixels[None] / 255 - MEAN) / STD
+
+
+def layer_inputs(model, layers, image):
+    """Run `model` on an image and return the input of each of its `layers`."""
+    inputs = {}
+
+    def record(layer, args):
+        inputs[layer] = args[0]
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    model.forward_features(to_tensor(image))
+    for hook in hooks:
+        hook.remove()
+    return [inputs[layer] for layer in layers]
+
+
+def nearest_super_tokens(attn, x):
+    """For each token of x (1, H, W, C), the super token on the map with the largest weight in Q.
+
+    Returns: (H, W), numbers from 1, and the number of super tokens.
+    """
+    supers, association = sample_super_tokens(x.permute(0, 3, 1, 2), attn.grid, attn.iterations)
+    cells = supers.shape[2:]
+    number = torch.arange(1, cells.numel() + 1).view(1, *cells, 1)      # 0 is outside the map
+    neighbours = gather_neighbours(number).view(-1, 1, 9)               # (M, 1, 9)
+    best = (association[0] * (neighbours > 0)).argmax(2, keepdim=True)  # (M, P, 1)
+    nearest = neighbours.expand(association.shape[1:]).gather(2, best)  # (M, P, 1)
+    nearest = merge_cells(nearest.unflatten(0, cells)[None], attn.grid)
+    return nearest[0, :x.shape[1], :x.shape[2], 0], cells.numel()
+
+
+def mosaic(segments, image):
+    """Paint each segment of an (H, W) map of numbers in its mean colour, outlined in yellow."""
+    segments = Image.fromarray(segments.numpy().astype(np.int32))
+    segments = np.array(segments.resize(image.size, Image.Resampling.NEAREST))
+    count = np.maximum(np.bincount(segments.ravel()), 1)
+    channels = np.array(image).reshape(-1, 3).T
+    mean = [np.bincount(segments.ravel(), channel) / count for channel in channels]
+    painted = np.stack(mean, -1)[segments].astype(np.uint8)
+    edge = np.zeros(segments.shape, bool)
+    edge[:, 1:] |= segments[:, 1:] != segments[:, :-1]
+    edge[1:] |= segments[1:] != segments[:-1]
+    painted[edge] = (255, 255, 0)
+    return Image.fromarray(painted)
 
 
 @torch.no_grad()
-def draw_super_tokens(model, picture):
-    """The picture beside its tessellation in the last block of each stage that samples super tokens.
-
-    A token belongs to the super token on the map that it is associated with most; super tokens show their mean colour and outline.
-    """
-    seen = {}
-    hooks = [stage[-1].attn.register_forward_pre_hook(lambda module, inputs: seen.update({module: inputs[0]})) for stage in model.stages]
-    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None] / 255
-    model.forward_features((x - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])
-    panels = [("image", picture)]
-    for i, (attn, x) in enumerate(seen.items()):
-        hooks[i].remove()
-        if attn.grid == (1, 1) or attn.iterations == 0:
-            continue
-        _, H, W, _ = x.shape
-        supers, association = sample_super_tokens(x.permute(0, 3, 1, 2), attn.grid, attn.iterations)
-        (gh, gw), (rows, columns) = attn.grid, supers.shape[2:]
-        number = torch.arange(1.0, rows * columns + 1).view(1, rows, columns, 1)        # 1, 2, ...; 0 means off the map
-        around = gather_neighbours(number).view(rows * columns, 1, 9).expand(association.shape[1:])     # (M, P, 9)
-        best = (association[0] * (around > 0)).argmax(-1, keepdim=True)
-        owner = around.gather(-1, best).view(rows, columns, gh, gw).transpose(1, 2).flatten(2).flatten(0, 1)[:H, :W]
-        owner = Image.fromarray(owner.numpy().astype(np.int32)).resize(picture.size, Image.Resampling.NEAREST)
-        owner, pixels = np.array(owner), np.array(picture)
-        count = np.maximum(np.bincount(owner.ravel()), 1)
-        mean = np.stack([np.bincount(owner.ravel(), pixels[..., c].ravel()) / count for c in range(3)], -1)
-        drawn = mean[owner].astype(np.uint8)
-        edge = np.zeros(owner.shape, bool)
-        edge[:, 1:] |= owner[:, 1:] != owner[:, :-1]
-        edge[1:] |= owner[1:] != owner[:-1]
-        drawn[edge] = (255, 255, 0)
-        panels.append((f"stage {i + 1}: {rows * columns} super tokens", Image.fromarray(drawn)))
+def draw_super_tokens(model, image):
+    """The image beside the super tokens of the last block of each stage that samples them."""
+    attns = [stage[-1].attn for stage in model.stages]
+    panels = [("image", image)]
+    for i, (attn, x) in enumerate(zip(attns, layer_inputs(model, attns, image))):
+        if attn.grid != (1, 1) and attn.iterations > 0:
+            segments, count = nearest_super_tokens(attn, x)
+            panels.append((f"stage {i + 1}: {count} super tokens", mosaic(segments, image)))
     return tile(panels)
 
 
+def tile(panels):
+    """Put (caption, image) pairs of equal size side by side."""
+    gap = 8
+    caption_height = 20
+    width, height = panels[0][1].size
+    sheet_size = (len(panels) * (width + gap) - gap, height + caption_height)
+    sheet = Image.new("RGB", sheet_size, "white")
+    canvas = ImageDraw.Draw(sheet)
+    for i, (caption, image) in enumerate(panels):
+        left = i * (width + gap)
+        sheet.paste(image, (left, caption_height))
+        canvas.text((left + 2, 3), caption, "black")
+    return sheet
+
+
+# ------------------------------------------------------------------------------------- command line
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {  # EXIF orientation -> what turns the stored image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def example_picture():
+    """A 480 x 320 landscape, so that the command line works without a photo."""
+    image = Image.new("RGB", (480, 320))
+    canvas = ImageDraw.Draw(image)
+    for y in range(320):  # sky
+        canvas.line((0, y, 480, y), (120 + y // 4, 170 + y // 6, 235 - y // 8))
+    canvas.ellipse((350, 30, 410, 90), (255, 225, 120))  # sun
+    mountains = [(0, 220), (110, 110), (230, 215), (330, 140), (480, 230), (480, 320), (0, 320)]
+    canvas.polygon(mountains, (96, 108, 128))
+    canvas.rectangle((0, 225, 480, 320), (86, 140, 62))  # meadow
+    canvas.polygon([(210, 320), (250, 225), (262, 225), (330, 320)], (196, 170, 120))  # path
+    canvas.rectangle((60, 170, 170, 265), (206, 92, 70))  # house
+    canvas.polygon([(50, 172), (115, 120), (180, 172)], (92, 52, 48))  # roof
+    canvas.rectangle((100, 215, 128, 265), (70, 42, 36))  # door
+    canvas.rectangle((138, 190, 160, 212), (250, 240, 190))  # window
+    canvas.rectangle((392, 180, 406, 262), (92, 66, 44))  # trunk
+    canvas.ellipse((350, 105, 448, 205), (38, 92, 46))  # crown
+    return image
+
+
+def turn_upright(image):
+    """Turn an image by its EXIF orientation; with unreadable EXIF data it stays as stored."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG)
+    except Exception:  # Pillow raises SyntaxError, struct.error and others on damaged EXIF data
+        return image
+    if orientation not in UPRIGHT:
+        return image
+    return image.transpose(UPRIGHT[orientation])
+
+
+def load_picture(path, longer_side=512):
+    """Read an image file: upright, RGB, with the given longer side and no side under 32 pixels.
+
+    Grey values of more than 8 bits, which Pillow would clip, are stretched to 0 .. 255.
+    Raises: OSError if the file cannot be read or holds no image, ValueError if it is damaged.
+    """
+    try:
+        image = Image.open(path)
+        image.load()
+    except OSError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many types on damaged files
+        raise ValueError(f"damaged image ({type(error).__name__}: {error})") from error
+    image = turn_upright(image)
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image, np.float32)
+        values = 255 * (values - values.min()) / max(np.ptp(values), 1e-9)
+        image = Image.fromarray(values.astype(np.uint8))
+    image = image.convert("RGB")
+    scale = longer_side / max(image.size)
+    size = [max(32, round(side * scale)) for side in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
 def main():
-    """Command line: read a picture, draw what the mechanism does to it, write a PNG."""
-    parser = argparse.ArgumentParser(description="Draw STViT's super-token tessellation of a picture, stage by stage.")
-    parser.add_argument("picture", nargs="?", help="any file Pillow reads; without it a picture drawn here")
-    parser.add_argument("-o", "--output", default="stvit.png", help="where to write the drawing")
+    """Read an image, show what the mechanism does to it, write a PNG."""
+    parser = argparse.ArgumentParser(description="Plot STViT's super tokens on an image.")
+    parser.add_argument("picture", nargs="?", help="any image file (default: a built-in landscape)")
+    parser.add_argument("-o", "--output", default="stvit.png", help="file to write")
     parser.add_argument("--model", default="stvit_s", choices=sorted(VARIANTS))
-    parser.add_argument("--weights", help="trained weights; without them the model is random and so are its super tokens")
+    parser.add_argument("--weights", help="trained weights (default: random, seed 0)")
     args = parser.parse_args()
     torch.manual_seed(0)
-    factory, reading = globals()[args.model], args.picture
+    factory = globals()[args.model]
+    path = args.picture
     try:
-        picture = load_picture(args.picture) if args.picture else example_picture()
-        reading = args.weights
-        model = load_weights(factory, args.weights) if args.weights else factory().eval()
-        reading = args.output
-        draw_super_tokens(model, picture).save(args.output)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on broken files
-        parser.exit(2, f"{reading}: {' '.join(str(error).split())}\n")
+        image = load_picture(path) if path else example_picture()
+        path = args.weights
+        model = load_weights(factory, path) if path else factory().eval()
+        path = args.output
+        draw_super_tokens(model, image).save(path)
+    except (OSError, ValueError) as error:
+        parser.exit(2, f"{path}: {' '.join(str(error).split())}\n")
     print(f"wrote {args.output}")
 
 

@@ -1,289 +1,556 @@
 """LinGlo's core and layers against slow references written from the paper.
 
-Equivalence tests run in float64 with B > 1 and compare outputs and the gradients of all inputs. Order as in linglo.py: references,
-core, layers, deployment, ablations, drawing. Letters as in linglo.py.
+Equivalence tests run in float64 with B > 1 and compare outputs and the gradients of all inputs.
+Sections and symbols are those of linglo.py, after the references.
 """
 import math
+import struct
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from test_models import LargestTensor
 from torch import nn
 from torch.testing import assert_close
 
-from linglo import (
-    CPE,
-    FFN,
-    RPCPE,
-    DotProductAttention,
-    KeyOnlyAttention,
-    PatchEmbedding,
-    PositionTable,
-    draw_saliency,
-    key_only_attention,
-    linglo_b0,
-    linglo_b1,
-    linglo_b2,
-    load_weights,
-    salience,
-)
+import linglo
 
 TINY = {"depths": (1, 1, 1, 1), "dims": (8, 16, 16, 32), "heads": (1, 2, 2, 4)}
 
 
-# ---------------------------------------------------------------------------------------------------------- references
+# --------------------------------------------------------------------------------------- references
+def loop_context(k, saliency):
+    """Eq. 2 and 3 for one head, token by token: k (N, d), saliency (d,) -> global context (d,)."""
+    scores = torch.stack([key @ saliency / math.sqrt(len(key)) for key in k])
+    attention_map = scores.exp() / scores.exp().sum()                           # (N,), Eq. 2
+    return sum(weight * key for weight, key in zip(attention_map, k))           # Eq. 3
+
+
 def loop_key_only(k, v, saliency):
-    """Eq. 2 and 3 and the gate of Eq. 4, sample by sample, head by head, token by token: (B, h, N, d)."""
-    B, h, N, d = k.shape
-    samples = []
+    """Eq. 2, 3 and the product in Eq. 4, head by head and token by token: (B, h, N, d)."""
+    B, h, _, _ = k.shape
+    gated = []
     for b, i in product(range(B), range(h)):
-        logits = torch.stack([k[b, i, n] @ saliency[i] / math.sqrt(d) for n in range(N)])
-        weights = logits.exp() / logits.exp().sum()
-        context = sum(weights[n] * k[b, i, n] for n in range(N))
-        samples.append(torch.stack([context * v[b, i, n] for n in range(N)]))
-    return torch.stack(samples).view(B, h, N, d)
+        global_context = loop_context(k[b, i], saliency[i])
+        gated.append(torch.stack([global_context * value for value in v[b, i]]))
+    return torch.stack(gated).view(v.shape)
+
+
+def loop_conv(conv, x):
+    """3x3 depth-wise convolution, tap by tap: (B, H, W, C) -> the same."""
+    _, H, W, _ = x.shape
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    total = 0
+    for i, j in product(range(3), range(3)):
+        total = total + padded[:, i:i + H, j:j + W] * conv.weight[:, 0, i, j]
+    return total
 
 
 def loop_rpcpe(module, x):
-    """The input plus each branch, tap by tap, with the batch's statistics: (B, H, W, C)."""
-    _, H, W, _ = x.shape
-    padded, y = F.pad(x, (0, 0, 1, 1, 1, 1)), x if module.skip else 0
+    """The input, if it is skipped, plus each branch with the statistics of the batch."""
+    y = x if module.skip else 0
     for conv, norm in module.branches:
-        taps = sum(padded[:, i:i + H, j:j + W] * conv.weight[:, 0, i, j] for i, j in product(range(3), repeat=2))
-        mean, variance = taps.mean((0, 1, 2)), taps.var((0, 1, 2), correction=0)
-        y = y + (taps - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias
+        branch = loop_conv(conv, x)
+        mean = branch.mean((0, 1, 2))
+        variance = branch.var((0, 1, 2), correction=0)
+        normalised = (branch - mean) / (variance + norm.eps).sqrt()
+        y = y + normalised * norm.weight + norm.bias
     return y
+
+
+def split_heads(x, heads):
+    """(B, N, C) -> (B, h, N, d)."""
+    return x.unflatten(2, (heads, -1)).transpose(1, 2)
 
 
 def assert_same(fast, slow, inputs):
     """Equal outputs, and equal gradients of all inputs for one random cotangent."""
     assert_close(fast, slow)
     cotangent = torch.randn_like(slow)
-    for a, b in zip(torch.autograd.grad(fast, inputs, cotangent), torch.autograd.grad(slow, inputs, cotangent), strict=True):
-        assert_close(a, b)
+    fast_gradients = torch.autograd.grad(fast, inputs, cotangent)
+    slow_gradients = torch.autograd.grad(slow, inputs, cotangent)
+    for fast_gradient, slow_gradient in zip(fast_gradients, slow_gradients, strict=True):
+        assert_close(fast_gradient, slow_gradient)
 
 
-def random_leaves(*shapes, device="cpu"):
-    return [torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True) for shape in shapes]
+def random_leaf(*shape, device="cpu"):
+    return torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------- core
+def parameters_in_millions(model):
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6
+
+
+# --------------------------------------------------------------------------------------------- core
 @pytest.mark.parametrize("B, h, N, d", [(2, 3, 7, 4), (3, 1, 35, 5), (2, 2, 1, 3)])
 def test_key_only_attention_matches_loops(B, h, N, d, device):
-    k, v, saliency = random_leaves((B, h, N, d), (B, h, N, d), (h, d), device=device)
-    assert_same(key_only_attention(k, v, saliency), loop_key_only(k, v, saliency), [k, v, saliency])
-    context = (salience(k, saliency)[..., None] * k).sum(2, keepdim=True)
-    assert_close(context * v, loop_key_only(k, v, saliency))
+    k = random_leaf(B, h, N, d, device=device)
+    v = random_leaf(B, h, N, d, device=device)
+    saliency = random_leaf(h, d, device=device)
+    fast = linglo.key_only_attention(k, v, saliency)
+    assert_same(fast, loop_key_only(k, v, saliency), [k, v, saliency])
+
+
+@pytest.mark.parametrize("B, h, N, d", [(2, 3, 7, 4), (3, 1, 35, 5), (2, 2, 1, 3)])
+def test_attention_map_gives_the_global_context(B, h, N, d, device):
+    k = random_leaf(B, h, N, d, device=device)
+    v = random_leaf(B, h, N, d, device=device)
+    saliency = random_leaf(h, d, device=device)
+    attention_map = linglo.attention_map(k, saliency)                           # (B, h, N)
+    global_context = (attention_map[..., None] * k).sum(2, keepdim=True)
+    assert_close(global_context * v, loop_key_only(k, v, saliency))
 
 
 def test_core_takes_any_strides(device):
-    k, v, saliency = random_leaves((2, 7, 3, 4), (4, 2, 7, 3), (4, 3), device=device)
-    given = k.transpose(1, 2), v.permute(1, 3, 2, 0), saliency.mT
-    assert_same(key_only_attention(*given), loop_key_only(*given), [k, v, saliency])
+    k = random_leaf(2, 7, 3, 4, device=device)
+    v = random_leaf(4, 2, 7, 3, device=device)
+    saliency = random_leaf(4, 3, device=device)
+    strided = k.transpose(1, 2), v.permute(1, 3, 2, 0), saliency.mT             # (B, h, N, d)
+    fast = linglo.key_only_attention(*strided)
+    assert_same(fast, loop_key_only(*strided), [k, v, saliency])
 
 
 def test_nothing_is_larger_than_the_token_map(device):
-    k, v, saliency = (torch.randn(shape, device=device, requires_grad=True) for shape in ((2, 3, 500, 4), (2, 3, 500, 4), (3, 4)))
+    k = torch.randn(2, 3, 500, 4, device=device, requires_grad=True)
+    v = torch.randn(2, 3, 500, 4, device=device, requires_grad=True)
+    saliency = torch.randn(3, 4, device=device, requires_grad=True)
     with LargestTensor() as largest:
-        key_only_attention(k, v, saliency).square().sum().backward()
+        linglo.key_only_attention(k, v, saliency).square().sum().backward()
     assert largest.numel == k.numel()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close(dtype, device):
-    k, v, saliency = (torch.randn(shape, device=device) for shape in ((2, 3, 50, 8), (2, 3, 50, 8), (3, 8)))
-    y = key_only_attention(k.to(dtype), v.to(dtype), saliency)
-    assert y.dtype == dtype
-    assert_close(y.float(), key_only_attention(k, v, saliency), rtol=0, atol=0.05)
+    k = torch.randn(2, 3, 50, 8, device=device)
+    v = torch.randn(2, 3, 50, 8, device=device)
+    saliency = torch.randn(3, 8, device=device)
+    half = linglo.key_only_attention(k.to(dtype), v.to(dtype), saliency)
+    full = linglo.key_only_attention(k, v, saliency)
+    assert half.dtype == dtype
+    assert_close(half.float(), full, rtol=0, atol=0.05)
 
 
-# -------------------------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
+@pytest.mark.parametrize("layer", [linglo.KeyOnlyAttention, linglo.DotProductAttention])
+@pytest.mark.parametrize("heads", [0, 3])
+def test_attention_refuses_heads_that_do_not_divide(layer, heads):
+    with pytest.raises(ValueError, match=f"dim = 8 does not split into {heads} heads"):
+        layer(8, heads)
+
+
 def test_key_only_attention_module_is_equation_4(device):
-    module = KeyOnlyAttention(12, 3).to(device).double()
+    module = linglo.KeyOnlyAttention(12, 3).to(device).double()
     nn.init.normal_(module.saliency)
-    x, = random_leaves((2, 4, 5, 12), device=device)
-    tokens = x.flatten(1, 2)
-    k, v = (tokens @ linear.weight.mT + linear.bias for linear in (module.k, module.v))
-    gated = loop_key_only(*(t.unflatten(2, (3, 4)).transpose(1, 2) for t in (k, v)), module.saliency)
-    slow = (gated.transpose(1, 2).flatten(2) @ module.u1.weight.mT + module.u1.bias + k) @ module.u2.weight.mT + module.u2.bias
+    x = random_leaf(2, 4, 5, 12, device=device)
+    tokens = x.flatten(1, 2)                                                    # (B, N, C)
+    k = tokens @ module.k.weight.mT + module.k.bias
+    v = tokens @ module.v.weight.mT + module.v.bias
+    gated = loop_key_only(split_heads(k, 3), split_heads(v, 3), module.saliency)
+    gated = gated.transpose(1, 2).flatten(2)                                    # (B, N, C), G * V
+    inner = gated @ module.u1.weight.mT + module.u1.bias + k
+    slow = inner @ module.u2.weight.mT + module.u2.bias                         # Eq. 4
     assert_same(module(x), slow.view_as(x), [x, *module.parameters()])
 
 
 def randomise(module):
-    """Give norms weights, biases and running statistics that matter."""
+    """Move the weights, biases and running statistics of norms away from 0 and 1."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
-            for tensor in (norm.weight, norm.running_var):
-                nn.init.uniform_(tensor, 0.5, 2)
-            for tensor in (norm.bias, norm.running_mean):
-                nn.init.normal_(tensor)
+            nn.init.uniform_(norm.weight, 0.5, 2)
+            nn.init.uniform_(norm.running_var, 0.5, 2)
+            nn.init.normal_(norm.bias)
+            nn.init.normal_(norm.running_mean)
     return module
 
 
-@pytest.mark.parametrize("cpe", CPE)
+@pytest.mark.parametrize("cpe", linglo.CPE)
 def test_rpcpe_matches_loops(cpe, device):
-    module = randomise(RPCPE(6, *CPE[cpe])).to(device).double()
-    x, = random_leaves((2, 4, 5, 6), device=device)
+    branches, skip = linglo.CPE[cpe]
+    module = randomise(linglo.RPCPE(6, branches, skip)).to(device).double()
+    x = random_leaf(2, 4, 5, 6, device=device)
     assert_same(module(x), loop_rpcpe(module, x), [x, *module.parameters()])
 
 
-def test_ffn_order():
-    """The position encoding sits between the first linear layer and the GELU."""
-    ffn = FFN(3, 2, "rp").double()
-    x, = random_leaves((2, 4, 5, 3))
-    wide = F.linear(x, ffn.fc1.weight, ffn.fc1.bias)
-    assert_same(ffn(x), F.linear(F.gelu(loop_rpcpe(ffn.cpe, wide)), ffn.fc2.weight, ffn.fc2.bias), [x, *ffn.parameters()])
+def test_ffn_encodes_positions_before_the_gelu():
+    ffn = linglo.FFN(3, 2, "rp").double()
+    x = random_leaf(2, 4, 5, 3)
+    hidden = F.linear(x, ffn.fc1.weight, ffn.fc1.bias)
+    hidden = F.gelu(loop_rpcpe(ffn.cpe, hidden))
+    slow = F.linear(hidden, ffn.fc2.weight, ffn.fc2.bias)
+    assert_same(ffn(x), slow, [x, *ffn.parameters()])
 
 
-def test_block_and_model_order():
-    """Fig. 3b with LayerNorm first, and the classifier on the mean of the last map."""
-    model = linglo_b0(num_classes=3, layout="HHHC", **TINY).double().eval()
-    block, x = model.stages[0][0], torch.randn(2, 5, 7, 8, dtype=torch.float64)
+# -------------------------------------------------------------------------------------------- block
+def test_block_applies_layer_norm_first():
+    block = linglo.Block(8, 2, 4, "key-only", "rp", drop_path=0.0).double()
+    block.apply(linglo.init_weights)
+    x = random_leaf(2, 5, 7, 8)
     z = block.attn(block.norm1(x)) + x
-    assert_close(block(x), block.ffn(block.norm2(z)) + z)
-    conv, x = model.stages[3][0], torch.randn(2, 5, 7, 32, dtype=torch.float64)
-    y = conv.convs(x.permute(0, 3, 1, 2))
-    gate = torch.stack([conv.gate(sample.mean((1, 2))) for sample in y])                                # squeeze, excitation
-    assert_close(conv(x), x + (y * gate[:, :, None, None]).permute(0, 2, 3, 1))
+    assert_same(block(x), block.ffn(block.norm2(z)) + z, [x, *block.parameters()])
+
+
+# -------------------------------------------------------------------------------------------- model
+def test_classifier_sees_the_mean_of_the_last_map():
+    model = linglo.linglo_b0(num_classes=3, **TINY).double().eval()
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
-    assert_close(model(images), model.head(model.forward_features(images)[3].flatten(2).mean(2)))
+    last = model.forward_features(images)[3]
+    assert_close(model(images), model.head(last.flatten(2).mean(2)))
 
 
-def test_initial_weights():
-    model = linglo_b1()
-    assert_close(model.embeds[1][0].conv.weight.std(), torch.tensor(math.sqrt(2 / (9 * 128))), rtol=0.02, atol=0)
-    assert_close(model.stages[0][0].ffn.cpe.branches[0][0].weight.std(), torch.tensor(math.sqrt(2 / 9)), rtol=0.05, atol=0)
-    assert_close(model.stages[3][0].attn.saliency.std(), torch.tensor(0.02), rtol=0.1, atol=0)
+def test_no_classes_give_the_mean_of_the_last_map():
+    model = linglo.linglo_b0(num_classes=0, **TINY).eval()
+    images = torch.randn(2, 3, 64, 96)
+    assert model(images).equal(model.forward_features(images)[3].mean((2, 3)))
 
 
-# ---------------------------------------------------------------------------------------------------------- deployment
-@pytest.mark.parametrize("cpe", CPE)
+@pytest.mark.parametrize("name, std, rtol", [
+    ("embeds.1.0.conv", math.sqrt(2 / (9 * 128)), 0.02),
+    ("stages.0.0.ffn.cpe.branches.0.0", math.sqrt(2 / 9), 0.05),    # depth-wise
+    ("stages.3.0.ffn.fc1", 0.02, 0.02),
+])
+def test_initial_weights(name, std, rtol):
+    weight = linglo.linglo_b1().get_submodule(name).weight
+    assert_close(weight.std(), torch.tensor(std), rtol=rtol, atol=0)
+
+
+def test_initial_saliency():
+    saliency = linglo.linglo_b1().stages[3][0].attn.saliency
+    assert_close(saliency.std(), torch.tensor(0.02), rtol=0.1, atol=0)
+
+
+def gradient_norm(model, images):
+    """Norm of all gradients of a fixed linear function of the maps and logits."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    loss = 0
+    for output in (*model.forward_features(images), model(images)):
+        loss = loss + (output * torch.randn_like(output)).mean()
+    loss.backward()
+    gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return torch.stack(gradients).norm()
+
+
+@pytest.mark.parametrize("blank_columns", [32, 64])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("convolutions", [True, False])
+def test_blank_pixels_give_gradients_of_ordinary_size(
+        convolutions, training, blank_columns, device):
+    """With biases of 0 in the patch embeddings: 1e6 and more for padding, NaN for zero images."""
+    model = linglo.linglo_b0(drop_path_rate=0.0, convolutions=convolutions)
+    model = model.to(device).train(training)
+    images = torch.randn(2, 3, 64, 64, device=device)
+    ordinary = gradient_norm(model, images)
+    images[..., 64 - blank_columns:] = 0
+    assert gradient_norm(model, images) <= 5 * ordinary
+
+
+@pytest.mark.parametrize("values", [(2, 2, 2), (2, 2, 2, 2, 2), (0, 2, 2, 2), (2, 2, 2, -2)])
+@pytest.mark.parametrize("argument", ["depths", "dims", "heads"])
+def test_stages_are_four_of_at_least_one(argument, values):
+    with pytest.raises(ValueError, match=f"{argument} = .*expected 4 values of at least 1"):
+        linglo.linglo_b0(**{argument: values})
+
+
+@pytest.mark.parametrize("argument, value, rule", [
+    ("num_classes", -1, "at least 0"),
+    ("drop_path_rate", -0.1, "0 <= rate < 1"),
+    ("drop_path_rate", 1, "0 <= rate < 1"),
+    ("drop_path_rate", math.nan, "0 <= rate < 1"),
+])
+def test_model_refuses_values_out_of_range(argument, value, rule):
+    with pytest.raises(ValueError, match=f"{argument} = {value}, expected {rule}"):
+        linglo.linglo_b0(**{argument: value})
+
+
+# --------------------------------------------------------------------------------------- deployment
+@pytest.mark.parametrize("cpe", linglo.CPE)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_reparameterised_model_is_the_same(cpe, dtype, tolerance, device):
-    model = randomise(linglo_b0(num_classes=7, cpe=cpe, **TINY)).to(device, dtype).eval()
+def test_reparameterised_outputs_are_the_same(cpe, dtype, tolerance, device):
+    model = randomise(linglo.linglo_b0(num_classes=7, cpe=cpe, **TINY)).to(device, dtype).eval()
     images = torch.randn(2, 3, 45, 70, dtype=dtype, device=device)
-    expected = model(images), *model.forward_features(images)
+    expected = [model(images), *model.forward_features(images)]
+    model.reparameterize()
+    outputs = [model(images), *model.forward_features(images)]
+    for output, original in zip(outputs, expected, strict=True):
+        assert (output - original).abs().max() <= tolerance * original.abs().max()
+
+
+def reparameterised(cpe):
+    model = randomise(linglo.linglo_b0(num_classes=7, cpe=cpe, **TINY)).eval()
     assert model.reparameterize() is model
-    for got, slow in zip((model(images), *model.forward_features(images)), expected, strict=True):
-        assert (got - slow).abs().max() <= tolerance * slow.abs().max()
-    assert not any(isinstance(module, nn.BatchNorm2d) or module.training for module in model.modules())
-    folded = {key: value.clone() for key, value in model.state_dict().items()}
-    assert_close(model.reparameterize().state_dict(), folded, rtol=0, atol=0)                           # a second time changes nothing
-    model(images).sum().backward()                                                                      # and it can be trained on
-    assert model.stages[0][0].ffn.cpe.branches[0].weight.grad.count_nonzero()
+    return model
 
 
-def test_deployed_weights_load(tmp_path):
+@pytest.mark.parametrize("cpe", linglo.CPE)
+def test_reparameterised_model_has_no_batch_norm(cpe):
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in reparameterised(cpe).modules())
+
+
+@pytest.mark.parametrize("cpe", linglo.CPE)
+def test_reparameterised_model_stays_in_eval_mode(cpe):
+    assert not any(module.training for module in reparameterised(cpe).modules())
+
+
+@pytest.mark.parametrize("cpe", linglo.CPE)
+def test_reparameterising_twice_changes_nothing(cpe):
+    model = reparameterised(cpe)
+    once = {key: value.clone() for key, value in model.state_dict().items()}
+    assert_close(model.reparameterize().state_dict(), once, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cpe", linglo.CPE)
+def test_reparameterised_model_can_be_trained(cpe, device):
+    model = reparameterised(cpe).to(device)
+    model(torch.randn(2, 3, 45, 70, device=device)).sum().backward()
+    folded = model.stages[0][0].ffn.cpe.branches[0]
+    assert folded.weight.grad.count_nonzero()
+
+
+@pytest.mark.parametrize("deployed", [False, True])
+def test_load_weights_reads_training_and_deployed_files(deployed, tmp_path):
     def factory(num_classes):
-        return linglo_b0(num_classes=num_classes, **TINY)
-    model, images = randomise(factory(7)).eval(), torch.randn(1, 3, 32, 48)
+        return linglo.linglo_b0(num_classes=num_classes, **TINY)
+
+    model = randomise(factory(7)).eval()
+    images = torch.randn(1, 3, 32, 48)
     expected = model(images)
-    torch.save({"model": model.state_dict()}, tmp_path / "training.pt")
-    torch.save(model.reparameterize().state_dict(), tmp_path / "deployed.pt")
-    for name in ("training.pt", "deployed.pt"):
-        assert_close(load_weights(factory, tmp_path / name)(images), expected)
+    if deployed:
+        torch.save(model.reparameterize().state_dict(), tmp_path / "weights.pt")
+    else:
+        torch.save({"model": model.state_dict()}, tmp_path / "weights.pt")
+    loaded = linglo.load_weights(factory, tmp_path / "weights.pt")
+    assert_close(loaded(images), expected)
 
 
-# ----------------------------------------------------------------------------------------------------------- ablations
+# ---------------------------------------------------------------------------------------- ablations
 def test_dot_product_attention_is_plain_attention(device):
-    module = DotProductAttention(12, 3).to(device).double()
+    module = linglo.DotProductAttention(12, 3).to(device).double()
     plain = nn.MultiheadAttention(12, 3, batch_first=True, dtype=torch.float64, device=device)
-    plain.in_proj_weight, plain.in_proj_bias, plain.out_proj = module.qkv.weight, module.qkv.bias, module.proj
-    x, = random_leaves((2, 5, 7, 12), device=device)
+    plain.in_proj_weight = module.qkv.weight
+    plain.in_proj_bias = module.qkv.bias
+    plain.out_proj = module.proj
+    x = random_leaf(2, 5, 7, 12, device=device)
     tokens = x.flatten(1, 2)
-    assert_same(module(x), plain(tokens, tokens, tokens)[0].view_as(x), [x, *module.parameters()])
+    slow, _ = plain(tokens, tokens, tokens)
+    assert_same(module(x), slow.view_as(x), [x, *module.parameters()])
 
 
-def test_patches_without_overlap_see_every_pixel():
-    module = PatchEmbedding(2, 4, 3, 3).double()
-    x, = random_leaves((2, 7, 5, 2))
-    y = module(x)
+def test_convolution_block_is_squeeze_and_excitation():
+    block = linglo.ConvBlock(8, drop_path=0.0).double().eval()
+    x = torch.randn(2, 5, 7, 8, dtype=torch.float64)
+    y = block.convs(x.permute(0, 3, 1, 2))                                      # (B, C, H, W)
+    gates = torch.stack([block.gate(sample.mean((1, 2))) for sample in y])      # (B, C)
+    expected = x + (y * gates[:, :, None, None]).permute(0, 2, 3, 1)
+    assert_close(block(x), expected)
+
+
+def test_separate_patches_see_every_pixel():
+    module = linglo.SeparatePatches(2, 4, 3).double()
+    y = module(random_leaf(2, 7, 5, 2))
     assert y.shape == (2, 3, 2, 4)
-    padded = F.pad(x, (0, 0, 0, 1, 0, 2))
-    corner = torch.einsum("bijc,ocij->bo", padded[:, 6:, 3:], module.conv.weight) + module.conv.bias
-    assert_close(y[:, 2, 1], module.norm(corner))
+
+
+def test_separate_patches_are_padded_right_and_bottom():
+    module = linglo.SeparatePatches(2, 4, 3).double()
+    x = random_leaf(2, 7, 5, 2)
+    padded = F.pad(x, (0, 0, 0, 1, 0, 2))                                       # (B, 9, 6, 2)
+    patch = padded[:, 6:, 3:]                                                   # (B, 3, 3, 2)
+    corner = torch.einsum("bijc,ocij->bo", patch, module.conv.weight) + module.conv.bias
+    assert_same(module(x)[:, 2, 1], module.norm(corner), [x, *module.parameters()])
+
+
+def random_table():
+    table = linglo.PositionTable(2, 4)
+    nn.init.normal_(table.weight)
+    return table
+
+
+def test_position_table_of_its_own_side_is_added_as_it_is():
+    table = random_table()
+    positions = table.weight.permute(0, 2, 3, 1)
+    assert_close(table(torch.zeros(2, 4, 4, 2)), positions.expand(2, -1, -1, -1))
 
 
 def test_position_table_is_interpolated():
-    table = PositionTable(2, 4)
-    nn.init.normal_(table.weight)
-    assert_close(table(torch.zeros(2, 4, 4, 2)), table.weight.permute(0, 2, 3, 1).expand(2, -1, -1, -1))
-    halves = table(torch.zeros(1, 2, 2, 2))[0].permute(2, 0, 1)
-    assert_close(halves, F.avg_pool2d(table.weight[0], 2))                                              # bilinear at half the size
+    table = random_table()
+    halves = table(torch.zeros(1, 2, 2, 2))[0].permute(2, 0, 1)                 # (C, 2, 2)
+    assert_close(halves, F.avg_pool2d(table.weight[0], 2))      # bilinear at half the size
 
 
-FLAT = {"convolutions": False, "hierarchical": False, "dims": (150,) * 4, "heads": (3,) * 4}
-ABLATIONS = [   # paper's table or figure, factory, overrides, parameters deployed in M
-    ("Table 2", linglo_b0, {}, 3.60), ("Table 2", linglo_b1, {}, 13.73), ("Table 2", linglo_b2, {}, 25.14),
-    ("Table 5", linglo_b0, {"layout": "CHHH"}, 3.59), ("Table 5", linglo_b0, {"layout": "CCHH"}, 3.56),
-    ("Table 6", linglo_b0, {"cpe": "cpe"}, 3.60), ("Table 6", linglo_b0, {"cpe": "r"}, 3.60), ("Table 6", linglo_b0, {"cpe": "p"}, 3.60),
-    ("Fig. 4", linglo_b0, {"attention": "dot"}, 3.60),
-    ("Fig. 5", linglo_b0, {"convolutions": False}, 3.47), ("Fig. 5", linglo_b0, FLAT, 3.92),
+SEPARATE = {"convolutions": False}                                              # LinGlo-w/o-C
+FLAT = {**SEPARATE, "hierarchical": False, "dims": (150,) * 4, "heads": (3,) * 4}  # LinGlo-w/o-CH
+DEPLOYED = [  # table or figure of the paper, factory, overrides, parameters deployed in M
+    ("Table 2", linglo.linglo_b0, {}, 3.60),
+    ("Table 2", linglo.linglo_b1, {}, 13.73),
+    ("Table 2", linglo.linglo_b2, {}, 25.14),
+    ("Table 5", linglo.linglo_b0, {"layout": "CHHH"}, 3.59),
+    ("Table 5", linglo.linglo_b0, {"layout": "CCHH"}, 3.56),
+    ("Table 6", linglo.linglo_b0, {"cpe": "cpe"}, 3.60),
+    ("Table 6", linglo.linglo_b0, {"cpe": "r"}, 3.60),
+    ("Table 6", linglo.linglo_b0, {"cpe": "p"}, 3.60),
+    ("Fig. 4", linglo.linglo_b0, {"attention": "dot"}, 3.60),
+    ("Fig. 5", linglo.linglo_b0, SEPARATE, 3.47),
+    ("Fig. 5", linglo.linglo_b0, FLAT, 3.92),
 ]
 
 
-@pytest.mark.parametrize("table, factory, overrides, millions", ABLATIONS)
+@pytest.mark.parametrize("table, factory, overrides, millions", DEPLOYED)
 def test_every_row_of_the_papers_tables(table, factory, overrides, millions):
     with torch.device("meta"):
-        assert round(sum(p.numel() for p in factory(**overrides).reparameterize().parameters()) / 1e6, 2) == millions, table
+        model = factory(**overrides).reparameterize()
+    assert round(parameters_in_millions(model), 2) == millions, table
 
 
 @pytest.mark.parametrize("factory, cpe, millions", [
-    (linglo_b0, "rp", 3.78), (linglo_b1, "rp", 14.09), (linglo_b2, "rp", 25.87),
-    (linglo_b0, "p", 3.78), (linglo_b0, "r", 3.60), (linglo_b0, "cpe", 3.60)])
+    (linglo.linglo_b0, "rp", 3.78),
+    (linglo.linglo_b1, "rp", 14.09),
+    (linglo.linglo_b2, "rp", 25.87),
+    (linglo.linglo_b0, "p", 3.78),
+    (linglo.linglo_b0, "r", 3.60),
+    (linglo.linglo_b0, "cpe", 3.60),
+])
 def test_training_time_parameters(factory, cpe, millions):
-    """Counting from the paper's text gives branches with biases and no BN; ours have a scale and a shift instead of a bias."""
+    """The text alone has branches with a bias; ours have BatchNorm's scale and shift instead."""
     with torch.device("meta"):
         model = factory(cpe=cpe)
-    scales = sum(norm.weight.numel() for norm in model.modules() if isinstance(norm, nn.BatchNorm2d))
-    assert round((sum(p.numel() for p in model.parameters()) - scales) / 1e6, 2) == millions
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    scales = sum(norm.weight.numel() for norm in norms) / 1e6
+    assert round(parameters_in_millions(model) - scales, 2) == millions
 
 
-@pytest.mark.parametrize("overrides", [{k: v for k, v in overrides.items() if k != "dims"} for *_, overrides, _ in ABLATIONS if overrides])
-def test_ablations_train_at_any_size(overrides, device):
-    flat = not overrides.get("hierarchical", True)
-    model = linglo_b0(num_classes=3, **{**TINY, **({"dims": (12,) * 4} if flat else {}), **overrides}).to(device)
-    images = torch.randn(2, 3, 45, 70, device=device)
-    model(images).square().sum().backward()
-    assert all(p.grad.isfinite().all() and p.grad.count_nonzero() for p in model.parameters() if p.ndim > 1)
-    sides = [tuple(m.shape[2:]) for m in model.forward_features(images)]
-    assert sides == [(3, 5)] * 4 if flat else [(12, 18), (6, 9), (3, 5), (2, 3)]
+ABLATIONS = {
+    "CHHH": {"layout": "CHHH"},
+    "CCHH": {"layout": "CCHH"},
+    "cpe": {"cpe": "cpe"},
+    "r": {"cpe": "r"},
+    "p": {"cpe": "p"},
+    "dot": {"attention": "dot"},
+    "w/o-C": SEPARATE,
+    "w/o-CH": {**FLAT, "dims": (12,) * 4},
+}
+each_ablation = pytest.mark.parametrize("ablation", ABLATIONS)
+
+
+def tiny_ablation(ablation, device):
+    options = {**TINY, **ABLATIONS[ablation]}
+    return linglo.linglo_b0(num_classes=3, **options).to(device)
+
+
+@each_ablation
+def test_ablations_train_at_any_size(ablation, device):
+    model = tiny_ablation(ablation, device)
+    model(torch.randn(2, 3, 45, 70, device=device)).square().sum().backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), key
+        if parameter.ndim > 1:      # biases before a norm have none in exact arithmetic
+            assert parameter.grad.count_nonzero() > 0, key
+
+
+@each_ablation
+def test_sizes_of_the_ablations_maps(ablation, device):
+    model = tiny_ablation(ablation, device)
+    maps = model.forward_features(torch.randn(2, 3, 45, 70, device=device))
+    strides = (16,) * 4 if ablation == "w/o-CH" else (4, 8, 16, 32)
+    expected = [(math.ceil(45 / s), math.ceil(70 / s)) for s in strides]
+    assert [tuple(m.shape[2:]) for m in maps] == expected
 
 
 @pytest.mark.parametrize("given, message", [
-    ({"attention": "query"}, "attention = 'query'"), ({"layout": "HHH"}, "layout = 'HHH'"), ({"layout": "HHHX"}, "layout = 'HHHX'"),
-    ({"attention": "dot", "heads": (1, 2, 3, 4)}, "dim = 16 does not split into 3 heads"),
-    ({"cpe": "rpp"}, "cpe = 'rpp'"), ({"heads": (1, 2, 3, 4)}, "dim = 16 does not split into 3 heads"),
-    ({"hierarchical": False}, "hierarchical=False needs"), ({"hierarchical": False, "convolutions": False}, "hierarchical=False needs")])
+    ({"attention": "query"}, "attention = 'query'"),
+    ({"layout": "HHH"}, "layout = 'HHH'"),
+    ({"layout": "HHHX"}, "layout = 'HHHX'"),
+    ({"cpe": "rpp"}, "cpe = 'rpp'"),
+    ({"heads": (1, 2, 3, 4)}, "dim = 16 does not split into 3 heads"),
+    ({"heads": (1, 2, 3, 4), "attention": "dot"}, "dim = 16 does not split into 3 heads"),
+    ({"hierarchical": False}, "hierarchical=False needs"),
+    ({"hierarchical": False, "convolutions": False}, "hierarchical=False needs"),
+])
 def test_wrong_arguments_raise(given, message):
     with pytest.raises(ValueError, match=message):
-        linglo_b0(**{**TINY, **given})
+        linglo.linglo_b0(**{**TINY, **given})
 
 
-# ------------------------------------------------------------------------------------------------------------- drawing
-def test_drawing_shows_the_salient_half():
-    """Keys that are large where the picture is bright, and a saliency that likes them: the bright half is drawn red, the dark one blue."""
-    model = linglo_b0(**TINY).eval()
-    picture = Image.new("RGB", (128, 96))
-    picture.paste((255, 255, 255), (64, 0, 128, 96))
-    seen = []
+# ------------------------------------------------------------------------------------------ drawing
+def test_drawing_shows_large_attention_in_red():
+    """Keys and a saliency vector that prefer the bright half: it is red, the dark half blue."""
+    model = linglo.linglo_b0(**TINY).eval()
+    image = Image.new("RGB", (128, 96))
+    image.paste((255, 255, 255), (64, 0, 128, 96))
     attn = model.stages[0][-1].attn
-    hook = attn.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    draw_saliency(model, picture)
-    hook.remove()
-    difference = seen[0][0, 12, 24] - seen[0][0, 12, 8]                                                 # of a bright and a dark token
     with torch.no_grad():
+        x, = linglo.layer_inputs(model, [attn], image)                          # (1, 24, 32, 8)
         attn.k.weight.copy_(torch.eye(8))
-        attn.saliency.copy_(100 * difference[None])
-    panel = draw_saliency(model, picture).crop((136, 20, 136 + 128, 116))
-    dark, bright = panel.getpixel((30, 48)), panel.getpixel((96, 48))
-    assert dark[2] > dark[0] and bright[0] > bright[2]
+        bright_minus_dark = x[0, 12, 24] - x[0, 12, 8]
+        attn.saliency.copy_(100 * bright_minus_dark[None])
+    sheet = linglo.draw_saliency(model, image)
+    panel = sheet.crop((136, 20, 136 + 128, 116))
+    dark_red, _, dark_blue = panel.getpixel((30, 48))
+    bright_red, _, bright_blue = panel.getpixel((96, 48))
+    assert dark_blue > dark_red
+    assert bright_red > bright_blue
 
 
-@pytest.mark.parametrize("overrides, panels", [({}, 5), ({"attention": "dot"}, 1), ({"layout": "CCHH"}, 3)])
-def test_drawing_has_a_panel_for_each_stage_with_saliency(overrides, panels):
-    sheet = draw_saliency(linglo_b0(**TINY, **overrides).eval(), Image.effect_noise((128, 96), 80).convert("RGB"))
+@pytest.mark.parametrize("overrides, panels", [
+    ({}, 5),
+    ({"attention": "dot"}, 1),
+    ({"layout": "CCHH"}, 3),
+])
+def test_drawing_has_a_panel_per_stage_with_key_only_attention(overrides, panels):
+    model = linglo.linglo_b0(**TINY, **overrides).eval()
+    sheet = linglo.draw_saliency(model, Image.effect_noise((128, 96), 80).convert("RGB"))
     assert sheet.size == (panels * 136 - 8, 116)
+
+
+# ------------------------------------------------------------------------------------- command line
+def exif_block(orientation, resolution=(72, 1)):
+    """EXIF data with an orientation and the numerator and denominator of a signed resolution."""
+    entries = struct.pack("<HHLHH", 0x112, 3, 1, orientation, 0)
+    entries += struct.pack("<HHLL", 0x11A, 10, 1, 38)           # its value starts at byte 38
+    header = b"II*\0" + struct.pack("<LH", 8, 2)                # first directory, two entries
+    return b"Exif\0\0" + header + entries + struct.pack("<Lll", 0, *resolution)
+
+
+@pytest.fixture
+def photo():
+    """40 x 80 pixels, each quarter of another colour."""
+    image = Image.new("RGB", (40, 80), (255, 0, 0))
+    image.paste((0, 255, 0), (20, 0, 40, 40))
+    image.paste((0, 0, 255), (0, 40, 20, 80))
+    return image
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_load_picture_turns_upright(orientation, photo, tmp_path):
+    """As Pillow's own function, which writes the EXIF data back and fails on odd ones."""
+    photo.save(tmp_path / "photo.png", exif=exif_block(orientation))
+    with Image.open(tmp_path / "photo.png") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    loaded = linglo.load_picture(tmp_path / "photo.png", longer_side=80)
+    assert (np.asarray(loaded) == expected).all()
+
+
+def test_odd_exif_data_do_not_hide_the_orientation(photo, tmp_path):
+    """A resolution of -1/0, on which exif_transpose raises struct.error."""
+    photo.save(tmp_path / "photo.jpg", exif=exif_block(6, resolution=(-1, 0)))
+    assert linglo.load_picture(tmp_path / "photo.jpg").size == (512, 256)
+
+
+def test_image_with_unreadable_exif_data_stays_as_stored(photo, tmp_path):
+    path = tmp_path / "photo.webp"
+    photo.save(path, exif=exif_block(6))
+    path.write_bytes(path.read_bytes().replace(b"II*\0", b"XX*\0"))
+    assert linglo.load_picture(path).size == (256, 512)
+
+
+@pytest.mark.parametrize("error", [KeyError, TypeError, SyntaxError, struct.error])
+def test_damaged_images_are_a_value_error(error, photo, tmp_path, monkeypatch):
+    def load(_image):
+        raise error("odd")
+
+    photo.save(tmp_path / "photo.bmp")
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(ValueError, match=f"damaged image .{error.__name__}: .*odd"):
+        linglo.load_picture(tmp_path / "photo.bmp")
