@@ -1,35 +1,39 @@
-"""Train, test and use the backbones for semantic segmentation, object detection and pose. Plain PyTorch, one visible loop.
+"""Train, evaluate and use the backbones for semantic segmentation, object detection and pose.
 
-    python train_dense.py                                       # no data needed: draws its own scenes, Semantic FPN, minutes on a CPU
+    python train_dense.py                          # no data needed: Semantic FPN on drawn scenes
     python train_dense.py --task retinanet
-    torchrun --nproc-per-node 8 train_dense.py --task upernet --backbone stvit_s --backbone-weights runs/s/best.pt --data /data/ade20k
-    torchrun --nproc-per-node 8 train_dense.py --task retinanet --backbone linglo_b1 --data /data/coco --resume auto
-    python train_dense.py --eval --ms-test --weights runs/upernet_stvit_s/best.pt --data /data/ade20k
-    python train_dense.py --predict a.jpg b.jpg --weights runs/upernet_stvit_s/best.pt --output pictures
+    torchrun --nproc-per-node 8 train_dense.py --task upernet --backbone stvit_s \\
+        --backbone-weights runs/s/best.pt --data /data/ade20k
+    torchrun --nproc-per-node 8 train_dense.py --task retinanet --backbone linglo_b1 \\
+        --data /data/coco --resume auto
+    python train_dense.py --eval --ms-test --weights runs/upernet_stvit_s/best.pt
+    python train_dense.py --predict a.jpg b.jpg --weights runs/upernet_stvit_s/best.pt
     python train_dense.py --task retinanet --score results.json --data /data/coco
-    python train_dense.py --eval --boxes detections.json --weights runs/pose_clustr_s/best.pt --data /data/coco
+    python train_dense.py --eval --boxes detections.json --weights runs/pose_clustr_s/best.pt
 
-Reading order is the order in which data flow: settings, scenes, the human body, data sets and transforms, boxes, regions of interest,
-necks and heads, losses, inference, metrics, tasks, loop. A task knows how to build its data, its model, its loss, its predictions and
-their score, nothing else. Processes, schedule of samples, checkpoints and log are those of train_imagenet.py, and so are its promises:
-draws depend only on seed, epoch, step and sample, a resumed run goes on exactly, one line on stderr for what the user got wrong.
+One chapter per task: settings and what all share; segmentation; boxes and RetinaNet; Mask R-CNN;
+pose; COCO's files, masks and metrics; the drawn scenes; command line. Inside a chapter the code
+stands in the order in which data flow: files, augmentation, model, loss, inference, task. The
+training loop is train_imagenet.py's; a task object tells it how to build data, model, losses and
+metrics. So its promises hold here, too: randomness depends only on seed, epoch, step and sample,
+a resumed run continues exactly, a user's mistake ends in one line on stderr.
 
-Letters: B batch, C channels, H x W a map, K classes, A anchors, G boxes of an image (padded to the largest number in the batch).
-Boxes are float x1, y1, x2, y2 in pixels without "+ 1"; COCO files hold x, y, width, height.
-Keypoints are x, y, v: pixels, (0, 0) the middle of the first one, and visibility (labelled if > 0) or, of results, confidence.
-Rules follow mmsegmentation 0.x, mmdetection 2.x and mmpose 0.x, which the papers' dense figures were made with. Known differences: images
-are resized by Pillow (which smooths when it shrinks), hue is shifted in Pillow's 256 steps a turn.
+Letters: B batch, C channels, H x W a map, K classes, A anchors, G objects of an image (padded to
+the largest number in the batch). Boxes are float x1, y1, x2, y2 in pixels without "+ 1"; COCO
+files hold x, y, width, height. Keypoints are x, y, v: pixels, (0, 0) the centre of the first one,
+and visibility (labelled if > 0) or, in results, confidence.
+
+Rules follow mmsegmentation 0.x, mmdetection 2.x and mmpose 0.x, which produced the papers' dense
+results. Known differences: images are resized by Pillow, which smooths when it shrinks; hue is
+shifted in Pillow's 256 steps per turn.
 """
-import argparse
 import json
 import math
 import os
-import random
 import re
 import shutil
 import sys
 import tempfile
-import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -39,1164 +43,403 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
-from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import train_imagenet
-from train_imagenet import MODELS, InputError, Processes, StepSampler, StopSignal, append, autocast, loader, normalize, number, refuse
+from train_imagenet import (
+    COUNT,
+    FRACTION,
+    MODELS,
+    NOT_NEGATIVE,
+    ON_OFF,
+    RUN_FLAGS,
+    Flag,
+    InputError,
+    OnceFlag,
+    StepSampler,
+    UnreadableImage,
+    autocast,
+    normalize,
+    number,
+    read_image,
+)
 
-# ------------------------------------------------------------------------------------------------------------ settings
-IGNORED = 255  # label of pixels that are not evaluated
-RECIPES = {  # by task; what the papers leave open is PVT's (Semantic FPN, RetinaNet) or Swin's (UPerNet)
-    "semfpn": dict(iters=80000, batch_size=16, lr=1e-4, weight_decay=1e-4, warmup_iters=0, img_size=512),
-    "upernet": dict(iters=160000, batch_size=16, lr=6e-5, weight_decay=0.01, warmup_iters=1500, img_size=512),
-    "retinanet": dict(epochs=12, schedule="1x", batch_size=16, lr=1e-4, weight_decay=1e-4, warmup_iters=500, img_size=800),
-    "mask_rcnn": dict(epochs=12, schedule="1x", batch_size=16, lr=1e-4, weight_decay=0.05, warmup_iters=500, img_size=800, rois=512),
-    "cascade_mask_rcnn": dict(epochs=36, schedule="3x", batch_size=16, lr=1e-4, weight_decay=0.05, warmup_iters=500, img_size=800, rois=512,
-                              box_head="4conv1fc"),
-    "pose": dict(epochs=210, batch_size=512, lr=5e-4, weight_decay=0.01, warmup_iters=500, img_size=256, schedule="pose",
-                 keypoints=133, jitter=1.0, drop_path=0.0),                                                     # TCFormer's
-}
-FAMILY_RECIPES = {  # what a paper does its own way
-    ("linglo", "semfpn"): dict(iters=40000, batch_size=32),                         # its sec. 4.3
-    ("clustr", "mask_rcnn"): dict(lr=2e-4, weight_decay=1e-4),                      # PVTv2's configuration: it uses its defaults
-    ("linglo", "mask_rcnn"): dict(weight_decay=1e-4),                               # PVT's
-}
+# ----------------------------------------------------------------------------------------- settings
+SEGMENTATION = ("semfpn", "upernet")
+DETECTION = ("retinanet", "mask_rcnn", "cascade_mask_rcnn")
 SCHEDULES = {  # epochs, and those after which the rate falls to a tenth
-    "1x": (12, (8, 11)), "3x": (36, (27, 33)), "pose": (210, (170, 200))}
-ONLY = {  # flags of some tasks
-    "schedule": ("retinanet", "mask_rcnn", "cascade_mask_rcnn"), "rois": ("mask_rcnn", "cascade_mask_rcnn"),
-    "box_head": ("cascade_mask_rcnn",), "ms_test": ("semfpn", "upernet"), "keypoints": ("pose",), "boxes": ("pose",),
-    "jitter": ("pose",), "compile": ("semfpn", "upernet", "retinanet", "pose")}
-BUILT_IN = {  # for the scenes drawn here, about 160 x 128 pixels
-    "semfpn": dict(backbone="linglo_b0", iters=660, batch_size=4, lr=1e-3, img_size=96, warmup_iters=50, eval_every=220, drop_path=0.0),
-    "upernet": dict(backbone="linglo_b0", iters=300, batch_size=4, lr=1e-3, img_size=80, warmup_iters=50, eval_every=150, drop_path=0.0),
-    "retinanet": dict(backbone="linglo_b0", epochs=8, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=192, drop_path=0.0,
-                      clip_grad=1.0),
-    "mask_rcnn": dict(backbone="linglo_b0", epochs=5, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=240, drop_path=0.0,
-                      rois=32, clip_grad=1.0),
-    "cascade_mask_rcnn": dict(backbone="linglo_b0", epochs=5, batch_size=4, lr=3e-4, img_size=128, warmup_iters=100, eval_every=480,
-                              drop_path=0.0, schedule="1x", rois=16, clip_grad=1.0, box_head="2fc"),      # 4conv1fc: nine times the work
-    "pose": dict(backbone="linglo_b0", epochs=36, batch_size=8, lr=1e-3, img_size=128, warmup_iters=50, eval_every=600, jitter=0.2),
+    "1x": (12, (8, 11)),
+    "3x": (36, (27, 33)),
+    "pose": (210, (170, 200)),
 }
-OPTIONAL = dict(min_lr=0.0, clip_grad=None, micro_batch=None, drop_path=None, eval_every=None, released=False, frozen_bn=None, sync_bn=None,
-                compile=False, deterministic=False, seed=0, log_every=50)
+FLAGS = {
+    "task": Flag(str, "semfpn", "one of semfpn, upernet, retinanet, mask_rcnn, cascade_mask_rcnn, "
+                 "pose"),
+    "backbone": Flag(str, "secvit_s", f"one of {', '.join(MODELS)}"),
+    "backbone_weights": Flag(str, None, "classification weights to start from: train_imagenet.py's "
+                             "or an authors' file"),
+    "data": OnceFlag(str, None, "folder in ADE20K's layout (segmentation) or COCO's; default: "
+                     "drawn scenes"),
+    "iters": Flag(COUNT, None, "length of training in updates"),
+    "epochs": Flag(COUNT, None, "length of training in epochs instead"),
+    **RUN_FLAGS,
+    "batch_size": Flag(COUNT, 16, "images (pose: persons) per update, over all processes"),
+    "lr": Flag(NOT_NEGATIVE, 1e-4, "peak learning rate, never rescaled"),
+    "min_lr": Flag(NOT_NEGATIVE, 0.0, "learning rate at the end of segmentation's polynomial"),
+    "warmup_iters": Flag(number(int, 0), 500, "linear warm-up"),
+    "weight_decay": Flag(NOT_NEGATIVE, 1e-4, "AdamW's weight decay; from 0.01 on norms are exempt, "
+                         "except pose's"),
+    "img_size": Flag(number(int, 64), 800, "crop side (segmentation), crop height (pose), shorter "
+                     "side (detection)"),
+    "frozen_bn": Flag(ON_OFF, None, "backbone BatchNorm statistics fixed; default on with "
+                      "--backbone-weights"),
+    "sync_bn": Flag(ON_OFF, False, "batch statistics over all GPUs"),
+    "eval_every": Flag(COUNT, None, "updates between evaluations; default a tenth of --iters, or "
+                       "an epoch"),
+    "schedule": Flag(("1x", "3x"), None, "detection: 12 epochs at one size, or 36 at many and "
+                     "cropped; sets --epochs"),
+    "rois": Flag(number(int, 4), None, "regions per image that Mask R-CNN's heads learn from"),
+    "box_head": Flag(("4conv1fc", "2fc"), None, "the cascade's: that of the published results, or "
+                     "mmdetection's base one"),
+    "ms_test": OnceFlag(bool, False, "evaluate segmentation at six scales, each also mirrored"),
+    "keypoints": Flag((133, 17), None, "pose: the whole body, or COCO's 17"),
+    "jitter": Flag(FRACTION, None, "strength of pose's augmentation; weak on small data sets"),
+    "boxes": OnceFlag(str, None, "COCO detections whose persons pose evaluates or draws, instead "
+                      "of the annotated ones"),
+    "predict": OnceFlag(str, None, "write overlays of these images to --output", several=True),
+    "score": OnceFlag(str, None, "score a COCO results file, or a folder of label PNGs, without "
+                      "a model"),
+}
+TASK_FLAGS = {  # flags of some tasks only
+    "schedule": DETECTION,
+    "rois": ("mask_rcnn", "cascade_mask_rcnn"),
+    "box_head": ("cascade_mask_rcnn",),
+    "ms_test": SEGMENTATION,
+    "keypoints": ("pose",),
+    "boxes": ("pose",),
+    "jitter": ("pose",),
+    "compile": ("semfpn", "upernet", "retinanet", "pose"),  # the others' regions vary in number
+}
+OVERRIDES = {  # what a task, a family's paper, the drawn scenes set differently, in this order
+    # Semantic FPN, RetinaNet: PVT's settings; UPerNet, Cascade Mask R-CNN: Swin's; pose: TCFormer's
+    "semfpn": dict(iters=80000, warmup_iters=0, img_size=512, sync_bn=True),
+    "upernet": dict(iters=160000, lr=6e-5, weight_decay=0.01, warmup_iters=1500, img_size=512,
+                    sync_bn=True),
+    "retinanet": dict(schedule="1x", epochs=12),
+    "mask_rcnn": dict(schedule="1x", epochs=12, weight_decay=0.05, rois=512),
+    "cascade_mask_rcnn": dict(schedule="3x", epochs=36, weight_decay=0.05, rois=512,
+                              box_head="4conv1fc", sync_bn=True),
+    "pose": dict(schedule="pose", epochs=210, batch_size=512, lr=5e-4, weight_decay=0.01,
+                 img_size=256, keypoints=133, jitter=1.0, drop_path=0.0),
+    "linglo semfpn": dict(iters=40000, batch_size=32),           # its sec. 4.3
+    "linglo mask_rcnn": dict(weight_decay=1e-4),                 # PVT's
+    "clustr mask_rcnn": dict(lr=2e-4, weight_decay=1e-4),        # PVTv2's, whose defaults it uses
+    "drawn scenes": dict(backbone="linglo_b0", batch_size=4, lr=3e-4, img_size=128,
+                         warmup_iters=100, drop_path=0.0),
+    "drawn semfpn": dict(iters=660, lr=1e-3, img_size=96, warmup_iters=50, eval_every=220),
+    "drawn upernet": dict(iters=300, lr=1e-3, img_size=80, warmup_iters=50, eval_every=150),
+    "drawn retinanet": dict(epochs=8, eval_every=192, clip_grad=1.0),
+    "drawn mask_rcnn": dict(epochs=5, eval_every=240, rois=32, clip_grad=1.0),
+    "drawn cascade_mask_rcnn": dict(epochs=5, eval_every=480, schedule="1x", rois=16,
+                                    clip_grad=1.0, box_head="2fc"),  # 4conv1fc: nine times the work
+    "drawn pose": dict(epochs=36, batch_size=8, lr=1e-3, warmup_iters=50, eval_every=600,
+                       jitter=0.2),
+}
 
 
-def parse_args(argv=None):
-    """The command line; flags that were not given are None, so that checkpoint, preset and recipe can fill them."""
-    p = argparse.ArgumentParser(description="Train or test a backbone on ADE20K- or COCO-like data, or on scenes drawn here.",
-                                formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=120))
-    p.error = refuse
-    count, size = number(int, 1), number(float, 0)
-    switch = dict(action="store_true", default=None)
-    p.add_argument("--task", help=f"one of {', '.join(RECIPES)} (default semfpn)")
-    p.add_argument("--backbone", help=f"one of {', '.join(MODELS)} (default secvit_s, on drawn scenes linglo_b0)")
-    p.add_argument("--released", **switch, help="SecViT as the authors released it")
-    p.add_argument("--backbone-weights", help="classification weights to start from: train_imagenet.py's or an authors' file")
-    p.add_argument("--data", help="folder in ADE20K's layout (semfpn, upernet) or COCO's; without it scenes are drawn")
-    p.add_argument("--keypoints", type=int, choices=(133, 17), help="of pose: the whole body, or COCO's 17; 133")
-    p.add_argument("--jitter", type=number(float, 0, 1), help="strength of pose's random shifts, sizes, turns and half bodies; 1")
-    p.add_argument("--boxes", metavar="FILE", help="COCO detections whose persons pose tests or draws instead of the annotated ones")
-    p.add_argument("--output", help="folder for log.jsonl, last.pt, best.pt, curves.png, pictures (default runs/TASK_BACKBONE)")
-    p.add_argument("--iters", type=count, help="updates of the whole run; semfpn 80000 (LinGlo 40000), upernet 160000")
-    p.add_argument("--epochs", type=count, help="length in epochs instead; detection 12, with --schedule 3x 36, pose 210")
-    p.add_argument("--batch-size", type=count, help="images or persons an update, over all processes; 16, LinGlo's semfpn 32, pose 512")
-    p.add_argument("--micro-batch", type=count, help="images a process computes at once, then accumulates; up to 16, detection 2, pose 64")
-    p.add_argument("--lr", type=size, help="peak learning rate, never rescaled; 1e-4, upernet 6e-5, pose 5e-4, ClusTR's mask_rcnn 2e-4")
-    p.add_argument("--min-lr", type=size, help="rate that the polynomial of segmentation ends at; 0")
-    p.add_argument("--warmup-iters", type=number(int, 0), help="linear warm-up; semfpn 0, upernet 1500, others 500")
-    p.add_argument("--weight-decay", type=size, help="AdamW's; 1e-4, upernet, pose 0.01, (cascade_)mask_rcnn 0.05, ClusTR's and LinGlo's "
-                   "1e-4; from 0.01 on norms are exempt, but not pose's")
-    p.add_argument("--clip-grad", type=number(float, 0, above=True), help="largest gradient norm, larger ones are scaled down; off")
-    p.add_argument("--img-size", type=number(int, 64), help="side of crops, of pose's the height, shorter side to detect in; 512, 256, 800")
-    p.add_argument("--drop-path", type=number(float, 0, 0.99), help="stochastic depth of the last block; papers', 0.1, upernet 0.3, pose 0")
-    p.add_argument("--frozen-bn", action=argparse.BooleanOptionalAction, help="backbone BN statistics fixed; on with --backbone-weights")
-    p.add_argument("--sync-bn", action=argparse.BooleanOptionalAction, help="batch statistics over all GPUs; on for segmentation")
-    p.add_argument("--amp", choices=("none", "bf16", "fp16"), help="autocast type of training and testing; bf16 on a GPU, else none")
-    p.add_argument("--compile", **switch, help="torch.compile the model for training; not of Mask R-CNN, whose regions vary in number")
-    p.add_argument("--workers", type=number(int, 0), help="loader processes a process; changes speed only; its CPU cores, at most 10")
-    p.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), help="of weights, order, augmentation; 0")
-    p.add_argument("--resume", help="checkpoint to go on from exactly, or auto: the newest readable one of --output if any")
-    p.add_argument("--weights", help="a checkpoint of this script, to test or to predict with")
-    p.add_argument("--eval", action="store_true", help="only test --weights, print one JSON line")
-    p.add_argument("--schedule", choices=("1x", "3x"), help="detection: 12 epochs at one size, or 36 at many and cropped (default of "
-                   "cascade_mask_rcnn)")
-    p.add_argument("--rois", type=number(int, 4), help="regions of an image that Mask R-CNN's heads learn from; 512")
-    p.add_argument("--box-head", choices=("4conv1fc", "2fc"), help="cascade's: the published figures' one, or mmdetection's base one")
-    p.add_argument("--ms-test", action="store_true", help="test segmentation at six scales, each also mirrored")
-    p.add_argument("--predict", nargs="+", metavar="IMAGE", help="write overlays of these images to --output")
-    p.add_argument("--score", metavar="RESULTS", help="score a COCO results file, or a folder of label PNGs, without a model")
-    p.add_argument("--eval-every", type=count, help="updates between tests; a tenth of --iters, or an epoch")
-    p.add_argument("--max-steps", type=count, help="save and stop after this many updates; the schedule is not shortened")
-    p.add_argument("--log-every", type=count, help="updates between log lines; 50")
-    p.add_argument("--deterministic", **switch, help="only deterministic GPU kernels: slower, repeatable bit for bit")
-    return p.parse_args(argv)
-
-
-def settle(args, checkpoint=None):
-    """Fill every flag not given: from the checkpoint if one is continued or tested, then preset, recipe, common values.
+def resolve_args(argv=None):
+    """The command line with every flag filled in, and the checkpoint it names, if any.
 
     Raises: InputError for an unknown task or backbone and flags that contradict each other.
     """
+    description = "Train or evaluate a backbone on ADE20K- or COCO-like data."
+    typed = train_imagenet.make_parser(description, FLAGS, OVERRIDES).parse_args(argv)
+    checkpoint = open_checkpoint(typed)
     saved = checkpoint["args"] if checkpoint else {}
-    args.task = args.task or saved.get("task") or "semfpn"
-    if args.task not in RECIPES:
-        raise InputError(f"unknown --task {args.task!r}, expected one of {', '.join(RECIPES)}")
-    args.data = args.data or saved.get("data")
-    preset = {} if args.data else BUILT_IN[args.task]
-    args.backbone = args.backbone or saved.get("backbone") or preset.get("backbone", "secvit_s")
-    if args.backbone not in MODELS:
-        raise InputError(f"unknown --backbone {args.backbone!r}, expected one of {', '.join(MODELS)}")
-    args.boxes = args.boxes or (saved.get("boxes") if args.resume else None)
-    args.output = args.output or saved.get("output") or f"runs/{args.task}_{args.backbone}"
-    if args.iters and args.epochs:
-        raise InputError("--iters and --epochs are two names of one length, give one")
-    for flag, tasks in ONLY.items():
-        if args.task not in tasks and not (getattr(args, flag) is None or getattr(args, flag) is False):
-            raise InputError(f"--{flag.replace('_', '-')} is for {' and '.join(tasks)}, not for {args.task}")
-    for name in ("task", "backbone", "schedule", "keypoints"):
-        if saved and getattr(args, name) not in (None, saved[name]):
-            raise InputError(f"the checkpoint is one of {saved[name]}, --{name} says {getattr(args, name)}")
-    family = args.backbone.split("_")[0]
-    defaults = OPTIONAL | dict(iters=None, epochs=None, amp="bf16" if torch.cuda.is_available() else "none", backbone_weights=None)
-    defaults |= RECIPES[args.task] | FAMILY_RECIPES.get((family, args.task), {})
-    if args.schedule:
-        defaults["epochs"] = SCHEDULES[args.schedule][0]
-    defaults |= preset
-    defaults |= {k: v for k, v in saved.items() if k in defaults}
-    if args.iters or args.epochs:                                           # a length that is given replaces the recipe's
-        defaults |= dict(iters=None, epochs=None)
-    for name, value in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    if args.drop_path is None and family not in ("secvit", "sec"):          # these repeat the rates of classification
-        args.drop_path = 0.3 if args.task == "upernet" or args.backbone in ("stvit_b", "stvit_l") else 0.1
+    typed.task = typed.task or saved.get("task") or FLAGS["task"].default
+    typed.data = typed.data or saved.get("data")
+    typed.backbone = typed.backbone or saved.get("backbone") or default_backbone(typed.data)
+    check_names(typed, saved)
+    if typed.resume and typed.boxes is None:
+        typed.boxes = saved.get("boxes")
+
+    family = typed.backbone.split("_")[0]
+    overrides = [OVERRIDES[typed.task], OVERRIDES.get(f"{family} {typed.task}", {})]
+    if typed.schedule:
+        overrides.append(dict(epochs=SCHEDULES[typed.schedule][0]))
+    if not typed.data:
+        overrides += [OVERRIDES["drawn scenes"], OVERRIDES[f"drawn {typed.task}"]]
+    if typed.iters or typed.epochs:  # a typed length replaces the recipe's and the checkpoint's
+        overrides.append(dict(iters=None, epochs=None))
+        saved = {name: v for name, v in saved.items() if name not in ("iters", "epochs")}
+    args = train_imagenet.fill_defaults(typed, FLAGS, overrides, saved)
+    train_imagenet.resolve_run(args, saved, f"runs/{args.task}_{args.backbone}")
+    resolve_model(args, family)
+    if not (args.eval or args.predict or args.score):
+        resolve_batch(args)
+    return args, checkpoint
+
+
+def open_checkpoint(typed):
+    """The checkpoint that --eval, --predict or --resume continue from, or None.
+
+    Raises: InputError for commands that exclude each other, and for a file of another kind.
+    """
+    if sum(map(bool, (typed.eval, typed.predict, typed.score, typed.resume))) > 1:
+        raise InputError("--eval, --predict, --score and --resume are mutually exclusive")
+    if typed.eval or typed.predict:
+        if not typed.weights:
+            raise InputError(f"--{'eval' if typed.eval else 'predict'} needs --weights FILE")
+        checkpoint = train_imagenet.read_checkpoint(typed.weights)
+        if not train_imagenet.is_checkpoint(checkpoint, "task"):
+            raise InputError(f"{typed.weights} is no checkpoint of this script")
+        return checkpoint
+    if typed.weights:
+        raise InputError("--weights is for --eval and --predict; training starts from "
+                         "--backbone-weights or continues with --resume")
+    if not typed.resume:
+        return None
+    task = typed.task or FLAGS["task"].default
+    backbone = typed.backbone or default_backbone(typed.data)
+    output = typed.output or f"runs/{task}_{backbone}"
+    return train_imagenet.find_checkpoint(typed.resume, output, "task")
+
+
+def default_backbone(data):
+    return FLAGS["backbone"].default if data else OVERRIDES["drawn scenes"]["backbone"]
+
+
+def check_names(typed, saved):
+    """Raise InputError for an unknown task or backbone, or flags of another task or checkpoint."""
+    if typed.task not in TASKS:
+        raise InputError(f"unknown --task {typed.task!r}, expected one of {', '.join(TASKS)}")
+    if typed.backbone not in MODELS:
+        raise InputError(f"unknown --backbone {typed.backbone!r}, expected one of "
+                         f"{', '.join(MODELS)}")
+    for flag, tasks in TASK_FLAGS.items():
+        if typed.task not in tasks and getattr(typed, flag) is not None:
+            raise InputError(f"--{flag.replace('_', '-')} is for {' and '.join(tasks)}, "
+                             f"not for {typed.task}")
+    for flag in ("task", "backbone", "schedule", "keypoints"):
+        given = getattr(typed, flag)
+        if saved and given not in (None, saved[flag]):
+            raise InputError(f"the checkpoint holds {saved[flag]}, but --{flag} is {given}")
+    if typed.iters and typed.epochs:
+        raise InputError("--iters and --epochs are mutually exclusive")
+
+
+def resolve_model(args, family):
+    """Fill the flags that depend on the backbone, in place. Raises: InputError."""
+    if args.drop_path is None and family not in ("secvit", "sec"):  # theirs are classification's
+        large = args.task == "upernet" or args.backbone in ("stvit_b", "stvit_l")
+        args.drop_path = 0.3 if large else 0.1
     if args.frozen_bn is None:
         args.frozen_bn = bool(args.backbone_weights)
-    if args.sync_bn is None:
-        args.sync_bn = args.task in ("semfpn", "upernet", "cascade_mask_rcnn")
     if args.released and family != "secvit":
         raise InputError(f"--released is a variant of SecViT, not of {args.backbone}")
     if args.task == "pose" and args.img_size % 128:
-        raise InputError(f"--img-size {args.img_size}: pose needs a multiple of 128, so that 3/4 of it, the width, is one of 32")
-    if args.workers is None:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = min(10, cores) if args.data else 0
+        raise InputError(f"--img-size {args.img_size}: pose needs a multiple of 128, so that 3/4 "
+                         "of it, the width, is one of 32")
 
 
-def rate_at(step, args, total):
-    """Learning rate of update `step` of `total`: polynomial decay (segmentation) or steps (others), after a linear warm-up."""
+def resolve_batch(args):
+    """Fill --micro-batch, in place. Raises: InputError if UPerNet cannot be trained with it."""
+    max_micro_batch = 16
+    if args.task == "pose":
+        max_micro_batch = 64
+    elif args.task in DETECTION and args.data:
+        max_micro_batch = 2  # the papers' losses are means over two images
+    args.micro_batch = train_imagenet.choose_micro_batch(args, max_micro_batch)
+    if args.task != "upernet":
+        return
+    cuda = torch.cuda.is_available()
+    shared_bn = args.sync_bn and cuda and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if args.micro_batch == 1 and not shared_bn:
+        raise InputError("--micro-batch 1 leaves batch norm a single value per channel of "
+                         "UPerNet's coarsest pool; use 2 or more")
+    if args.deterministic and cuda:
+        raise InputError("--deterministic: UPerNet's adaptive pooling has no deterministic "
+                         "gradient on a GPU")
+
+
+# ------------------------------------------------------------------------------------------- shared
+IGNORED = 255  # label of pixels that are not evaluated
+
+
+class DenseTask:
+    """What the tasks share. Each one adds:
+
+    metric: name of the metric that picks best.pt, larger is better
+    open_split(folder, split) -> source, with __len__, name(index), read(index) and classes
+    augment(raw, rng) -> training sample, of what source.read(index) returns
+    collate(samples) -> tuple of tensors; losses(net, batch) -> {name: scalar}
+    predict(model, image) -> prediction; overlay(image, prediction, classes) -> image
+    record(model, source, sample) -> what the metrics need of one image
+    summarize(source, records) -> {metric: value}; score_results(source, path) -> the same
+    """
+
+    train_mode = True  # what the loop calls model.train() with
+    test_batch = 1     # evaluation goes image by image, since their sizes differ
+    decimals = 3
+
+    def __init__(self, args, device):
+        self.args = args
+        self.device = device
+        self.identity = {"task": args.task, "backbone": args.backbone}
+
+    def open_data(self, procs, *splits):
+        """The splits ("train", "val") of --data, or of scenes drawn beside --output."""
+        folder = self.args.data
+        if folder is None:
+            folder = Path(self.args.output).parent / "scenes"
+            if procs.rank == 0:
+                print(f"no --data given: scenes drawn here are in {folder}", file=sys.stderr)
+                write_scenes(folder)
+            procs.wait()
+        sources = [self.open_split(folder, split) for split in splits]
+        require_images(sources[-1])
+        return sources
+
+    def sampler(self, source, **schedule):
+        return StepSampler(images=len(source), repeats=1, **schedule)
+
+    def train_sample(self, source, index, rng):
+        return self.augment(source.read(index), rng)
+
+    def test_sample(self, source, index, _rng):
+        return index, source.read(index)
+
+    def collate_test(self, samples):
+        return samples[0]
+
+    def build_model(self, classes):
+        """The model that the flags name, for these class names."""
+        args = self.args
+        options = {}
+        if args.rois:
+            options["samples"] = args.rois
+        if args.box_head:
+            options["box_head"] = args.box_head
+        overrides = {}
+        if args.drop_path is not None:
+            overrides["drop_path_rate"] = args.drop_path
+        if args.released:
+            overrides["released"] = True
+        return build_model(args.task, args.backbone, len(classes), frozen_bn=args.frozen_bn,
+                           options=options, **overrides)
+
+    def load_pretrained(self, model):
+        """Load --backbone-weights, if given. Returns: one line that says so, or None."""
+        if not self.args.backbone_weights:
+            return None
+        unused = load_backbone(model.backbone, self.args)
+        return f"{self.args.backbone_weights}: loaded, without {' and '.join(unused)}"
+
+    def param_groups(self, model):
+        return decay_groups(model, self.args.weight_decay, norms=self.args.task == "pose")
+
+    def total_updates(self, per_epoch):
+        return self.args.iters or self.args.epochs * per_epoch
+
+    def eval_every(self, per_epoch, total):
+        default = per_epoch if self.args.epochs else -(-total // 10)
+        return self.args.eval_every or default
+
+    def lr_at(self, step, total, _per_epoch):
+        return lr_at(step, self.args, total)
+
+
+def lr_at(step, args, total):
+    """Learning rate of update `step` of `total`: linear warm-up, then polynomial decay or steps.
+
+    Segmentation decays by a polynomial; a schedule divides the rate by ten after some epochs.
+    """
     if args.schedule:
         epochs, falls = SCHEDULES[args.schedule]
         rate = args.lr * 0.1 ** sum(step >= total * epoch / epochs for epoch in falls)
         start = 1e-3
     else:
-        power, start = (0.9, 1e-6) if args.task == "semfpn" else (1.0, 1e-6)
+        power = 0.9 if args.task == "semfpn" else 1.0
         rate = (args.lr - args.min_lr) * (1 - step / total) ** power + args.min_lr
-    return rate * (1 - (1 - step / args.warmup_iters) * (1 - start)) if step < args.warmup_iters else rate
+        start = 1e-6
+    if step >= args.warmup_iters:
+        return rate
+    return rate * (1 - (1 - step / args.warmup_iters) * (1 - start))
 
 
 def decay_groups(model, weight_decay, norms=False):
-    """AdamW groups: with Swin's settings (decay from 0.01 on) norms are exempt unless `norms`, with PVT's nothing is."""
-    named = list(model.named_parameters())
-    exempt = [p for name, p in named if weight_decay >= 0.01 and not norms and "norm" in name]
-    ids = {id(p) for p in exempt}
-    return [dict(params=[p for _, p in named if id(p) not in ids], weight_decay=weight_decay), dict(params=exempt, weight_decay=0.0)]
+    """AdamW groups. With Swin's decay (0.01 or more) norms are exempt unless `norms` is set."""
+    decayed = []
+    exempt = []
+    for name, p in model.named_parameters():
+        keep = norms or weight_decay < 0.01 or "norm" not in name
+        (decayed if keep else exempt).append(p)
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=exempt, weight_decay=0.0)]
 
 
-# -------------------------------------------------------------------------------------------------------------- scenes
-SHAPES = ("disc", "square", "triangle", "cross", "ring")
-SCENE_CLASSES = ("background", *SHAPES, "person")  # values 1 to 7 of a label PNG; 0 is "other"
-SCENE_CATEGORIES = dict(zip(("person", *SHAPES), (1, 3, 4, 7, 9, 10)))  # ids with gaps, as COCO's
-SCENE_VERSION = 2  # scenes drawn by another version are drawn anew
-PARTS = {"body": slice(0, 17), "foot": slice(17, 23), "face": slice(23, 91), "lefthand": slice(91, 112), "righthand": slice(112, 133)}
+def build_model(task, backbone, num_classes, *, frozen_bn=True, options=None, **overrides):
+    """The model of a task around a backbone named as in train_imagenet.py.
 
-
-def arc(corners, centre, radii, sweep):
-    """(corners, 2) points of an ellipse from its left end on; a positive sweep, in radians, passes the top first (y points down)."""
-    angle = np.pi + np.linspace(0, sweep, corners, endpoint=abs(sweep) < 2 * np.pi)
-    return np.array(centre) + np.array(radii) * np.stack([np.cos(angle), np.sin(angle)], 1)
-
-
-def rotation(angle):
-    """For row vectors times matrix: positive turns x towards y."""
-    return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-
-
-def shape_outline(kind):
-    """Rings of a shape in units of its radius; a ring inside another one is a hole."""
-    circle, (a, b) = arc(32, (0, 0), (1, 1), 2 * np.pi), (0.95, 0.28)
-    cross = [(b, a), (b, b), (a, b), (a, -b), (b, -b), (b, -a), (-b, -a), (-b, -b), (-a, -b), (-a, b), (-b, b), (-b, a)]
-    return {"disc": [circle], "ring": [circle, circle / 2], "square": [circle[::8]], "cross": [np.array(cross)],
-            "triangle": [arc(3, (0, 0), (1, 1), 2 * np.pi)]}[kind]
-
-
-def inside(rings, width, height):
-    """(height, width) bool: pixels whose centre is within the rings by the even-odd rule; pixel (i, j) spans x from j to j + 1."""
-    x, y, mask = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5, np.zeros((height, width), bool)
-    for ring in rings:
-        for (xa, ya), (xb, yb) in zip(ring, np.roll(ring, -1, axis=0)):
-            if ya != yb:  # a level edge has no row of centres on two sides
-                mask ^= ((ya <= y) != (yb <= y)) & (x < xa + (y - ya) * ((xb - xa) / (yb - ya)))
-    return mask
-
-
-def texture(rng, kind, width, height):
-    """The pattern of a kind of shape in two random colours, (height, width, 3): dots, stripes, checks, a grid, nothing."""
-    xy = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1) @ rotation(rng.uniform(0, 2 * np.pi))
-    u, v = np.moveaxis(np.sin(2 * np.pi / rng.uniform(7, 11) * xy + rng.uniform(0, 2 * np.pi, 2)), -1, 0)
-    lit = {"disc": (u > 0) & (v > 0), "square": u > 0, "triangle": (u > 0) ^ (v > 0), "cross": (u > 0) | (v > 0), "ring": u < 2}[kind]
-    return np.where(lit[..., None], 255 - rng.uniform(0, 80, 3), rng.uniform(0, 110, 3))
-
-
-def clutter(rng, width, height):
-    """Background (height, width, 3): lines, and blobs smaller than any shape."""
-    image = Image.new("RGB", (width, height), tuple(rng.integers(0, 256, 3)))
-    draw = ImageDraw.Draw(image)
-    for _ in range(14):
-        (x, y, u, v), (w, h) = rng.integers(0, (width, height, width, height)).tolist(), rng.integers(2, 12, 2).tolist()
-        colour = tuple(rng.integers(0, 256, 3))
-        draw.line((x, y, u, v), colour, 2) if rng.random() < 0.5 else draw.rectangle((x, y, x + w, y + h), colour)
-    return np.array(image, np.float64)
-
-
-def draw_shape(rng, kind, width, height):
-    """Mask, texture and outline of a shape, which may stick out of the image."""
-    radius = rng.uniform(12, 32)
-    centre = rng.uniform(0.5 * radius, np.array([width, height]) - 0.5 * radius)
-    turn = radius * rotation(rng.uniform(0, 2 * np.pi))
-    outline = [np.round(ring @ turn + centre, 2) for ring in shape_outline(kind)]  # the mask is of what the file will say
-    return inside(outline, width, height), texture(rng, kind, width, height), outline
-
-
-def draw_swarm(rng, width, height):
-    """Many small discs, too many to annotate one by one; no outline."""
-    centre, mask = rng.uniform(35, (width - 35, height - 35)), np.zeros((height, width), bool)
-    for _ in range(rng.integers(16, 28)):
-        mask |= inside([arc(16, centre + rng.uniform(-28, 28, 2), [rng.uniform(3, 5)] * 2, 2 * np.pi)], width, height)
-    return mask, texture(rng, "disc", width, height), []
-
-
-def face_points():
-    """The usual 68 points in units of the head, whose lower half is a half circle; each group starts at the picture's left."""
-    eyes = [arc(6, (x, -0.1), (0.2, 0.13), 2 * np.pi) for x in (-0.42, 0.42)]
-    brows = [arc(5, (x, -0.35), (0.26, 0.12), np.pi) for x in (-0.42, 0.42)]
-    nose = [[(0, y) for y in (-0.1, 0.03, 0.16, 0.3)], arc(5, (0, 0.35), (0.17, 0.07), -np.pi)]
-    mouth = [arc(n, (0, 0.63), radii, 2 * np.pi) for n, radii in ((12, (0.4, 0.17)), (8, (0.26, 0.06)))]
-    return np.concatenate([arc(17, (0, 0), (1, 1), -np.pi), *brows, *nose, *eyes, *mouth])
-
-
-def half_person(rng, side):
-    """Arm and leg (6, 2), foot (3, 2) and hand (21, 2) in a random pose, from the hips' middle in units of the body height.
-    Side 1 is the person's left, at the picture's right; side -1 is its mirror image. Angle 0 hangs down, positive turns outwards."""
-    def chain(start, lengths, *angles):
-        return start + np.cumsum(np.array(lengths)[:, None] * np.stack([np.sin(angles), np.cos(angles)], 1), axis=0)
-
-    upper, lower, bend, thigh, knee = rng.uniform((0.25, -0.9, -0.4, -0.05, -0.5), (2.4, 0.9, 0.4, 0.5, 0.1))
-    shoulder, hip = np.array([0.115, -0.28]), np.array([0.065, 0])
-    arm = chain(shoulder, (0.16, 0.14), upper, upper + lower)
-    leg = chain(hip, (0.19, 0.19), thigh, thigh + knee)
-    foot = leg[1] + [(0.045, 0.055), (0.085, 0.035), (-0.01, 0.045)]  # big toe, small toe, heel
-    rays = upper + lower + bend + rng.uniform(0.85, 1.15) * np.array([1.15, 0.45, 0.05, -0.35, -0.75])  # thumb, ..., little finger
-    bones = ((0.03, 0.02, 0.02, 0.015), *[(0.055, 0.025, 0.02, 0.02)] * 3, (0.05, 0.02, 0.015, 0.015))
-    hand = np.concatenate([arm[1:], *(chain(arm[1], row, *[ray] * 4) for row, ray in zip(bones, rays))])  # its root is the wrist
-    return [part * (side, 1) for part in (np.concatenate([[shoulder], arm, [hip], leg]), foot, hand)]
-
-
-def person_points(rng, width, height):
-    """The 133 keypoints (x, y) of a figure that faces the viewer, in whole pixels, not all within the image, and its height."""
-    face, (left, right) = face_points(), (half_person(rng, side) for side in (1, -1))
-    front = [face[30], face[42:48].mean(0), face[36:42].mean(0), (1.05, 0), (-1.05, 0)]  # nose, eyes, ears
-    head = np.concatenate([front, face]) * (0.1, 0.125) @ rotation(rng.uniform(-0.3, 0.3)) - (0, 0.43)
-    limbs = np.stack([left[0], right[0]], 1).reshape(-1, 2)  # left, right, left, ...
-    points = np.concatenate([head[:5], limbs, left[1], right[1], head[5:], left[2], right[2]])
-    size = rng.uniform(60, 100)
-    hips = rng.uniform((0.2 * width, 0.5 * size), (0.8 * width, height - 0.4 * size))
-    return np.round(size * points @ rotation(rng.uniform(-0.3, 0.3)) + hips).astype(int), size
-
-
-def draw_figure(points, size, colours, width, height):
-    """Mask (height, width) and colours (height, width, 3) of a figure, drawn from nothing but its keypoints."""
-    image = Image.new("L", (width, height))  # holds 1 + the index into `colours`
-    draw, (hair, skin, shirt, trousers, shoes, eyes, nose, mouth) = ImageDraw.Draw(image), range(1, 9)
-
-    def fill(corners, part):
-        draw.polygon([tuple(corner) for corner in np.round(corners).astype(int).tolist()], part)
-
-    def stroke(indices, part, thickness):
-        path, thick = [tuple(point) for point in points[list(indices)].tolist()], max(1, round(thickness * size))
-        draw.line(path, part, thick)
-        draw.point(path, part)  # which a line two pixels thick may leave out
-        r = (thick - 1) // 2
-        for x, y in path:  # round joints and ends
-            draw.ellipse((x - r, y - r, x + r, y + r), part)
-
-    def skull(reach):  # upper half of the ellipse that the face's contour begins
-        centre = (points[23] + points[39]) / 2
-        return centre + arc(9, (0, 0), (1, reach), np.pi) @ [points[39] - centre, points[31] - centre]
-
-    for hip, heel in ((11, 19), (12, 22)):
-        stroke((hip, hip + 2, hip + 4), trousers, 0.07)
-        stroke((hip + 4, heel, heel - 2, heel - 1, heel), shoes, 0.03)
-    fill(points[[5, 31, 6, 12, 11]], shirt)  # shoulders, chin, hips
-    stroke((3, 4), skin, 0.04)  # from ear to ear
-    fill(np.concatenate([points[23:40], skull(1)[::-1]]), skin)
-    fill(np.concatenate([skull(1.1), skull(0.65)[::-1]]), hair)
-    for first, last, part in ((40, 45, hair), (45, 50, hair), (50, 54, nose), (54, 59, nose)):
-        stroke(range(first, last), part, 0.01)
-    for first, last, part in ((59, 65, eyes), (65, 71, eyes), (71, 83, mouth)):
-        fill(points[first:last], part)
-    for shoulder, root in ((5, 91), (6, 112)):
-        stroke((shoulder + 2, shoulder + 4), skin, 0.05)
-        stroke((shoulder, shoulder + 2), shirt, 0.06)
-        for finger in range(root + 1, root + 21, 4):
-            stroke((root, *range(finger, finger + 4)), skin, 0.018)
-    parts = np.array(image)
-    return parts > 0, colours[parts - (parts > 0)]
-
-
-def draw_person(rng, width, height):
-    """Mask, colours and keypoints of a person."""
-    points, size = person_points(rng, width, height)
-    skin = np.array([255, 215, 180]) * rng.uniform(0.45, 1) + rng.uniform(-15, 15, 3)
-    colours = np.stack([rng.uniform(0, 130, 3), skin, *rng.uniform(0, 255, (3, 3)), np.full(3, 20), 0.7 * skin, [190, 20, 40]])
-    return *draw_figure(points, size, colours, width, height), points
-
-
-def draw_scene(rng, empty, crowd):
-    """Picture (H, W, 3) uint8, owner (H, W) of each pixel (0 none, n the n-th thing), things (kind, mask, outline or keypoints)."""
-    width, height = (rng.integers(s - 16, s + 17).item() for s in (160, 128))
-    picture, owner, things = clutter(rng, width, height), np.zeros((height, width), int), []
-    kinds = [*rng.choice(SHAPES, rng.integers(2, 7)).tolist(), *["person"] * rng.integers(0, 3), *["swarm"] * crowd]
-    for kind in [] if empty else rng.permutation(kinds).tolist():  # later ones cover earlier ones
-        draw = {"person": draw_person, "swarm": draw_swarm}.get(kind, partial(draw_shape, kind=kind))
-        mask, pixels, known = draw(rng, width=width, height=height)
-        things.append((kind, mask, known))
-        picture, owner = np.where(mask[..., None], pixels, picture), np.where(mask, len(things), owner)
-    return (picture + rng.normal(0, 8, picture.shape)).clip(0, 255).astype(np.uint8), owner, things
-
-
-def segmentation(outline, mask, visible):
-    """A polygon if that says all (nothing is hidden, no hole, all in the image), else run lengths of the visible pixels."""
-    corners = outline[0] if len(outline) == 1 else np.array([[-1, -1]])
-    if (corners >= 0).all() and (corners <= visible.shape[::-1]).all() and (visible == mask).all():
-        return [corners.ravel().tolist()]
-    return {"size": list(visible.shape), "counts": mask_runs(visible).tolist()}
-
-
-def box_of(x, y):
-    """x, y, w, h around whole pixels; zeros around none."""
-    return [int(v) for v in (x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1)] if len(x) else [0, 0, 0, 0]
-
-
-def keypoint_fields(points, visible, box):
-    """Whole-body fields of a person. A hidden point far from all that is seen is not labelled: nobody could guess it."""
-    size, low, (w, h), margin = visible.shape[::-1], np.array(box[:2]), box[2:], 0.1 * max(box[2:])
-    near = ((points >= 0) & (points < size) & (points >= low - margin) & (points < low + (w, h) + margin)).all(1)
-    seen = visible[tuple(points.clip(0, np.array(size) - 1).T[::-1])]
-    table = np.column_stack([points, 1 + seen]) * near[:, None]  # (133, 3), zeros where not labelled
-    fields = {"keypoints": table[PARTS["body"]].ravel().tolist(), "num_keypoints": int(near[PARTS["body"]].sum())}
-    for name in ("foot", "face", "lefthand", "righthand"):
-        part, valid = points[PARTS[name]], near[PARTS[name]]
-        fields |= {f"{name}_kpts": table[PARTS[name]].ravel().tolist(), f"{name}_valid": bool(valid.any())}
-        fields |= {} if name == "foot" else {f"{name}_box": box_of(*part[valid].T)}  # there is no foot_box
-    return fields
-
-
-def annotate(owner, things, least=30):
-    """Label map (H, W) uint8, COCO annotations, keypoints of the persons; what shows less than `least` pixels is unlabelled in all."""
-    labels, found, people = np.zeros(owner.shape, np.uint8), [], []
-    labels[2:-2, 2:-2] = owner[2:-2, 2:-2] == 0  # background, but for a thin frame that is nothing
-    for place, (kind, mask, known) in enumerate(things, 1):
-        visible, crowd, name = owner == place, kind == "swarm", "disc" if kind == "swarm" else kind
-        if visible.sum() < least:
-            continue
-        labels[visible] = 1 + SCENE_CLASSES.index(name)
-        box = box_of(*np.nonzero(visible)[::-1])
-        found.append({"category_id": SCENE_CATEGORIES[name], "bbox": box, "area": int(visible.sum()), "iscrowd": int(crowd),
-                      "segmentation": segmentation([] if kind == "person" else known, mask, visible)})
-        people.append(keypoint_fields(known, visible, box) if kind == "person" else None)
-    return labels, found, people
-
-
-def write_split(root, split, seed, count):
-    """Split "train" or "val" in both layouts; every 20th scene is empty, every 8th has a crowd."""
-    ade, coco = {"train": "training", "val": "validation"}[split], f"{split}2017"
-    for folder in (f"images/{ade}", f"annotations/{ade}", coco):
-        (root / folder).mkdir(parents=True)
-    images, objects, people = [], [], []
-    for index in range(count):
-        picture, owner, things = draw_scene(np.random.default_rng((seed, split == "val", index)), index % 20 == 6, index % 8 == 3)
-        labels, found, keypoints = annotate(owner, things)
-        name, ade_name = f"{index + 1:012}.jpg", f"ADE_{split}_{index + 1:08}"
-        Image.fromarray(picture).save(root / coco / name, quality=90)
-        shutil.copyfile(root / coco / name, root / "images" / ade / f"{ade_name}.jpg")
-        Image.fromarray(labels).save(root / "annotations" / ade / f"{ade_name}.png")
-        images.append({"id": index + 1, "file_name": name, "width": labels.shape[1], "height": labels.shape[0]})
-        objects += [{"id": len(objects) + k, "image_id": index + 1, **entry} for k, entry in enumerate(found, 1)]
-        people += [{**entry, **fields} for entry, fields in zip(objects[len(objects) - len(found):], keypoints) if fields]
-    kinds = [{"id": i, "name": name} for name, i in SCENE_CATEGORIES.items()]
-    for file, entries, categories in (("instances_{}2017", objects, kinds), ("coco_wholebody_{}_v1.0", people, kinds[:1])):
-        text = json.dumps({"images": images, "annotations": entries, "categories": categories})
-        (root / "annotations" / f"{file.format(split)}.json").write_text(text)
-
-
-def write_scenes(folder, images=(400, 80), seed=0):
-    """Draw scenes of shapes and people, write them in the layouts of ADE20K and COCO, unless they are there already.
-
-    They get their name only when complete, so a killed run leaves no half data set.
+    options: arguments of the task's own class, such as {"box_head": "2fc"}; `overrides` go to the
+    backbone's factory.
     """
-    folder, drawn = Path(folder), {"version": SCENE_VERSION, "images": list(images), "seed": seed}
-    record = folder / "scenes.json"
-    if record.exists() and json.loads(record.read_text()) == drawn:
-        return
-    if folder.exists() and not record.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} holds something else than drawn scenes: name another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as workplace:
-        new = Path(workplace) / "new"
-        for split, count in zip(("train", "val"), images):
-            write_split(new, split, seed, count)
-        (new / "objectInfo.txt").write_text("\n".join(["Idx\tName", *(f"{i}\t{name}" for i, name in enumerate(SCENE_CLASSES, 1))]))
-        (new / record.name).write_text(json.dumps(drawn))
-        if folder.exists():  # other scenes: they go with the workplace
-            os.rename(folder, Path(workplace) / "old")
-        os.rename(new, folder)
+    architecture, levels = ARCHITECTURES[task]
+    trunk = Backbone(backbone, levels, frozen_bn, **overrides)
+    return architecture(trunk, num_classes, **(options or {}))
 
 
-# ------------------------------------------------------------------------------------------------------ the human body
-PERSON = 1  # COCO's category
-FIELDS = {part: "keypoints" if part == "body" else f"{part}_kpts" for part in PARTS}
-BODY_SIGMAS = (0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089)
-FOOT_SIGMAS = (0.068, 0.066, 0.066, 0.092, 0.094, 0.094)
-FACE_SIGMAS = (
-    0.042, 0.043, 0.044, 0.043, 0.040, 0.035, 0.031, 0.025, 0.020, 0.023, 0.029, 0.032, 0.037, 0.038, 0.043, 0.041, 0.045,     # contour
-    0.013, 0.012, 0.011, 0.011, 0.012, 0.012, 0.011, 0.011, 0.013, 0.015, 0.009, 0.007, 0.007, 0.007, 0.012, 0.009, 0.008, 0.016, 0.010,
-    0.017, 0.011, 0.009, 0.011, 0.009, 0.007, 0.013, 0.008, 0.011, 0.012, 0.010, 0.034, 0.008, 0.008, 0.009, 0.008, 0.008, 0.007, 0.010,
-    0.008, 0.009, 0.009, 0.009, 0.007, 0.007, 0.008, 0.011, 0.008, 0.008, 0.008, 0.010, 0.008)
-HAND_SIGMAS = (0.029, 0.022, 0.035, 0.037, 0.047, 0.026, 0.025, 0.024, 0.035, 0.018, 0.024, 0.022, 0.026, 0.017, 0.021, 0.021, 0.032,
-               0.020, 0.019, 0.022, 0.031)
-SIGMAS = np.array([*BODY_SIGMAS, *FOOT_SIGMAS, *FACE_SIGMAS, *HAND_SIGMAS, *HAND_SIGMAS])   # (133,), of COCO-WholeBody
-LINES = [(15, 13, 11, 5, 7, 9), (16, 14, 12, 6, 8, 10), (11, 12), (5, 6), (3, 1, 0, 2, 4), (17, 15, 18), (15, 19), (20, 16, 21), (16, 22),
-         *((root, *range(finger, finger + 4)) for root in (91, 112) for finger in range(root + 1, root + 21, 4))]   # drawn through points
+def load_backbone(backbone, args):
+    """Load --backbone-weights, averaged ones if the file has them, into a `Backbone`.
 
-
-def mirror_order():
-    """(133,): the point that each one becomes in a mirror; the first 17 are a permutation of their own."""
-    order = np.arange(133)
-    order[1:17] += np.tile((1, -1), 8)                                                  # left, right, left, ...
-    order[17:23] += np.repeat((3, -3), 3)
-    for first, end in ((23, 40), (40, 50), (54, 59), (71, 78), (78, 83), (83, 88), (88, 91)):               # lines across the face
-        order[first:end] = order[first:end][::-1]
-    order[59:71] = (68, 67, 66, 65, 70, 69, 62, 61, 60, 59, 64, 63)                     # eyes
-    order[91:133] += np.repeat((21, -21), 21)
-    return order
-
-
-FLIP = mirror_order()
-
-
-# -------------------------------------------------------------------------------------------- data sets and transforms
-class Ade20k:
-    """Images and label maps of folder/images/SPLIT and folder/annotations/SPLIT (ADE20K's layout), in order of name.
-
-    Labels in the PNGs: 0 is not evaluated, 1 to K are the classes. `names` come from objectInfo*.txt, else K is 150 and they are numbers.
-    Raises: InputError for missing folders or files.
+    Returns: what the file holds and a backbone does not need. Raises: InputError if the weights
+    are another model's.
     """
+    whole = MODELS[args.backbone](**({"released": True} if args.released else {}))
+    state = train_imagenet.read_checkpoint(args.backbone_weights)
+    train_imagenet.load_weights(whole, state, "ema" if state.get("ema") else "model")
+    weights = whole.state_dict()
+    needed = backbone.net.state_dict().keys()
+    backbone.net.load_state_dict({name: weights[name] for name in needed})
+    return sorted({name.split(".")[0] for name in weights.keys() - needed})
 
-    def __init__(self, folder, split):
-        split = {"train": "training", "val": "validation"}[split]
-        images, self.labels = Path(folder) / "images" / split, Path(folder) / "annotations" / split
-        for part in (images, self.labels):
-            if not part.is_dir():
-                raise InputError(f"{part} is not a folder; expected DIR/images/{{training,validation}} and DIR/annotations/...")
-        Image.init()
-        self.files = sorted(file for file in images.iterdir() if file.suffix.lower() in Image.EXTENSION)
-        if not self.files:
-            raise InputError(f"{images} holds no image")
-        missing = [file.name for file in self.files if not (self.labels / f"{file.stem}.png").is_file()]
-        if missing:
-            raise InputError(f"{self.labels} lacks the label map of {missing[0]}" + f" and {len(missing) - 1} others" * (len(missing) > 1))
-        info = sorted(Path(folder).glob("objectInfo*.txt"))
-        rows = [line.split("\t") for line in info[0].read_text().splitlines()[1:] if line] if info else []
-        self.names = [row[-1].split(",")[0].strip() for row in rows] or [str(i) for i in range(1, 151)]
-        if len(self.names) > 254:
-            raise InputError(f"{info[0]} names {len(self.names)} classes, label maps of 8 bits hold at most 254")
 
-    def __len__(self):
-        return len(self.files)
+def require_images(source):
+    """Raise InputError now, not at the first evaluation, if an image of `source` is missing."""
+    for index in range(len(source)):
+        if not os.path.isfile(source.name(index)):
+            raise InputError(f"validation image {source.name(index)} is missing")
 
-    def name(self, index):
-        return str(self.files[index])
 
-    def read(self, index):
-        """RGB image and its label map."""
-        with Image.open(self.files[index]) as image:
-            image = image.convert("RGB")
-        labels = self.truth(index)
-        if labels.shape != (image.height, image.width):
-            raise InputError(f"{self.files[index]} is {image.width} x {image.height}, its label map {labels.shape[1]} x {labels.shape[0]}")
-        return image, labels
-
-    def truth(self, index):
-        return self.read_labels(self.labels / f"{self.files[index].stem}.png")
-
-    def read_labels(self, path):
-        """A label PNG as uint8 (H, W): classes 0 to K - 1, 255 not evaluated."""
-        try:
-            with Image.open(path) as labels:
-                labels = np.array(labels)
-        except (OSError, ValueError, SyntaxError) as error:                             # SyntaxError: Pillow on broken files
-            raise InputError(f"{path}: {error}") from None
-        if labels.ndim != 2 or labels.dtype != np.uint8:
-            raise InputError(f"{path}: expected a label map of 8 bits")
-        if (labels[labels != IGNORED] > len(self.names)).any():
-            raise InputError(f"{path}: label {labels[labels != IGNORED].max()} out of range, there are {len(self.names)} classes")
-        return np.where(labels == IGNORED, IGNORED, labels - 1)     # 0 wraps to 255
-
-
-class Coco:
-    """Images of folder/SPLIT2017 with the objects of folder/annotations/instances_SPLIT2017.json (COCO's layout).
-
-    Training keeps what mmdetection keeps: boxes of at least 1 x 1 pixels that overlap the image, no crowds, images
-    with annotations and sides of at least 32; with `masks` also their segmentations. Testing keeps all images; `annotations` holds the
-    file's own. Raises: InputError for a file that is no such annotation file, with the offending id.
-    """
-
-    def __init__(self, folder, split, masks=False):
-        self.folder, path = Path(folder) / f"{split}2017", Path(folder) / "annotations" / f"instances_{split}2017.json"
-        data = read_annotations(path)
-        self.categories = sorted(category["id"] for category in data["categories"])
-        names = {category["id"]: category["name"] for category in data["categories"]}
-        self.names = [names[i] for i in self.categories]
-        label = {category: i for i, category in enumerate(self.categories)}
-        images = {image["id"]: image for image in data["images"]}
-        annotations = {i: [] for i in images}
-        for annotation in data["annotations"]:
-            annotations[annotation["image_id"]].append(annotation)
-        self.annotations = annotations if split == "val" else {}            # a gigabyte in COCO's training file
-        if not self.folder.is_dir():
-            raise InputError(f"{self.folder} is not a folder; expected DIR/{{train,val}}2017 and DIR/annotations/*.json")
-        self.path, self.masks, entries = path, masks and split == "train", []
-        for i in sorted(images):
-            W, H = images[i]["width"], images[i]["height"]
-            if split == "train" and (not annotations[i] or min(W, H) < 32):
-                continue
-            entry = dict(image=images[i], boxes=[], labels=[], objects=[])
-            for annotation in annotations[i]:
-                x, y, w, h = annotation["bbox"]
-                overlap = max(0, min(x + w, W) - max(x, 0)) * max(0, min(y + h, H) - max(y, 0))
-                if overlap > 0 and w >= 1 and h >= 1 and annotation["area"] > 0 and not (annotation["iscrowd"] or annotation.get("ignore")):
-                    entry["boxes"].append((x, y, x + w, y + h))
-                    entry["labels"].append(label[annotation["category_id"]])
-                    entry["objects"].append(annotation if self.masks else None)
-            entries.append(entry)
-        if not entries:
-            raise InputError(f"{path} holds no image" + " with annotations" * (split == "train"))
-        self.entries = Packed(entries)
-        self.wide = np.array([entry["image"]["width"] > entry["image"]["height"] for entry in entries])
-
-    def __len__(self):
-        return len(self.entries)
-
-    def name(self, index):
-        return str(self.folder / self.entries[index]["image"]["file_name"])
-
-    def read(self, index):
-        """RGB image, boxes (G, 4), labels (G,) and, for training with masks, these (G, H, W) bool."""
-        with Image.open(self.name(index)) as image:
-            image = image.convert("RGB")
-        entry = self.entries[index]
-        objects = np.array(entry["boxes"], np.float32).reshape(-1, 4), np.array(entry["labels"], np.int64)
-        if not self.masks:
-            return image, *objects
-        size = dict(entry["image"], height=image.height, width=image.width)
-        masks = np.zeros((len(objects[0]), image.height, image.width), bool)
-        for mask, annotation in zip(masks, entry["objects"]):
-            try:
-                mask[:] = rle_decode(dict(size=mask.shape, counts=segmentation_runs(annotation, size)))
-            except ValueError as error:
-                raise InputError(f"{self.path}: {error}") from None
-        return image, *objects, masks
-
-
-class Packed:
-    """Entries as JSON texts in one array: of lists and dicts every loader process would make a copy by counting references."""
-
-    def __init__(self, entries):
-        texts = [json.dumps(entry).encode() for entry in entries]
-        self.ends, self.text = np.cumsum([0, *map(len, texts)]), np.frombuffer(b"".join(texts), np.uint8)
-
-    def __len__(self):
-        return len(self.ends) - 1
-
-    def __getitem__(self, index):
-        return json.loads(self.text[self.ends[index]:self.ends[index + 1]].tobytes())
-
-
-class Persons:
-    """Persons of folder/SPLIT2017 with their keypoints: COCO-WholeBody's 133, or COCO's 17 (of the same file if there is no other).
-
-    A training sample is a person, a validation sample an image with all its persons: those annotated, or those of the COCO detection
-    file `boxes`. Annotated ones must not be crowds and need an area, a box that is left after clipping, something in the body's
-    values. What training needs is kept in arrays; `annotations` holds the validation file's own.
-    Raises: InputError for a file that is no such annotation file, with the offending id.
-    """
-
-    def __init__(self, folder, split, keypoints, boxes=None):
-        self.folder, files = Path(folder) / f"{split}2017", Path(folder) / "annotations"
-        path = files / f"person_keypoints_{split}2017.json"
-        if keypoints == 133 or not path.is_file():
-            path = files / f"coco_wholebody_{split}_v1.0.json"
-        data = read_annotations(path)
-        if not self.folder.is_dir():
-            raise InputError(f"{self.folder} is not a folder; expected DIR/{{train,val}}2017 and DIR/annotations/*.json")
-        self.names = [f"{part} {i}" for part, own in PARTS.items() for i in range(own.stop - own.start)][:keypoints]
-        images = sorted(data["images"], key=lambda image: image["id"])
-        place = {image["id"]: i for i, image in enumerate(images)}
-        self.annotations = {image["id"]: [] for image in images} if split == "val" else {}
-        rows = []                                                           # image, box with a score, points
-        for annotation in data["annotations"]:
-            if annotation["category_id"] == PERSON:
-                points = read_points(annotation, keypoints, f"{path}: annotation {annotation.get('id')}")
-                if split == "val":
-                    self.annotations[annotation["image_id"]].append(annotation)
-                i, (x, y, w, h) = place[annotation["image_id"]], annotation["bbox"]
-                left, top = max(x, 0), max(y, 0)
-                w, h = min(x + w, images[i]["width"]) - 1 - left, min(y + h, images[i]["height"]) - 1 - top
-                if w > 0 and h > 0 and annotation["area"] > 0 and not annotation["iscrowd"] and points[PARTS["body"]].any():
-                    rows.append((i, (left, top, w, h, 1.0), points.astype(np.float32)))
-        if boxes and split == "val":
-            found, unknown = read_boxes(boxes), np.zeros((keypoints, 3), np.float32)
-            rows = [(place[i], box, unknown) for i, image_boxes in found.items() if i in place for box in image_boxes.tolist()]
-            if not rows:
-                raise InputError(f"{boxes} holds no person in an image of {path}")
-        if not rows:
-            raise InputError(f"{path} holds no person with keypoints")
-        self.ids, self.files = [image["id"] for image in images], np.array([os.fsencode(image["file_name"]) for image in images])
-        owner, self.boxes, self.points = (np.array(column, kind) for column, kind in zip(zip(*rows), (np.int64, np.float64, np.float32)))
-        order = owner.argsort(kind="stable")
-        owner, self.boxes, self.points = owner[order], self.boxes[order], self.points[order]
-        ends = np.searchsorted(owner, np.arange(len(images) + 1))
-        number = np.arange(len(owner))
-        self.samples = np.stack([owner, number, number + 1] if split == "train" else [np.arange(len(images)), ends[:-1], ends[1:]], 1)
-
-    def __len__(self):
-        return len(self.samples)
-
-    def name(self, index):
-        return str(self.folder / os.fsdecode(bytes(self.files[self.samples[index, 0]])))
-
-    def read(self, index):
-        """RGB image, boxes (P, 5) as x, y, w, h, score, points (P, K, 3), all 0 in detections."""
-        _, first, end = self.samples[index]
-        with Image.open(self.name(index)) as image:
-            return image.convert("RGB"), self.boxes[first:end], self.points[first:end]
-
-
-def read_points(entry, keypoints, where):
-    """Points (K, 3) of an annotation or result. Raises: InputError that begins with `where` if they are malformed."""
-    parts = []
-    for part, field in FIELDS.items():
-        values, size = entry.get(field), 3 * (PARTS[part].stop - PARTS[part].start)
-        if not (isinstance(values, list) and len(values) == size and {*map(type, values)} <= {int, float} and np.isfinite(values).all()):
-            raise InputError(f"{where}: {field} must be {size} finite numbers: x, y, v")
-        parts.append(np.array(values, np.float64).reshape(-1, 3))
-        if keypoints == 17:
-            break
-    return np.concatenate(parts)
-
-
-def read_boxes(path):
-    """Persons of a COCO detection file: {image id: (P, 5) x, y, w, h, score}; those without extent are left out."""
-    found = {}
-    for result in read_results(path):
-        if not (is_box(result.get("bbox")) and math.isfinite(float(result["score"]))):
-            raise InputError(f"{path}: image {result['image_id']}: expected a bbox x, y, width, height and a finite score")
-        if result["category_id"] == PERSON and min(result["bbox"][2:]) > 0:
-            found.setdefault(result["image_id"], []).append((*result["bbox"], float(result["score"])))
-    return {image: np.array(boxes, np.float64) for image, boxes in found.items()}
-
-
-def is_box(box):
-    """Whether something read from a file is four finite numbers."""
-    return isinstance(box, list) and len(box) == 4 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in box)
-
-
-@contextmanager
-def reading(path, what):
-    """Raises: InputError that names the file for whatever goes wrong in the block."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except InputError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no {what} ({type(error).__name__}: {error})") from None
-
-
-def read_annotations(path):
-    """A COCO annotation file, checked. Raises: InputError that names the file and the offending id."""
-    with reading(path, "COCO annotation file"):
-        data = json.loads(Path(path).read_text())
-        images, categories = ({int(entry["id"]) for entry in data[key]} for key in ("images", "categories"))
-        for category in data["categories"]:
-            if not isinstance(category["name"], str):
-                raise InputError(f"{path}: category {category['id']} has no name")
-        for image in data["images"]:
-            if not (image["width"] > 0 and image["height"] > 0 and isinstance(image["file_name"], str)):
-                raise InputError(f"{path}: image {image['id']} lacks its size or name")
-        for annotation in data["annotations"]:
-            where = f"{path}: annotation {annotation.get('id')}"
-            if annotation.get("image_id") not in images:
-                raise InputError(f"{where}: unknown image id {annotation.get('image_id')}")
-            if annotation.get("category_id") not in categories:
-                raise InputError(f"{where}: unknown category id {annotation.get('category_id')}")
-            if not is_box(annotation.get("bbox")):
-                raise InputError(f"{where}: bbox {annotation.get('bbox')}, expected x, y, width, height")
-            if not isinstance(annotation.get("area"), (int, float)):
-                raise InputError(f"{where}: no area")
-            annotation.setdefault("iscrowd", 0)
-    return data
-
-
-def read_results(path, images=None, categories=None):
-    """A COCO results file, checked against the sets of known ids if given. Raises: InputError that names file and offending id."""
-    with reading(path, "COCO results file"):
-        results = json.loads(Path(path).read_text())
-        if not isinstance(results, list):
-            raise InputError(f"{path} is no COCO results file: expected a list of results")
-        for result in results:
-            if not {"segmentation", "keypoints"} & result.keys() and not is_box(result["bbox"]):
-                raise InputError(f"{path}: image {result['image_id']}: bbox {result['bbox']}, expected x, y, width, height")
-            if images is not None and result["image_id"] not in images:
-                raise InputError(f"{path}: unknown image id {result['image_id']}")
-            if categories is not None and result["category_id"] not in categories:
-                raise InputError(f"{path}: image {result['image_id']}: unknown category id {result['category_id']}")
-            int(result["image_id"]), int(result["category_id"]), float(result["score"])
-    return results
-
-
-class Samples(train_imagenet.Samples):
-    """Samples by key (epoch, index, copy): (what the transform makes of source.read(index) or None, index, unreadable files)."""
-
-    def prepare(self, raw, index, key):
-        return self.transform(raw, random.Random(repr((train_imagenet.SAMPLE, self.seed, *key)))), index
-
-
-class GroupSampler(StepSampler):
-    """StepSampler whose micro-batches hold either wide or tall images, so that padding them to one size wastes little.
-
-    Each group of an epoch is filled up with its own first images to whole micro-batches, as in mmdetection, and those are shuffled.
-    """
-
-    def __init__(self, *, wide, **schedule):
-        self.wide = wide
-        super().__init__(images=len(wide), **schedule)
-        self.used = sum(-(-int(n) // self.micro) for n in (wide.sum(), (~wide).sum())) * self.micro
-        self.per_epoch = self.used // self.batch
-
-    @property
-    def micro(self):
-        return self.batch // self.count
-
-    def order(self, epoch):
-        rng = np.random.default_rng((train_imagenet.ORDER, self.seed, epoch))
-        images, groups = rng.permutation(self.images), []
-        for group in (images[self.wide[images]], images[~self.wide[images]]):
-            if len(group):
-                groups.append(np.resize(group, (-(-len(group) // self.micro), self.micro)))
-        groups = rng.permutation(np.concatenate(groups))                                # (micro-batches, micro)
-        whole = len(groups) // self.count * self.count
-        windows = groups[:whole].reshape(-1, self.count, self.micro).transpose(0, 2, 1) # entry j + J t of a window is micro-batch j's
-        order = np.concatenate([windows.reshape(-1), groups[whole:].reshape(-1)])
-        return np.stack([order, np.zeros_like(order)], 1)
-
-
-def fit(size, longer, shorter):
-    """The size (W, H) scaled to fit into longer x shorter, whichever way it lies."""
-    scale = min(longer / max(size), shorter / min(size))
-    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
-
-
-def augment_segmentation(raw, rng, *, size):
-    """Random scale, crop, flip and colour of an image and its label map: uint8 (h, w, 3) and (h, w) of at most `size`."""
-    image, labels = raw
-    scale = rng.uniform(0.5, 2.0)
-    W, H = fit(image.size, int(4 * size * scale), int(size * scale))
-    image = image.resize((W, H), Image.Resampling.BILINEAR)
-    labels = np.asarray(Image.fromarray(labels).resize((W, H), Image.Resampling.NEAREST))
-    for _ in range(11):                                     # the first draw and at most ten redraws, the last one unchecked
-        y, x = rng.randint(0, max(H - size, 0)), rng.randint(0, max(W - size, 0))
-        crop = labels[y:y + size, x:x + size]
-        count = np.bincount(crop[crop != IGNORED])
-        if (count > 0).sum() > 1 and count.max() < 0.75 * count.sum():
-            break
-    image, labels = image.crop((x, y, min(x + size, W), min(y + size, H))), crop
-    if rng.random() < 0.5:
-        image, labels = ImageOps.mirror(image), labels[:, ::-1]
-    return distort(np.asarray(image), rng), labels
-
-
-def distort(pixels, rng):
-    """Photometric distortion of uint8 RGB pixels (H, W, 3): brightness, contrast, saturation, hue, each with probability 1/2."""
-    def linear(pixels, scale, shift):
-        return (pixels * np.float32(scale) + np.float32(shift)).clip(0, 255).astype(np.uint8)
-    if rng.random() < 0.5:
-        pixels = linear(pixels, 1, rng.uniform(-32, 32))
-    contrast_first, contrast = rng.random() < 0.5, rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
-    if contrast_first:
-        pixels = linear(pixels, contrast, 0)
-    saturate, turn = rng.random() < 0.5, rng.random() < 0.5
-    if saturate or turn:
-        hsv = np.array(Image.fromarray(pixels).convert("HSV"))
-        if saturate:
-            hsv[..., 1] = linear(hsv[..., 1], rng.uniform(0.5, 1.5), 0)
-        if turn:
-            hsv[..., 0] += np.uint8(round(rng.randint(-18, 17) * 256 / 180) % 256)      # wraps around
-        pixels = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
-    return pixels if contrast_first else linear(pixels, contrast, 0)
-
-
-def augment_detection(raw, rng, *, size, multi_scale):
-    """Flip and resize at random: uint8 (H, W, 3), boxes (G, 4) clipped to the image, labels (G,), masks (G, H, W) if there are any.
-
-    The shorter side becomes `size`; with `multi_scale` 0.6 to 1 of it, half of the time of a random crop (Swin's recipe).
-    """
-    image, boxes, labels, *masks = raw
-    boxes, unit = boxes.copy(), size / 800                  # the recipe's numbers are of images of 800 pixels
-
-    def rescale(shorter):
-        nonlocal image, boxes, masks
-        W, H = fit(image.size, size * 1333 / 800, shorter)
-        boxes = boxes * np.array([W / image.width, H / image.height] * 2, np.float32)
-        masks = [np.stack([Image.fromarray(one).resize((W, H), Image.Resampling.NEAREST) for one in mask]) if len(mask)
-                 else np.zeros((0, H, W), bool) for mask in masks]
-        image = image.resize((W, H), Image.Resampling.BILINEAR)
-
-    if rng.random() < 0.5:
-        image, masks = ImageOps.mirror(image), [mask[..., ::-1] for mask in masks]
-        boxes = np.stack([image.width - boxes[:, 2], boxes[:, 1], image.width - boxes[:, 0], boxes[:, 3]], 1)
-    if multi_scale and rng.random() < 0.5:
-        rescale(rng.choice((400, 500, 600)) * unit)
-        (W, H), (low, high) = image.size, (round(384 * unit), round(600 * unit))
-        h, w = (rng.randint(min(side, low), min(side, high)) for side in (H, W))
-        y, x = rng.randint(0, H - h), rng.randint(0, W - w)
-        image, masks = image.crop((x, y, x + w, y + h)), [mask[:, y:y + h, x:x + w] for mask in masks]
-        boxes = (boxes - np.array([x, y, x, y], np.float32)).clip(0, np.array([w, h, w, h], np.float32))
-    rescale(rng.choice(range(480, 801, 32)) * unit if multi_scale else size)
-    boxes = boxes.clip(0, np.array(image.size * 2, np.float32))
-    there = (boxes[:, 2:] - boxes[:, :2]).min(1) > 0.01     # a sliver's size has no logarithm
-    return np.asarray(image), boxes[there], labels[there], *(mask[there] for mask in masks)
-
-
-def crop_frame(corner, size, padding):
-    """Centre (..., 2) and size (..., 2) of boxes given by corner and size, grown to a width of 3/4 of the height, then `padding` times."""
-    w, h = np.moveaxis(np.maximum(size, 1e-3), -1, 0)
-    return corner + size / 2, padding * np.stack([np.maximum(w, 0.75 * h), np.maximum(h, w / 0.75)], -1)
-
-
-def crop_person(image, points, centre, size, angle, height):
-    """Turn the frame of `centre`, `size` (2,) upright by `angle` and resize it: uint8 (height, 3/4 height, 3) and points (K, 3) in it."""
-    middle, matrix = np.array([0.75 * height, height]) / 2, 0.75 * height / size[0] * rotation(-angle)
-    back = np.linalg.inv(matrix)                                            # row vectors: p = (crop's - middle) @ back + centre
-    offset = centre + 0.5 - (middle + 0.5) @ back                           # Pillow's (0, 0) is the corner of the first pixel
-    crop = image.transform((height * 3 // 4, height), Image.Transform.AFFINE, np.column_stack([back.T, offset]).ravel().tolist(),
-                           Image.Resampling.BILINEAR)
-    return np.array(crop), np.concatenate([(points[:, :2] - centre) @ matrix + middle, points[:, 2:]], 1)
-
-
-def augment_person(raw, rng, *, height, jitter):
-    """Shifted, mirrored, half, scaled, turned at random: uint8 crop (height, 3/4 height, 3), float32 points (K, 3).
-
-    `jitter` 1 is TCFormer's recipe, 0 leaves only mirroring.
-    """
-    image, ((x, y, w, h, _),), (points,) = raw
-    centre, size = crop_frame(np.array([x, y]), np.array([w, h]), 1.25)
-    if rng.random() < 0.3:
-        centre = centre + jitter * 0.16 * size * [rng.uniform(-1, 1), rng.uniform(-1, 1)]
-    if rng.random() < 0.5:
-        image, points = ImageOps.mirror(image), points[FLIP[:len(points)]] * (-1, 1, 1) + (image.width - 1, 0, 0)
-        centre = centre * (-1, 1) + (image.width - 1, 0)
-    labelled = points[:, 2] > 0
-    if labelled.sum() > 8 and rng.random() < 0.3 * jitter:
-        upper, lower = (points[own & labelled, :2] for own in (np.arange(len(points)) < 11, np.arange(len(points)) >= 11))
-        half = upper if (rng.gauss(0, 1) < 0.5 and len(upper) > 2) or len(lower) <= 2 else lower
-        if len(half) >= 2:
-            centre, (_, size) = half.mean(0), crop_frame(half.min(0), np.ptp(half, 0), 1.5)
-    size = size * min(max(1 + jitter * 0.5 * rng.gauss(0, 1), 0.5), 1.5)
-    angle = math.radians(min(max(jitter * 40 * rng.gauss(0, 1), -80), 80)) if rng.random() < 0.6 else 0.0
-    crop, points = crop_person(image, points, centre, size, angle, height)
-    return crop, points.astype(np.float32)
-
-
-def pad_images(images, multiple, least=0):
-    """uint8 images (h, w, 3) -> one batch (B, H, W, 3), padded right and bottom to a multiple, and sizes (B, 2) as h, w."""
-    sizes = torch.tensor([image.shape[:2] for image in images])
-    H, W = (max(least, -(-int(side) // multiple) * multiple) for side in sizes.amax(0))
-    batch = torch.zeros(len(images), H, W, 3, dtype=torch.uint8)
-    for place, image in zip(batch, images):
-        place[:image.shape[0], :image.shape[1]] = torch.from_numpy(np.array(image))
-    return batch, sizes
-
-
-def normalize_padded(images, sizes):
-    """uint8 (B, H, W, 3) with sizes (B, 2) -> float (B, 3, H, W), 0 (the mean colour) in the padding."""
-    row, column = (torch.arange(side, device=images.device) for side in images.shape[1:3])
-    inside = (row[:, None] < sizes[:, :1, None]) & (column < sizes[:, 1:, None])        # (B, H, W)
-    return normalize(images) * inside[:, None]
-
-
-# --------------------------------------------------------------------------------------------------------------- boxes
-def box_iou(a, b):
-    """Intersection over union of boxes a (..., A, 4) and b (..., G, 4): (..., A, G), 0 where the union is empty."""
-    low, high = torch.maximum(a[..., :, None, :2], b[..., None, :, :2]), torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
-    inter = (high - low).clamp(min=0).prod(-1)
-    area_a, area_b = ((t[..., 2:] - t[..., :2]).prod(-1) for t in (a, b))
-    return inter / (area_a[..., :, None] + area_b[..., None, :] - inter).clamp(min=1e-6)
-
-
-def encode(anchors, boxes):
-    """Deltas (..., 4) that move anchors (..., 4) onto boxes (..., 4): shift over size, logarithm of the ratio of sizes."""
-    size, target = anchors[..., 2:] - anchors[..., :2], boxes[..., 2:] - boxes[..., :2]
-    shift = (boxes[..., :2] + boxes[..., 2:] - anchors[..., :2] - anchors[..., 2:]) / 2 / size
-    return torch.cat([shift, (target / size).log()], -1)
-
-
-def decode(anchors, deltas):
-    """The inverse of `encode`; sizes change by at most a factor of 1000 / 16."""
-    size, centre = anchors[..., 2:] - anchors[..., :2], (anchors[..., :2] + anchors[..., 2:]) / 2
-    limit = math.log(1000 / 16)
-    centre, size = centre + deltas[..., :2] * size, size * deltas[..., 2:].clamp(-limit, limit).exp()
-    return torch.cat([centre - size / 2, centre + size / 2], -1)
-
-
-def clip_boxes(boxes, size):
-    """Boxes (..., 4) clipped to an image of size (H, W), or each to its own: (..., 2)."""
-    size = torch.as_tensor(size, dtype=boxes.dtype, device=boxes.device)
-    return torch.minimum(boxes.clamp(min=0), torch.stack([size[..., 1], size[..., 0]] * 2, -1))
-
-
-def assign(boxes, labels, anchors, there, *, positive, negative, least):
-    """Max-IoU assignment (mmdetection): for each anchor the number of its box, -1 negative, -2 neither.
-
-    Args: boxes (B, G, 4) and labels (B, G), -1 where padded; anchors (A, 4) or (B, A, 4); there (B, A): the anchors that count, others
-    get -2; positive, negative: IoU from and below which an anchor is; least: every box also takes the anchors that tie its best
-    IoU if that is at least `least`, later boxes first (above 1: none does).
-    Returns: (B, A).
-    """
-    iou = box_iou(anchors, boxes).masked_fill((labels < 0)[:, None] | ~there[..., None], -1)            # (B, A, G)
-    best, index = iou.max(2)
-    index = index.masked_fill(best < positive, -2).masked_fill(best < negative, -1)     # scalars in torch.where wait for a GPU
-    top = iou.amax(1, keepdim=True)                                                     # (B, 1, G)
-    numbers = torch.arange(1, boxes.shape[1] + 1, device=boxes.device)
-    own = (((iou == top) & (top >= max(least, 0))) * numbers).amax(2) - 1                # the last box that ties, -1 if none
-    return torch.where(own >= 0, own, index).masked_fill(~there, -2)
-
-
-def sample(positive, negative, count, most):
-    """A random choice among candidates: at most `most` positive ones, then negative ones up to `count` in all.
-
-    Args: positive, negative (B, N) bool. Returns: index (B, n) and role (B, n) of n = min(count, N) places: 1 the positive ones, which
-    come first, 0 the negative ones, -1 unused. Drawn from torch's generator.
-    """
-    key = torch.rand(positive.shape, device=positive.device)                            # below 1
-    drawn = key.masked_fill(~positive, -1).topk(min(most, key.shape[1]))
-    chosen = torch.zeros_like(positive).scatter(1, drawn.indices, drawn.values >= 0)
-    key = key.masked_fill(~negative, -1).masked_fill(chosen, 2)
-    key, index = key.topk(min(count, key.shape[1]))
-    return index, (key >= 0).long() + (key > 1).long() - 1
-
-
-def nms(boxes, scores, iou_threshold, most, block=1024):
-    """Exact greedy non-maximum suppression: boxes (n, 4), scores (n,) -> indices of the `most` best kept ones, best first.
-
-    A box goes when its IoU with a kept better one is above the threshold. Boxes are taken in blocks of falling score. Within a block
-    "kept" is the one fixed point of "no kept better box suppresses me", and iterating from all kept reaches it: after i rounds the
-    first i boxes are settled.
-    """
-    order = scores.argsort(descending=True, stable=True)
-    boxes, kept = boxes[order], []
-    for part in torch.arange(len(boxes), device=boxes.device).split(block):
-        if sum(map(len, kept)) >= most:
-            break
-        if kept:
-            part = part[~(box_iou(boxes[part], boxes[torch.cat(kept)]) > iou_threshold).any(1)]
-        over = (box_iou(boxes[part], boxes[part]) > iou_threshold).triu(1).to(boxes.dtype)      # (better, worse)
-        keep, settled = torch.ones_like(part, dtype=boxes.dtype), False
-        while not settled:
-            new = (keep @ over == 0).to(boxes.dtype)
-            settled, keep = bool((new == keep).all()), new
-        kept.append(part[keep > 0])
-    return order[torch.cat(kept)[:most]] if kept else order
-
-
-def nms_by_class(boxes, scores, labels, iou_threshold, most):
-    """`nms` inside each class: classes are moved apart, in float64 so that no IoU changes."""
-    apart = boxes.double() + (labels * (boxes.max() + 1 if len(boxes) else 1))[:, None]
-    return nms(apart, scores, iou_threshold, most)
-
-
-def anchor_boxes(base, sizes, strides):
-    """Anchors of all levels, (A, 4): base (levels, a, 4) around the origin; sizes, (h, w) of the levels' maps; rows, columns, anchors."""
-    levels = []
-    for around, (h, w), stride in zip(base, sizes, strides):
-        y, x = (torch.arange(side, device=base.device) * stride for side in (h, w))
-        corner = torch.stack([x.expand(h, w), y[:, None].expand(h, w)] * 2, -1)         # (h, w, 4)
-        levels.append((corner[:, :, None] + around).flatten(0, 2))
-    return torch.cat(levels)
-
-
-def base_anchors(strides, scales, ratios=(0.5, 1.0, 2.0)):
-    """(levels, ratios * scales, 4): boxes of stride * scale pixels a side around the origin, ratio = height / width."""
-    sides = [(stride * scale / math.sqrt(ratio), stride * scale * math.sqrt(ratio))
-             for stride in strides for ratio in ratios for scale in scales]
-    return torch.tensor([(-w / 2, -h / 2, w / 2, h / 2) for w, h in sides]).view(len(strides), -1, 4)
-
-
-def proposals(scores, deltas, anchors, counts, size, *, per_level, most):
-    """Boxes (n, 4), best first, that an RPN proposes for one image of size (H, W).
-
-    Args: scores (A,), any monotone ones; deltas, anchors (A, 4); counts: anchors of each level. The `per_level` best of a level, clipped
-    and not empty, go through NMS of their own at an IoU of 0.7; the `most` best of all levels remain.
-    """
-    kept = []
-    for level, (score, delta, anchor) in enumerate(zip(scores.split(counts), deltas.split(counts), anchors.split(counts))):
-        score, best = score.topk(min(per_level, len(score)))
-        kept.append((clip_boxes(decode(anchor[best], delta[best]), size), score, torch.full_like(best, level)))
-    boxes, scores, levels = (torch.cat(parts) for parts in zip(*kept))
-    solid = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    boxes, scores, levels = boxes[solid], scores[solid], levels[solid]
-    return boxes[nms_by_class(boxes, scores, levels, 0.7, most)]
-
-
-def refine(boxes, deltas, labels, scores, stds):
-    """Boxes (R, 4) moved by a stage's deltas (R, 4 or K * 4) times `stds`, without gradient.
-
-    Of class-specific deltas those of the label (R,) count; where that is K, the background, those of the best class by scores (R, K + 1).
-    """
-    deltas = deltas.detach().unflatten(1, (-1, 4))
-    labels = torch.where(labels < scores.shape[1] - 1, labels, scores[:, :-1].argmax(1)).clamp(max=deltas.shape[1] - 1)
-    return decode(boxes, deltas.take_along_dim(labels[:, None, None], 1)[:, 0] * deltas.new_tensor(stds))
-
-
-# ------------------------------------------------------------------------------------------------- regions of interest
-def align_levels(maps, level, rois, output_size, scales, sampling_ratio):
-    """`roi_align` of each RoI on its own one, level (R,), of several maps (B, C, H, W) with their scales.
-
-    An output is a weighted sum of pixels, four for each sample. Sums of rows of a table in bags are what an embedding bag computes:
-    all maps are the table, no sample is ever stored.
-    """
-    S, C, device = output_size, maps[0].shape[1], rois.device
-    table = torch.cat([x.permute(0, 2, 3, 1).reshape(-1, C) for x in maps]).to(rois.dtype)
-    shapes = torch.tensor([(x.shape[3], x.shape[2], x.shape[0]) for x in maps], device=device)          # (levels, 3): W, H, B
-    side = shapes[level, :2]                                                            # (R, 2)
-    row = (shapes.prod(1).cumsum(0) - shapes.prod(1))[level] + rois[:, 0].long() * side.prod(1)         # where its map begins
-    scale = rois.new_tensor(scales)[level, None]
-    corner, size = rois[:, 1:3] * scale - 0.5, (rois[:, 3:] - rois[:, 1:3]).clamp(min=0) * scale / S    # of the first bin
-    grid = torch.full_like(size, sampling_ratio) if sampling_ratio else size.ceil()     # (R, 2): samples across and down a bin
-    count = grid.prod(1).long().repeat_interleave(S * S)                                # of each bin
-    bag = torch.arange(len(count), device=device).repeat_interleave(count)              # (T,): the bin of each sample
-    place, roi = torch.arange(len(bag), device=device) - (count.cumsum(0) - count)[bag], bag // S ** 2
-    across, down = grid[roi].unbind(1)
-    cell = torch.stack([bag % S + (place % across + 0.5) / across, bag // S % S + (place // across + 0.5) / down], 1)
-    point, side = corner[roi] + cell * size[roi], side[roi]                             # each (T, 2)
-    inside = ((point >= -1) & (point <= side)).all(1)
-    point = torch.minimum(point.clamp(min=0), side - 1)
-    low, part = point.long(), point.frac()
-    (x, y), (x1, y1) = low.unbind(1), torch.minimum(low + 1, side - 1).unbind(1)
-    pixel = row[roi, None] + torch.stack([y * side[:, 0] + x, y * side[:, 0] + x1, y1 * side[:, 0] + x, y1 * side[:, 0] + x1], 1)
-    (u, v), share = part.unbind(1), inside / (across * down)
-    weight = torch.stack([(1 - u) * (1 - v), u * (1 - v), (1 - u) * v, u * v], 1) * share[:, None]      # (T, 4)
-    bins = F.embedding_bag(pixel.flatten(), table, 4 * (count.cumsum(0) - count), mode="sum", per_sample_weights=weight.flatten())
-    return bins.view(-1, S, S, C).permute(0, 3, 1, 2)
-
-
-def roi_align(features, rois, output_size, spatial_scale, sampling_ratio):
-    """RoIAlign (arXiv 1703.06870), shifted by half a pixel ("aligned"): mean of bilinear samples in S x S equal bins of each RoI.
-
-    Args: features (B, C, H, W); rois (R, 5): number of the image, x1, y1, x2, y2 in its pixels; output_size: S; spatial_scale: map over
-    image; sampling_ratio: samples of a bin along each axis, 0 for as many as it has pixels, rounded up.
-    Returns: (R, C, S, S). Samples more than a pixel outside count as 0, those on the border take the border's value.
-    """
-    return align_levels([features], torch.zeros_like(rois[:, 0], dtype=torch.long), rois, output_size, [spatial_scale], sampling_ratio)
-
-
-def pool_rois(maps, rois, output_size, strides):
-    """`roi_align` of RoIs (R, 5) on the pyramid's map of their size: from 112 pixels a side on the second one, from 224 on the third."""
-    sides = (rois[:, 3:] - rois[:, 1:3]).clamp(min=0).prod(1).sqrt()
-    level = (sides / 56 + 1e-6).log2().floor().clamp(0, len(maps) - 1).long()
-    return align_levels(maps, level, rois, output_size, [1 / stride for stride in strides], 0)
-
-
-def axis_weights(low, high, bins, length):
-    """RoIAlign along one axis as a matrix (R, bins, length), adaptive samples, of intervals low, high (R,) on `length` pixels."""
-    size = (high - low) / bins
-    grid = size.ceil()[:, None, None]                                                   # samples of a bin
-    i = torch.arange(int(grid.max()), device=low.device)
-    point = low[:, None, None] - 0.5 + (torch.arange(bins, device=low.device)[:, None] + (i + 0.5) / grid) * size[:, None, None]
-    share = ((i < grid) & (point >= -1) & (point <= length)) / grid.clamp(min=1)        # (R, bins, samples)
-    point = point.clamp(0, length - 1)
-    pixel, part = point.long(), point.frac()
-    weights = low.new_zeros(len(low), bins, length).scatter_add_(2, pixel, (1 - part) * share)
-    return weights.scatter_add_(2, (pixel + 1).clamp(max=length - 1), part * share)
-
-
-@torch.no_grad()
-def mask_targets(masks, boxes, index, side):
-    """What mask heads should say of boxes (R, 4), each with the bitmap index (R,) of masks (G, H, W): bool (R, side, side).
-
-    RoIAlign of the bitmap by the box clipped to it, at least 1/2. Its two axes are two matrix products, since large
-    boxes hold too many samples to list; a few boxes at a time, since each takes a float copy of its bitmap.
-    """
-    if not len(boxes):
-        return masks.new_zeros(0, side, side, dtype=torch.bool)
-    boxes = clip_boxes(boxes, masks.shape[1:])
-    across, down = (axis_weights(boxes[:, i], boxes[:, i + 2], side, masks.shape[2 - i]) for i in (0, 1))
-    with torch.autocast(masks.device.type, enabled=False):
-        parts = [y @ masks[i].to(boxes.dtype) @ x.mT >= 0.5 for x, y, i in zip(across.split(32), down.split(32), index.split(32))]
-    return torch.cat(parts)
-
-
-def paste_masks(probabilities, boxes, size):
-    """Masks (n, S, S) of boxes (n, 4) on an image of size (H, W): (n, H, W), bilinear at the middles of its pixels, 0 outside."""
-    def tents(low, high, length):
-        """(n, length, S): the weights of a box's S cells in each pixel."""
-        S = probabilities.shape[2]
-        point = (torch.arange(length, device=low.device) + 0.5 - low[:, None]) / (high - low).clamp(min=1e-6)[:, None] * S - 0.5
-        return (1 - (point[..., None] - torch.arange(S, device=low.device)).abs()).clamp(min=0)
-    (x1, y1, x2, y2), (H, W) = boxes.unbind(1), size
-    return tents(y1, y2, H) @ probabilities @ tents(x1, x2, W).mT
-
-
-# ----------------------------------------------------------------------------------------------------- necks and heads
 class Backbone(nn.Module):
-    """A classification model without its classifier: images (B, 3, H, W) -> the maps of `levels` (0 to 3), finest first.
+    """A classification model without its classifier: images (B, 3, H, W) -> maps, finest first.
 
-    SecViT, SEC-* and STViT, which end their stages without one, get a LayerNorm on each map. `frozen_bn` keeps the statistics of
-    its BatchNorms fixed.
+    levels: the stages (0 to 3) whose maps are returned. SecViT, SEC-* and STViT, which end their
+    stages without a norm, get a LayerNorm on each map. frozen_bn: BatchNorm statistics stay fixed.
     """
 
     def __init__(self, name, levels, frozen_bn, **overrides):
         super().__init__()
-        self.net, self.levels, self.frozen_bn = MODELS[name](**overrides), levels, frozen_bn
-        self.net.head = nn.Identity()
+        self.net = MODELS[name](**overrides)
+        self.levels = levels
+        self.frozen_bn = frozen_bn
         self.channels = [self.net.channels[i] for i in levels]
-        fresh = hasattr(self.net, "proj")
-        if fresh:
+        self.net.head = nn.Identity()
+        needs_norm = hasattr(self.net, "proj")
+        if needs_norm:
             self.net.proj = nn.Identity()
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) if fresh else nn.Identity() for dim in self.channels)
+        norms = [nn.LayerNorm(dim) if needs_norm else nn.Identity() for dim in self.channels]
+        self.norms = nn.ModuleList(norms)
 
     def forward(self, images):
         maps = self.net.forward_features(images)
-        return [norm(maps[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for i, norm in zip(self.levels, self.norms)]
+        outputs = []
+        for i, norm in zip(self.levels, self.norms):
+            outputs.append(norm(maps[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+        return outputs
 
     def train(self, mode=True):
         super().train(mode)
         for module in self.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and self.frozen_bn:
+            if self.frozen_bn and isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
 
@@ -1208,33 +451,37 @@ def conv_norm(in_dim, dim, kernel_size):
 
 
 def resize(x, size):
-    """Bilinear, corners not aligned."""
+    """Bilinear interpolation of maps (B, C, H, W), corners not aligned."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 def init_head(module):
-    """Kaiming normal (fan-out) for convolutions before a norm; classifiers and necks are initialised by those who own them."""
+    """Kaiming normal (fan-out) for convolutions that precede a norm."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
 def init_classifier(conv, std=0.01, bias=0.0):
-    """Normal weights of a small deviation, one bias, for an output layer."""
+    """Normal weights of a small deviation and a constant bias, for an output layer."""
     nn.init.normal_(conv.weight, std=std)
     nn.init.constant_(conv.bias, bias)
 
 
 class FPN(nn.Module):
-    """Feature pyramid (arXiv 1612.03144): maps, finest first -> as many of 256 channels, plus two coarser ones if `extra`.
+    """Feature pyramid (arXiv 1612.03144): maps, finest first -> as many maps of `dim` channels.
 
-    The extra levels are strided convolutions on the coarsest input, as RetinaNet has them here, without ReLU between.
+    extra_levels: coarser maps added by strided convolutions on the coarsest input, without ReLU
+    between them, as RetinaNet's configuration here has them.
     """
 
-    def __init__(self, channels, extra=False, dim=256):
+    def __init__(self, channels, extra_levels=0, dim=256):
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in channels)
         self.outputs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in channels)
-        self.extra = nn.ModuleList(nn.Conv2d(c, dim, 3, stride=2, padding=1) for c in (channels[-1], dim)[:2 * extra])
+        self.extra = nn.ModuleList()
+        for level in range(extra_levels):
+            in_dim = dim if level else channels[-1]
+            self.extra.append(nn.Conv2d(in_dim, dim, 3, stride=2, padding=1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
@@ -1243,726 +490,2737 @@ class FPN(nn.Module):
     def forward(self, maps):
         laterals = [lateral(x) for lateral, x in zip(self.laterals, maps)]
         for i in range(len(maps) - 1, 0, -1):
-            laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=laterals[i - 1].shape[2:], mode="nearest")
-        outputs, x = [output(x) for output, x in zip(self.outputs, laterals)], maps[-1]
+            size = laterals[i - 1].shape[2:]
+            coarser = F.interpolate(laterals[i], size=size, mode="nearest")
+            laterals[i - 1] = laterals[i - 1] + coarser
+        outputs = [output(x) for output, x in zip(self.outputs, laterals)]
+        x = maps[-1]
         for layer in self.extra:
             x = layer(x)
             outputs.append(x)
         return outputs
 
 
+def fit_size(size, longer, shorter):
+    """The size (W, H) scaled to fit into longer x shorter pixels, in either orientation."""
+    scale = min(longer / max(size), shorter / min(size))
+    W, H = size
+    return max(1, int(W * scale + 0.5)), max(1, int(H * scale + 0.5))
+
+
+def pad_images(images, multiple, min_size=0):
+    """Stack uint8 images (h, w, 3) of several sizes, padded right and bottom to a multiple.
+
+    Returns: batch (B, H, W, 3) uint8 and sizes (B, 2), h and w of each image.
+    """
+    sizes = torch.tensor([image.shape[:2] for image in images])
+    H, W = (max(min_size, -(-side // multiple) * multiple) for side in sizes.amax(0).tolist())
+    batch = torch.zeros(len(images), H, W, 3, dtype=torch.uint8)
+    for slot, image in zip(batch, images):
+        h, w, _ = image.shape
+        slot[:h, :w] = torch.from_numpy(np.array(image))
+    return batch, sizes
+
+
+def normalize_padded(images, sizes):
+    """uint8 (B, H, W, 3) with sizes (B, 2) -> float (B, 3, H, W), 0 (the mean) in the padding."""
+    row = torch.arange(images.shape[1], device=images.device)
+    column = torch.arange(images.shape[2], device=images.device)
+    inside_rows = row[:, None] < sizes[:, :1, None]             # (B, H, 1)
+    inside_columns = column < sizes[:, 1:, None]                # (B, 1, W)
+    inside = inside_rows & inside_columns                       # (B, H, W)
+    return normalize(images) * inside[:, None]
+
+
+def palette(count):
+    """Colours (count, 3) uint8 that no two classes share, hues in golden-ratio steps."""
+    colours = []
+    for i in range(count):
+        hue = 255 * i * 0.618034 % 256
+        colours.append((hue, 160 + 95 * (i % 2), 255 - 60 * (i % 3)))
+    hsv = np.array([colours], np.float32).astype(np.uint8)
+    return np.array(Image.fromarray(hsv, "HSV").convert("RGB"))[0]
+
+
+# ------------------------------------------------------------------------------------- segmentation
+# Semantic FPN (arXiv 1901.02446) and UPerNet (arXiv 1807.10221) on data in ADE20K's layout (arXiv
+# 1608.05442), by the rules of mmsegmentation 0.x. A label map holds one class per pixel, 0 to
+# K - 1, or IGNORED. Letters: S side of a training crop (--img-size), K classes.
+class Ade20k:
+    """Images and label maps of folder/images/SPLIT and folder/annotations/SPLIT, sorted by name.
+
+    In the label PNGs 0 is not evaluated and 1 to K are the classes. split: "train" or "val".
+    Raises: InputError for a missing folder or file, or more classes than 8 bits hold.
+    """
+
+    def __init__(self, folder, split):
+        split = {"train": "training", "val": "validation"}[split]
+        self.image_folder = Path(folder) / "images" / split
+        self.label_folder = Path(folder) / "annotations" / split
+        for part in (self.image_folder, self.label_folder):
+            if not part.is_dir():
+                expected = "DIR/images/{training,validation} and DIR/annotations/..."
+                raise InputError(f"{part} is not a folder; expected {expected}")
+        self.files = self._image_files()
+        self.classes = read_class_names(Path(folder))
+
+    def _image_files(self):
+        """Sorted paths of the images, each of which has a label map."""
+        Image.init()  # fills Image.EXTENSION
+        files = sorted(self.image_folder.iterdir())
+        files = [file for file in files if file.suffix.lower() in Image.EXTENSION]
+        if not files:
+            raise InputError(f"{self.image_folder} holds no image")
+        missing = [file.name for file in files if not self.label_path(file).is_file()]
+        if missing:
+            count = f"{len(missing)} of {len(files)} are missing"
+            raise InputError(f"{self.label_folder} lacks the label map of {missing[0]}; {count}")
+        return files
+
+    def __len__(self):
+        return len(self.files)
+
+    def name(self, index):
+        return str(self.files[index])
+
+    def label_path(self, file):
+        return self.label_folder / f"{file.stem}.png"
+
+    def read(self, index):
+        """RGB image (PIL) and its label map, see `read_labels`."""
+        file = self.files[index]
+        image = read_image(file)
+        labels = self.read_labels(self.label_path(file))
+        H, W = labels.shape
+        if image.size != (W, H):
+            w, h = image.size
+            raise InputError(f"{file} is {w} x {h}, its label map {W} x {H}")
+        return image, labels
+
+    def read_labels(self, path):
+        """A label PNG as uint8 (H, W): classes 0 to K - 1, IGNORED where it holds 0 or 255.
+
+        Raises: InputError if the file is not a label map of these classes.
+        """
+        try:
+            with Image.open(path) as image:
+                labels = np.array(image)
+        except Exception as error:  # Pillow raises nearly anything for a broken file
+            raise InputError(f"{path}: {error}") from None
+        if labels.ndim != 2 or labels.dtype != np.uint8:
+            raise InputError(f"{path}: expected a label map of 8 bits")
+        largest = labels[labels != IGNORED].max(initial=0)
+        count = len(self.classes)
+        if largest > count:
+            raise InputError(f"{path}: label {largest} out of range, there are {count} classes")
+        return np.where(labels == IGNORED, IGNORED, labels - 1)  # 0 wraps around to 255
+
+
+def read_class_names(folder):
+    """Last column of folder/objectInfo*.txt, first synonym; without the file "1" to "150"."""
+    files = sorted(folder.glob("objectInfo*.txt"))
+    rows = files[0].read_text().splitlines()[1:] if files else []
+    synonyms = [row.split("\t")[-1] for row in rows if row]
+    names = [words.split(",")[0].strip() for words in synonyms]
+    if len(names) > 254:
+        message = f"names {len(names)} classes, label maps of 8 bits hold at most 254"
+        raise InputError(f"{files[0]} {message}")
+    return names or [str(i) for i in range(1, 151)]
+
+
+def augment_segmentation(raw, rng, size):
+    """Random scale, crop, flip and colour of an image and its label map.
+
+    Args:
+        raw: RGB PIL image and its label map (H, W), uint8.
+        rng: random.Random.
+        size: S. The image is resized to fit into 4 S x S, times 0.5 to 2, and cropped to S x S.
+
+    Returns: uint8 pixels (h, w, 3) and labels (h, w), h and w at most S.
+    """
+    image, labels = raw
+    scaled = size * rng.uniform(0.5, 2.0)
+    W, H = fit_size(image.size, int(4 * scaled), int(scaled))
+    image = image.resize((W, H), Image.Resampling.BILINEAR)
+    labels = Image.fromarray(labels).resize((W, H), Image.Resampling.NEAREST)
+    labels = np.asarray(labels)
+
+    x, y = choose_crop(labels, size, rng)
+    image = image.crop((x, y, min(x + size, W), min(y + size, H)))
+    labels = labels[y:y + size, x:x + size]
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+        labels = labels[:, ::-1]
+    return distort(np.asarray(image), rng), labels
+
+
+def choose_crop(labels, size, rng):
+    """Corner (x, y) of a random crop of a label map in which no class fills 75 % or more.
+
+    If eleven crops in a row fail, the last one is taken.
+    """
+    H, W = labels.shape
+    for _ in range(11):
+        y = rng.randint(0, max(H - size, 0))
+        x = rng.randint(0, max(W - size, 0))
+        crop = labels[y:y + size, x:x + size]
+        count = np.bincount(crop[crop != IGNORED])  # pixels per class
+        is_mixed = np.count_nonzero(count) > 1
+        if is_mixed and count.max() < 0.75 * count.sum():
+            break
+    return x, y
+
+
+def distort(pixels, rng):
+    """Random brightness, contrast, saturation and hue of uint8 RGB (H, W, 3), as in mmsegmentation.
+
+    Each changes with probability 1/2; contrast comes before or after saturation and hue.
+    """
+    if rng.random() < 0.5:
+        pixels = scale_and_shift(pixels, shift=rng.uniform(-32, 32))
+    contrast_first = rng.random() < 0.5
+    contrast = rng.uniform(0.5, 1.5) if rng.random() < 0.5 else 1.0
+    if contrast_first:
+        pixels = scale_and_shift(pixels, scale=contrast)
+    pixels = distort_hue_and_saturation(pixels, rng)
+    if not contrast_first:
+        pixels = scale_and_shift(pixels, scale=contrast)
+    return pixels
+
+
+def distort_hue_and_saturation(pixels, rng):
+    """Random saturation and hue of uint8 RGB (H, W, 3), each changed with probability 1/2."""
+    change_saturation = rng.random() < 0.5
+    change_hue = rng.random() < 0.5
+    if not change_saturation and not change_hue:
+        return pixels
+    hsv = np.array(Image.fromarray(pixels).convert("HSV"))
+    if change_saturation:
+        hsv[..., 1] = scale_and_shift(hsv[..., 1], scale=rng.uniform(0.5, 1.5))
+    if change_hue:
+        steps = rng.randint(-18, 17)  # of OpenCV's 180 per turn, Pillow has 256
+        hsv[..., 0] += np.uint8(round(steps * 256 / 180) % 256)  # wraps around
+    return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+
+
+def scale_and_shift(pixels, scale=1.0, shift=0.0):
+    """pixels * scale + shift, in float32, clipped to uint8."""
+    changed = pixels * np.float32(scale) + np.float32(shift)
+    return changed.clip(0, 255).astype(np.uint8)
+
+
 class SemanticFPN(nn.Module):
-    """Semantic FPN (arXiv 1901.02446): images -> logits (B, K, H/4, W/4)."""
+    """Semantic FPN (arXiv 1901.02446, fig. 3): images (B, 3, H, W) -> logits (B, K, H/4, W/4).
+
+    The pyramid's level i, of stride 4 * 2^i, passes i blocks of convolution and upsampling by 2
+    (level 0: a convolution); the sum of the four maps is classified.
+    """
 
     def __init__(self, backbone, classes):
         super().__init__()
-        self.backbone, self.neck = backbone, FPN(backbone.channels)
-        self.scales = nn.ModuleList(
-            nn.ModuleList(conv_norm(128 if j else 256, 128, 3) for j in range(max(1, i))) for i in range(4))
+        self.backbone = backbone
+        self.neck = FPN(backbone.channels)
+        self.scales = nn.ModuleList()
+        for level in range(4):
+            blocks = nn.ModuleList([conv_norm(256, 128, 3)])
+            for _ in range(level - 1):
+                blocks.append(conv_norm(128, 128, 3))
+            self.scales.append(blocks)
         self.scales.apply(init_head)
-        self.dropout, self.classifier = nn.Dropout2d(0.1), nn.Conv2d(128, classes, 1)
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = nn.Conv2d(128, classes, 1)
         init_classifier(self.classifier)
 
     def forward(self, images):
         maps = self.neck(self.backbone(images))
         total = 0
-        for i, (x, units) in enumerate(zip(maps, self.scales)):
-            for unit in units:
-                x = unit(x)
-                if i:
+        for level, (x, blocks) in enumerate(zip(maps, self.scales)):
+            for block in blocks:
+                x = block(x)
+                if level > 0:
                     x = resize(x, [2 * side for side in x.shape[2:]])
-            total = total + (resize(x, maps[0].shape[2:]) if i else x)                  # ceil'd odd sides overshoot
+            if level > 0:  # twice a side that was rounded up is too large
+                x = resize(x, maps[0].shape[2:])
+            total = total + x                                   # (B, 128, H/4, W/4)
         return self.classifier(self.dropout(total))
 
 
 class UPerNet(nn.Module):
-    """UPerNet with an auxiliary FCN head (arXiv 1807.10221): images -> logits (B, K, H/4, W/4).
+    """UPerNet (arXiv 1807.10221) with an auxiliary FCN head on the third stage.
 
-    In train mode also the auxiliary logits (B, K, H/16, W/16).
+    Images (B, 3, H, W) -> logits (B, K, H/4, W/4); in train mode a pair of these and the auxiliary
+    logits (B, K, H/16, W/16). dim: channels of pyramid and fusion.
     """
+
+    pool_sides = (1, 2, 3, 6)  # of pyramid pooling, PSPNet's
 
     def __init__(self, backbone, classes, dim=512):
         super().__init__()
-        self.backbone, *_, coarsest = backbone, *backbone.channels
-        self.pools = nn.ModuleList(conv_norm(coarsest, dim, 1) for _ in (1, 2, 3, 6))
-        self.bottleneck = conv_norm(coarsest + 4 * dim, dim, 3)
-        self.laterals = nn.ModuleList(conv_norm(c, dim, 1) for c in backbone.channels[:3])
-        self.outputs = nn.ModuleList(conv_norm(dim, dim, 3) for _ in range(3))
+        self.backbone = backbone
+        *finer, coarsest = backbone.channels
+        self.pools = nn.ModuleList(conv_norm(coarsest, dim, 1) for _ in self.pool_sides)
+        self.bottleneck = conv_norm(coarsest + len(self.pools) * dim, dim, 3)
+        self.laterals = nn.ModuleList(conv_norm(c, dim, 1) for c in finer)
+        self.outputs = nn.ModuleList(conv_norm(dim, dim, 3) for _ in finer)
         self.fusion = conv_norm(4 * dim, dim, 3)
-        self.auxiliary = conv_norm(backbone.channels[2], 256, 3)
-        for head in (self.pools, self.bottleneck, self.laterals, self.outputs, self.fusion, self.auxiliary):
-            head.apply(init_head)
-        self.dropout, self.classifier, self.auxiliary_classifier = nn.Dropout2d(0.1), nn.Conv2d(dim, classes, 1), nn.Conv2d(256, classes, 1)
+        self.auxiliary = conv_norm(finer[2], 256, 3)
+        for head in self.children():
+            if head is not backbone:
+                head.apply(init_head)
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = nn.Conv2d(dim, classes, 1)
+        self.auxiliary_classifier = nn.Conv2d(256, classes, 1)
         init_classifier(self.classifier)
         init_classifier(self.auxiliary_classifier)
 
     def forward(self, images):
         maps = self.backbone(images)
-        pooled = [resize(conv(F.adaptive_avg_pool2d(maps[3], side)), maps[3].shape[2:]) for conv, side in zip(self.pools, (1, 2, 3, 6))]
-        laterals = [lateral(x) for lateral, x in zip(self.laterals, maps)] + [self.bottleneck(torch.cat([maps[3], *pooled], 1))]
-        for i in (2, 1, 0):
-            laterals[i] = laterals[i] + resize(laterals[i + 1], laterals[i].shape[2:])
-        outputs = [output(x) for output, x in zip(self.outputs, laterals)] + laterals[3:]
-        fused = self.fusion(torch.cat([resize(x, laterals[0].shape[2:]) for x in outputs], 1))
-        logits = self.classifier(self.dropout(fused))
+        logits = self.classifier(self.dropout(self.fuse(maps)))
         if not self.training:
             return logits
-        return logits, self.auxiliary_classifier(self.dropout(self.auxiliary(maps[2])))
+        auxiliary = self.dropout(self.auxiliary(maps[2]))
+        return logits, self.auxiliary_classifier(auxiliary)
+
+    def fuse(self, maps):
+        """Maps of the four stages -> one map (B, dim, H/4, W/4)."""
+        levels = [lateral(x) for lateral, x in zip(self.laterals, maps)]
+        levels.append(self.pool_pyramid(maps[3]))
+        for i in (2, 1, 0):
+            levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[2:])
+        size = levels[0].shape[2:]
+        outputs = [output(x) for output, x in zip(self.outputs, levels)]
+        outputs.append(levels[3])
+        resized = [resize(x, size) for x in outputs]
+        return self.fusion(torch.cat(resized, 1))
+
+    def pool_pyramid(self, x):
+        """Pyramid pooling (arXiv 1612.01105): coarsest map (B, C, h, w) -> (B, dim, h, w)."""
+        branches = [x]
+        for conv, side in zip(self.pools, self.pool_sides):
+            pooled = conv(F.adaptive_avg_pool2d(x, side))       # (B, dim, side, side)
+            branches.append(resize(pooled, x.shape[2:]))
+        return self.bottleneck(torch.cat(branches, 1))
+
+
+def segmentation_losses(outputs, labels):
+    """Cross-entropy of logits (B, K, h, w), or of UPerNet's pair, and labels (B, H, W).
+
+    The mean is over all pixels: ignored ones add 0 and still count, as in mmsegmentation.
+    Returns: {"loss_seg"}, of a pair also "loss_aux" with its weight 0.4.
+    """
+    if not isinstance(outputs, tuple):
+        return {"loss_seg": sum_cross_entropy(outputs, labels) / labels.numel()}
+    logits, auxiliary = outputs
+    return {
+        "loss_seg": sum_cross_entropy(logits, labels) / labels.numel(),
+        "loss_aux": 0.4 * sum_cross_entropy(auxiliary, labels) / labels.numel(),
+    }
+
+
+def sum_cross_entropy(logits, labels):
+    """Sum over all pixels that are not ignored; the logits are resized to the label maps."""
+    logits = resize(logits.float(), labels.shape[1:])           # (B, K, H, W)
+    logits = logits.permute(0, 2, 3, 1).flatten(0, 2)           # (B*H*W, K)
+    labels = labels.flatten().long()  # flat, since the 2-D CUDA kernel is not deterministic
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+
+def count_pixels(prediction, labels, classes):
+    """Pixels per class of label maps (H, W); none count where `labels` is IGNORED.
+
+    Returns: int (3, K): intersection of prediction and labels, prediction, labels.
+    """
+    evaluated = labels != IGNORED
+    prediction = prediction[evaluated]
+    labels = labels[evaluated]
+    groups = (labels[prediction == labels], prediction, labels)
+    return np.stack([np.bincount(x, minlength=256)[:classes] for x in groups])
+
+
+def mean_iou(counts):
+    """Metrics of a data set from its summed `count_pixels`, as fractions.
+
+    Returns: mIoU and mAcc, means over the classes that occur, and aAcc, the accuracy over all
+    pixels; all -1 if no pixel is labelled.
+    """
+    intersection, predicted, labelled = counts.astype(np.float64)
+    if not labelled.any():
+        return {"mIoU": -1.0, "mAcc": -1.0, "aAcc": -1.0}
+    union = predicted + labelled - intersection
+    iou = intersection[union > 0] / union[union > 0]
+    accuracy = intersection[labelled > 0] / labelled[labelled > 0]
+    return {
+        "mIoU": float(iou.mean()),
+        "mAcc": float(accuracy.mean()),
+        "aAcc": float(intersection.sum() / labelled.sum()),
+    }
+
+
+class Segmentation(DenseTask):
+    """Semantic FPN and UPerNet on ADE20K's layout."""
+
+    metric = "mIoU"
+
+    def open_split(self, folder, split):
+        return Ade20k(folder, split)
+
+    def augment(self, raw, rng):
+        return augment_segmentation(raw, rng, self.args.img_size)
+
+    def collate(self, samples):
+        """[(pixels, labels), ...] -> images (B, S, S, 3), labels (B, S, S), sizes (B, 2)."""
+        images, label_maps = zip(*samples)
+        batch, sizes = pad_images(images, multiple=1, min_size=self.args.img_size)
+        labels = torch.full(batch.shape[:3], IGNORED, dtype=torch.uint8)
+        for padded, label_map in zip(labels, label_maps):
+            h, w = label_map.shape
+            padded[:h, :w] = torch.from_numpy(np.array(label_map))
+        return batch, labels, sizes
+
+    def losses(self, net, batch):
+        images, labels, sizes = batch
+        return segmentation_losses(net(normalize_padded(images, sizes)), labels)
+
+    @torch.no_grad()
+    def predict(self, model, image):
+        """Class of every pixel of a PIL image, uint8 (H, W), computed from the whole image.
+
+        With --ms-test, the class of the largest mean probability at six scales, each also mirrored.
+        """
+        if not self.args.ms_test:
+            logits = self.image_logits(model, image, scale=1.0, mirror=False)
+            return logits[0].argmax(0).to(torch.uint8).cpu().numpy()
+        total = 0
+        for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
+            for mirror in (False, True):
+                logits = self.image_logits(model, image, scale, mirror)
+                total += logits.softmax(1)                      # (1, K, H, W)
+        return total[0].argmax(0).to(torch.uint8).cpu().numpy()
+
+    def image_logits(self, model, image, scale, mirror):
+        """Logits (1, K, height, width) of the image, computed at `scale` times --img-size."""
+        size = self.args.img_size * scale
+        W, H = fit_size(image.size, int(4 * size), int(size))
+        image_size = (image.height, image.width)
+        image = image.resize((max(W, 32), max(H, 32)), Image.Resampling.BILINEAR)
+        x = normalize(torch.from_numpy(np.array(image))[None].to(self.device))
+        if mirror:
+            x = x.flip(3)
+        with autocast(self.args, self.device):
+            logits = model(x)                                   # (1, K, H/4, W/4)
+        logits = resize(resize(logits.float(), x.shape[2:]), image_size)
+        return logits.flip(3) if mirror else logits
+
+    def overlay(self, image, prediction, classes):
+        """The image blended with its classes' colours; up to eight large classes are named."""
+        colours = np.zeros((256, 3), np.uint8)
+        colours[:len(classes)] = palette(len(classes))
+        result = Image.blend(image, Image.fromarray(colours[prediction]), 0.5)
+        draw = ImageDraw.Draw(result)
+        outline = {"stroke_width": 1, "stroke_fill": "black"}
+        count = np.bincount(prediction.ravel(), minlength=len(classes))[:len(classes)]
+        for label in count.argsort()[::-1][:8]:
+            if count[label] > prediction.size / 200:
+                y, x = (prediction == label).nonzero()
+                nearest = np.hypot(y - y.mean(), x - x.mean()).argmin()  # a pixel of the class
+                position = (x[nearest], y[nearest])
+                draw.text(position, classes[label], "white", anchor="mm", **outline)
+        return result
+
+    def record(self, model, source, sample):
+        """Pixel counts of one image, see `count_pixels`."""
+        _, (image, labels) = sample
+        return count_pixels(self.predict(model, image), labels, len(source.classes))
+
+    def summarize(self, _source, records):
+        return mean_iou(sum(records))
+
+    def score_results(self, source, path):
+        """Metrics of a folder of label PNGs that are named like the images.
+
+        Raises: InputError for a missing label map or one of another size than the image.
+        """
+        records = []
+        for file in source.files:
+            result = Path(path) / f"{file.stem}.png"
+            if not result.is_file():
+                expected = "a folder with a label map of every validation image"
+                raise InputError(f"{path} lacks {result.name}; expected {expected}")
+            prediction = source.read_labels(result)
+            labels = source.read_labels(source.label_path(file))
+            if prediction.shape != labels.shape:
+                h, w = prediction.shape
+                H, W = labels.shape
+                raise InputError(f"{result}: {w} x {h}, its image {W} x {H}")
+            records.append(count_pixels(prediction, labels, len(source.classes)))
+        return self.summarize(source, records)
+
+# ------------------------------------------------------------------------------ boxes and RetinaNet
+# Object detection on COCO's layout: files, augmentation, boxes, anchors, their assignment to
+# objects, non-maximum suppression (NMS), RetinaNet (arXiv 1708.02002), its losses and its task.
+# Mask R-CNN, the next chapter, uses all of it but the model. Letters: G objects per image,
+# A anchors, n detections, IoU intersection over union; four "deltas" move an anchor onto a box.
+class Coco:
+    """Images of folder/SPLIT2017, objects of folder/annotations/instances_SPLIT2017.json.
+
+    The training split keeps what mmdetection keeps: images that have annotations and sides of at
+    least 32 pixels; objects that are no crowds, overlap their image and are 1 x 1 or larger. The
+    validation split keeps all images, and `annotations` {image id: [...]} as they are in the file.
+
+    masks: whether `read` also returns masks, of the training split only.
+    Raises: InputError for a malformed annotation file, naming the file and the offending id.
+    """
+
+    def __init__(self, folder, split, masks=False):
+        self.folder = Path(folder) / f"{split}2017"
+        self.path = Path(folder) / "annotations" / f"instances_{split}2017.json"
+        self.masks = masks and split == "train"
+        data = read_annotations(self.path)
+        if not self.folder.is_dir():
+            expected = "DIR/{train,val}2017 and DIR/annotations/*.json"
+            raise InputError(f"{self.folder} is not a folder; expected {expected}")
+        names = {category["id"]: category["name"] for category in data["categories"]}
+        self.categories = sorted(names)
+        self.classes = [names[category] for category in self.categories]
+        images = {image["id"]: image for image in data["images"]}
+        annotations = {image_id: [] for image_id in images}
+        for annotation in data["annotations"]:
+            annotations[annotation["image_id"]].append(annotation)
+        entries = []
+        is_landscape = []
+        for image_id, image in sorted(images.items()):
+            large_enough = min(image["width"], image["height"]) >= 32
+            if split == "val" or (annotations[image_id] and large_enough):
+                entries.append(self.make_entry(image, annotations[image_id]))
+                is_landscape.append(image["width"] > image["height"])
+        if not entries:
+            kind = "image with annotations" if split == "train" else "image"
+            raise InputError(f"{self.path} holds no {kind}")
+        self.entries = Packed(entries)
+        self.is_landscape = np.array(is_landscape)
+        self.annotations = annotations if split == "val" else {}  # 1 GB for COCO's training split
+
+    def make_entry(self, image, annotations):
+        """What is kept of an image: its own dict, boxes, labels and, with masks, annotations."""
+        kept = [annotation for annotation in annotations if is_trainable(annotation, image)]
+        boxes = []
+        for annotation in kept:
+            x, y, w, h = annotation["bbox"]
+            boxes.append((x, y, x + w, y + h))
+        return {
+            "image": image,
+            "boxes": boxes,
+            "labels": [self.categories.index(annotation["category_id"]) for annotation in kept],
+            "objects": kept if self.masks else [],
+        }
+
+    def __len__(self):
+        return len(self.entries)
+
+    def name(self, index):
+        return str(self.folder / self.entries[index]["image"]["file_name"])
+
+    def read(self, index):
+        """RGB image, boxes (G, 4), labels (G,) and, with masks, these (G, H, W) bool."""
+        entry = self.entries[index]
+        image = read_image(self.name(index))
+        boxes = np.array(entry["boxes"], np.float32).reshape(-1, 4)
+        labels = np.array(entry["labels"], np.int64)
+        if not self.masks:
+            return image, boxes, labels
+        return image, boxes, labels, self.read_masks(entry, image.height, image.width)
+
+    def read_masks(self, entry, height, width):
+        image = dict(entry["image"], height=height, width=width)
+        masks = np.zeros((len(entry["objects"]), height, width), bool)
+        for mask, annotation in zip(masks, entry["objects"]):
+            try:
+                runs = segmentation_runs(annotation, image)
+                mask[:] = rle_decode({"size": mask.shape, "counts": runs})
+            except ValueError as error:
+                raise InputError(f"{self.path}: {error}") from None
+        return masks
+
+
+def is_trainable(annotation, image):
+    """Whether mmdetection trains on an annotation."""
+    x, y, w, h = annotation["bbox"]
+    overlap_width = min(x + w, image["width"]) - max(x, 0)
+    overlap_height = min(y + h, image["height"]) - max(y, 0)
+    if annotation["iscrowd"] or annotation.get("ignore"):
+        return False
+    has_extent = min(w, h) >= 1 and annotation["area"] > 0
+    return has_extent and min(overlap_width, overlap_height) > 0
+
+
+class Packed:
+    """A list stored as JSON texts in one array, which loader processes share.
+
+    Reference counting would copy a list of Python objects into every process.
+    """
+
+    def __init__(self, entries):
+        texts = [json.dumps(entry).encode() for entry in entries]
+        self.ends = np.cumsum([0, *map(len, texts)])
+        self.text = np.frombuffer(b"".join(texts), np.uint8)
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        start = self.ends[index]
+        end = self.ends[index + 1]
+        return json.loads(self.text[start:end].tobytes())
+
+
+class GroupSampler(StepSampler):
+    """StepSampler whose micro-batches hold images of one orientation, so that padding is small.
+
+    In every epoch each orientation is padded to whole micro-batches by repeating its first images,
+    as in mmdetection; then the micro-batches are shuffled. is_landscape (N,): bool array, which
+    images are wider than high; schedule: StepSampler's arguments except `images`.
+    """
+
+    def __init__(self, *, is_landscape, **schedule):
+        super().__init__(images=len(is_landscape), **schedule)
+        self.is_landscape = is_landscape
+        self.micro = self.batch // self.count
+        landscape = math.ceil(is_landscape.sum() / self.micro)
+        portrait = math.ceil((~is_landscape).sum() / self.micro)
+        self.used = (landscape + portrait) * self.micro
+        self.per_epoch = self.used // self.batch
+
+    def order(self, epoch):
+        """(used, 2): image and copy, so that micro-batch j of a step is every `count`-th entry."""
+        rng = np.random.default_rng((train_imagenet.ORDER, self.seed, epoch))
+        images = rng.permutation(self.images)
+        is_landscape = self.is_landscape[images]
+        groups = []
+        for group in (images[is_landscape], images[~is_landscape]):
+            if len(group):
+                count = math.ceil(len(group) / self.micro)
+                groups.append(np.resize(group, (count, self.micro)))
+        rows = rng.permutation(np.concatenate(groups))          # (micro-batches, micro)
+        whole = len(rows) // self.count * self.count
+        steps = rows[:whole].reshape(-1, self.count, self.micro)
+        steps = steps.transpose(0, 2, 1)                        # (steps, micro, count)
+        order = np.concatenate([steps.ravel(), rows[whole:].ravel()])
+        return np.stack([order, np.zeros_like(order)], 1)
+
+
+def mirror_objects(image, boxes, masks):
+    """Mirror a PIL image with its boxes (G, 4) and masks (G, H, W) bool."""
+    x1, y1, x2, y2 = boxes.T
+    boxes = np.stack([image.width - x2, y1, image.width - x1, y2], 1)
+    return ImageOps.mirror(image), boxes, masks[..., ::-1]
+
+
+def resize_objects(image, boxes, masks, size):
+    """Resize a PIL image with its boxes and masks to a size (W, H)."""
+    W, H = size
+    scale = np.array([W / image.width, H / image.height], np.float32)
+    boxes = boxes * np.tile(scale, 2)
+    resized = np.zeros((len(masks), H, W), bool)
+    for i, mask in enumerate(masks):
+        resized[i] = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
+    return image.resize(size, Image.Resampling.BILINEAR), boxes, resized
+
+
+def random_crop(image, boxes, masks, rng, shortest, longest):
+    """Crop a PIL image with its boxes and masks, to sides of `shortest` to `longest` pixels."""
+    W, H = image.size
+    height = rng.randint(min(H, shortest), min(H, longest))
+    width = rng.randint(min(W, shortest), min(W, longest))
+    top = rng.randint(0, H - height)
+    left = rng.randint(0, W - width)
+    right = left + width
+    bottom = top + height
+    corner = np.array([left, top], np.float32)
+    size = np.array([width, height], np.float32)
+    boxes = (boxes - np.tile(corner, 2)).clip(0, np.tile(size, 2))
+    masks = masks[:, top:bottom, left:right]
+    return image.crop((left, top, right, bottom)), boxes, masks
+
+
+def augment_detection(raw, rng, *, size, multi_scale):
+    """Flip and resize at random.
+
+    Args:
+        raw: what `Coco.read` returns.
+        size: of the shorter side, in pixels; the longer one gets at most 1333 / 800 times as many.
+        multi_scale: the shorter side becomes 0.6 to 1 times `size` instead; half of the images are
+            cropped at random before (the 3x schedule of Swin, arXiv 2103.14030).
+    Returns: uint8 (H, W, 3), boxes (G, 4) clipped to the image, labels (G,) and the masks, if any.
+    """
+    image, boxes, labels = raw[:3]
+    has_masks = len(raw) == 4
+    no_masks = np.zeros((0, image.height, image.width), bool)
+    masks = raw[3] if has_masks else no_masks
+    scale = size / 800                                      # the recipe is for images of 800 pixels
+    longer = size * 1333 / 800
+    if rng.random() < 0.5:
+        image, boxes, masks = mirror_objects(image, boxes, masks)
+    if multi_scale and rng.random() < 0.5:
+        shorter = rng.choice((400, 500, 600)) * scale
+        target = fit_size(image.size, longer, shorter)
+        image, boxes, masks = resize_objects(image, boxes, masks, target)
+        sides = round(384 * scale), round(600 * scale)
+        image, boxes, masks = random_crop(image, boxes, masks, rng, *sides)
+    shorter = size
+    if multi_scale:
+        shorter = rng.choice(range(480, 801, 32)) * scale
+    target = fit_size(image.size, longer, shorter)
+    image, boxes, masks = resize_objects(image, boxes, masks, target)
+    boxes = boxes.clip(0, np.array(image.size * 2, np.float32))
+    keep = box_size(boxes).min(1) > 0.01                    # encode() takes the size's logarithm
+    sample = np.asarray(image), boxes[keep], labels[keep]
+    return (*sample, masks[keep]) if has_masks else sample
+
+
+def box_size(boxes):
+    """Width and height (..., 2) of boxes (..., 4)."""
+    return boxes[..., 2:] - boxes[..., :2]
+
+
+def box_iou(a, b):
+    """Intersection over union of boxes a (..., A, 4) and b (..., G, 4): (..., A, G).
+
+    It is 0 where the union is empty.
+    """
+    a_start, a_end = a[..., :, None, :].chunk(2, -1)                    # (..., A, 1, 2)
+    b_start, b_end = b[..., None, :, :].chunk(2, -1)                    # (..., 1, G, 2)
+    top_left = torch.maximum(a_start, b_start)                          # (..., A, G, 2)
+    bottom_right = torch.minimum(a_end, b_end)
+    intersection = (bottom_right - top_left).clamp(min=0).prod(-1)      # (..., A, G)
+    area_a = box_size(a).prod(-1)[..., :, None]                         # (..., A, 1)
+    area_b = box_size(b).prod(-1)[..., None, :]                         # (..., 1, G)
+    union = area_a + area_b - intersection
+    return intersection / union.clamp(min=1e-6)
+
+
+def encode(anchors, boxes):
+    """Deltas (..., 4) that move anchors (..., 4) onto boxes (..., 4) (arXiv 1311.2524, appendix C).
+
+    They are the shift of the centre over the anchor's size and the logarithm of the size's ratio.
+    """
+    anchor_start, anchor_end = anchors.chunk(2, -1)
+    start, end = boxes.chunk(2, -1)
+    size = box_size(anchors)
+    shift = (start + end - anchor_start - anchor_end) / 2 / size
+    growth = (box_size(boxes) / size).log()
+    return torch.cat([shift, growth], -1)
+
+
+def decode(anchors, deltas):
+    """The inverse of `encode`; sizes change by at most a factor of 1000 / 16."""
+    start, end = anchors.chunk(2, -1)
+    shift, growth = deltas.chunk(2, -1)
+    limit = math.log(1000 / 16)
+    anchor_size = box_size(anchors)
+    centre = (start + end) / 2 + shift * anchor_size
+    size = anchor_size * growth.clamp(-limit, limit).exp()
+    return torch.cat([centre - size / 2, centre + size / 2], -1)
+
+
+def clip_boxes(boxes, size):
+    """Boxes (..., 4) clipped to an image of size (H, W), or each box to its own size (..., 2)."""
+    size = torch.as_tensor(size, dtype=boxes.dtype, device=boxes.device)
+    size = size.flip(-1)                                                # (..., 2): W, H
+    return torch.minimum(boxes.clamp(min=0), torch.cat([size, size], -1))
+
+
+def base_anchors(strides, scales, ratios=(0.5, 1.0, 2.0)):
+    """Anchors around the origin, one set per level: (levels, ratios * scales, 4).
+
+    Each has the area of a square of stride * scale pixels; ratio is height / width.
+    """
+    boxes = []
+    for stride in strides:
+        for ratio in ratios:
+            for scale in scales:
+                w = stride * scale / math.sqrt(ratio)
+                h = stride * scale * math.sqrt(ratio)
+                boxes.append((-w / 2, -h / 2, w / 2, h / 2))
+    return torch.tensor(boxes).view(len(strides), -1, 4)
+
+
+def anchor_boxes(base, levels, strides):
+    """Anchors (A, 4) of all levels, ordered by level, row, column, base anchor.
+
+    Args:
+        base (levels, num_anchors, 4): of `base_anchors`.
+        levels: size (h, w) of each level's map.
+    """
+    anchors = []
+    for base_anchor, (h, w), stride in zip(base, levels, strides):
+        x = torch.arange(w, device=base.device) * stride
+        y = torch.arange(h, device=base.device) * stride
+        x = x.expand(h, w)
+        y = y[:, None].expand(h, w)
+        corners = torch.stack([x, y, x, y], -1)                     # (h, w, 4)
+        boxes = corners[:, :, None] + base_anchor                   # (h, w, num_anchors, 4)
+        anchors.append(boxes.flatten(0, 2))
+    return torch.cat(anchors)
+
+
+def cells_inside(levels, strides, sizes, num_anchors):
+    """Whether an anchor's cell lies on its image, padded to a multiple of 32: (B, A).
+
+    Args: as of `anchor_boxes`, and sizes (B, 2), h and w of each image.
+    """
+    padded = (sizes + 31) // 32 * 32                                # (B, 2)
+    inside = []
+    for (h, w), stride in zip(levels, strides):
+        cells = -(-padded // stride)                                # (B, 2): rows, columns
+        row = torch.arange(h, device=sizes.device)
+        column = torch.arange(w, device=sizes.device)
+        inside_rows = row[:, None] < cells[:, :1, None]             # (B, h, 1)
+        inside_columns = column < cells[:, 1:, None]                # (B, 1, w)
+        is_inside = inside_rows & inside_columns                    # (B, h, w)
+        inside.append(is_inside.flatten(1).repeat_interleave(num_anchors, 1))
+    return torch.cat(inside, 1)
+
+
+def best_anchors(scores, deltas, anchors, counts, size, per_level=1000):
+    """Boxes of one image's anchors of the highest scores in each level.
+
+    Args:
+        scores (A,), deltas and anchors (A, 4); counts: number of anchors of each level.
+        size: (H, W) of the image, to which the boxes are clipped.
+    Returns: boxes (n, 4), index (n,) of the anchors, level (n,).
+    """
+    index = []
+    level = []
+    first = 0
+    for i, level_scores in enumerate(scores.split(counts)):
+        best = level_scores.topk(min(per_level, counts[i])).indices
+        index.append(first + best)
+        level.append(torch.full_like(best, i))
+        first += counts[i]
+    index = torch.cat(index)
+    boxes = clip_boxes(decode(anchors[index], deltas[index]), size)
+    return boxes, index, torch.cat(level)
+
+
+def assign(boxes, labels, anchors, valid, *, positive, negative, min_pos_iou, match_low_quality):
+    """Max-IoU assignment of mmdetection: which object an anchor stands for.
+
+    Args:
+        boxes (B, G, 4), labels (B, G): objects, label -1 where padded.
+        anchors (A, 4) or (B, A, 4).
+        valid (B, A): anchors that take part; the others get -2.
+        positive: an anchor whose best IoU is at least this gets that object.
+        negative: an anchor whose best IoU is below this is background.
+        match_low_quality: whether every object also gets the anchors that tie for its best IoU, if
+            that is at least `min_pos_iou`; of several objects the last one wins.
+    Returns: (B, A), the number of the object, -1 for background, -2 for neither.
+    """
+    iou = box_iou(anchors, boxes)                                   # (B, A, G)
+    ignored = (labels < 0)[:, None] | ~valid[..., None]
+    iou = iou.masked_fill(ignored, -1)
+    best_iou, matched = iou.max(2)                                  # (B, A)
+    matched = matched.masked_fill(best_iou < positive, -2)          # unlike torch.where, a scalar
+    matched = matched.masked_fill(best_iou < negative, -1)          # here is no copy to the GPU
+    if match_low_quality:
+        object_iou = iou.amax(1, keepdim=True)                      # (B, 1, G)
+        is_best = (iou == object_iou) & (object_iou >= min_pos_iou)
+        object_number = torch.arange(1, boxes.shape[1] + 1, device=boxes.device)
+        last_object = (is_best * object_number).amax(2) - 1         # (B, A), -1 without any
+        matched = torch.where(last_object >= 0, last_object, matched)
+    return matched.masked_fill(~valid, -2)
+
+
+def nms(boxes, scores, iou_threshold, max_keep, block=1024):
+    """Exact greedy NMS: a box goes if its IoU with a better box that stays is above the threshold.
+
+    Blocks of boxes are taken in order of falling score. Within a block, `keep` is the fixed point
+    of "no better box that stays overlaps me". It is unique, and iterating from "all stay" reaches
+    it, since after i rounds the first i boxes are final.
+
+    Args:
+        boxes (n, 4), scores (n,).
+        max_keep: the number of boxes that are returned at most.
+    Returns: indices of the boxes that stay, best first.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    boxes = boxes[order]
+    kept = order[:0]                                        # positions in `order`
+    for block_index in torch.arange(len(boxes), device=boxes.device).split(block):
+        if len(kept) >= max_keep:
+            break
+        suppressed = (box_iou(boxes[block_index], boxes[kept]) > iou_threshold).any(1)
+        block_index = block_index[~suppressed]
+        iou = box_iou(boxes[block_index], boxes[block_index])
+        overlaps = (iou > iou_threshold).triu(1).to(boxes.dtype)    # (better, worse)
+        keep = torch.ones_like(block_index, dtype=boxes.dtype)
+        while True:
+            next_keep = (keep @ overlaps == 0).to(boxes.dtype)
+            if torch.equal(next_keep, keep):
+                break
+            keep = next_keep
+        kept = torch.cat([kept, block_index[keep > 0]])
+    return order[kept[:max_keep]]
+
+
+def nms_by_class(boxes, scores, labels, iou_threshold, max_keep):
+    """`nms` inside each class: an offset per class keeps boxes of two classes from overlapping.
+
+    It is added in float64, so that no IoU changes.
+    """
+    offset = boxes.max() + 1 if len(boxes) else 1
+    shifted = boxes.double() + (labels * offset)[:, None]
+    return nms(shifted, scores, iou_threshold, max_keep)
+
+
+def multiclass_nms(boxes, scores, score_threshold=0.05, max_keep=100):
+    """Detections of one image: the best of all pairs of box and class, after NMS in each class.
+
+    Args:
+        boxes (n, K, 4), or (n, 1, 4) if all classes share them; scores (n, K).
+        score_threshold: pairs of a lower score are dropped before NMS.
+    Returns: boxes (m, 4), scores (m,), labels (m,), best first.
+    """
+    row, label = (scores > score_threshold).nonzero().unbind(1)
+    boxes = boxes.expand(-1, scores.shape[1], -1)[row, label]
+    scores = scores[row, label]
+    keep = nms_by_class(boxes, scores, label, 0.5, max_keep)
+    return boxes[keep], scores[keep], label[keep]
 
 
 class RetinaNet(nn.Module):
-    """RetinaNet (arXiv 1708.02002): images -> class logits (B, A, K), deltas (B, A, 4), level sizes [(h, w)]."""
+    """RetinaNet (arXiv 1708.02002): a classifier and a box regressor on five levels of an FPN.
+
+    Args of forward: images (B, 3, H, W), normalised; sizes (B, 2), h and w of each without padding;
+    targets: in train mode {"boxes": (B, G, 4), "labels": (B, G)}, labels padded with -1.
+    Returns: in train mode {"loss_cls", "loss_box"}; in eval mode for each image boxes (n, 4),
+    scores (n,) and labels (n,), best first.
+    """
 
     strides = (8, 16, 32, 64, 128)
 
     def __init__(self, backbone, classes, dim=256):
         super().__init__()
-        self.backbone, self.neck, self.classes = backbone, FPN(backbone.channels, extra=True), classes
-        self.register_buffer("base", base_anchors(self.strides, [4 * 2 ** (i / 3) for i in range(3)]), persistent=False)
-        a = self.base.shape[1]
+        self.backbone = backbone
+        self.neck = FPN(backbone.channels, extra_levels=2)
+        self.classes = classes
+        scales = [4 * 2 ** (i / 3) for i in range(3)]
+        self.register_buffer("base", base_anchors(self.strides, scales), persistent=False)
+        self.num_anchors = self.base.shape[1]
+        prior = 0.01                                            # initial probability, sec. 4.1
+        bias = -math.log((1 - prior) / prior)
+        self.classifier = conv_tower(dim, self.num_anchors * classes, bias)
+        self.regressor = conv_tower(dim, self.num_anchors * 4, bias=0.0)
 
-        def tower(out_dim, bias):
-            layers = [layer for _ in range(4) for layer in (nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(inplace=True))]
-            layers.append(nn.Conv2d(dim, out_dim, 3, padding=1))
-            for conv in layers[::2]:
-                init_classifier(conv, bias=bias if conv is layers[-1] else 0.0)
-            return nn.Sequential(*layers)
-        self.classifier = tower(a * classes, -math.log(99))                             # a probability of 0.01
-        self.regressor = tower(a * 4, 0.0)
-
-    def forward(self, images):
+    def forward(self, images, sizes, targets=None):
         maps = self.neck(self.backbone(images))
-        logits, deltas = ([tower(x).permute(0, 2, 3, 1).reshape(len(x), -1, width) for x in maps]
-                          for tower, width in ((self.classifier, self.classes), (self.regressor, 4)))
-        return torch.cat(logits, 1), torch.cat(deltas, 1), [tuple(x.shape[2:]) for x in maps]
+        logits = self.run_tower(self.classifier, maps, self.classes)    # (B, A, K)
+        deltas = self.run_tower(self.regressor, maps, 4)                # (B, A, 4)
+        levels = [tuple(x.shape[2:]) for x in maps]
+        anchors = anchor_boxes(self.base, levels, self.strides)         # (A, 4)
+        if self.training:
+            valid = cells_inside(levels, self.strides, sizes, self.num_anchors)
+            return retinanet_losses(logits, deltas, anchors, valid, targets)
+        counts = [h * w * self.num_anchors for h, w in levels]
+        detections = []
+        for scores, image_deltas, size in zip(logits.sigmoid(), deltas, sizes):
+            best_score = scores.amax(1)
+            boxes, index, _ = best_anchors(best_score, image_deltas, anchors, counts, size)
+            detections.append(multiclass_nms(boxes[:, None], scores[index]))
+        return detections
 
-    def objects(self, images, sizes):
-        """Boxes (n, 4), scores (n,), labels (n,) of a batch of one image, best first."""
-        logits, deltas, levels = self(images)
-        return retinanet_objects(logits[0].float(), deltas[0].float(), levels, sizes[0], self.base, self.strides)
+    def run_tower(self, tower, maps, dim):
+        """Outputs of a tower for all levels, `dim` numbers per anchor: (B, A, dim) float32."""
+        outputs = []
+        for x in maps:
+            output = tower(x).permute(0, 2, 3, 1)               # (B, h, w, num_anchors * dim)
+            outputs.append(output.reshape(len(x), -1, dim))     # (B, h * w * num_anchors, dim)
+        return torch.cat(outputs, 1).float()
 
 
+def conv_tower(dim, out_dim, bias):
+    """Four 3 x 3 convolutions with ReLU and an output convolution with an initial bias."""
+    layers = []
+    for _ in range(4):
+        layers.append(nn.Conv2d(dim, dim, 3, padding=1))
+        layers.append(nn.ReLU(inplace=True))
+    output = nn.Conv2d(dim, out_dim, 3, padding=1)
+    for hidden in layers[::2]:
+        init_classifier(hidden)
+    init_classifier(output, bias=bias)
+    return nn.Sequential(*layers, output)
+
+
+def focal_loss(logits, targets, gamma=2.0, alpha=0.25):
+    """Sigmoid focal loss (arXiv 1708.02002, Eq. 5) of each element; targets are 0 or 1."""
+    targets = targets.to(logits.dtype)
+    p = logits.sigmoid()
+    missed = p + targets - 2 * p * targets                      # 1 - p_t
+    alpha_t = 1 - alpha + (2 * alpha - 1) * targets
+    weight = alpha_t * missed ** gamma
+    return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def retinanet_losses(logits, deltas, anchors, valid, targets):
+    """Focal loss of all anchors and L1 loss of the positive anchors' deltas.
+
+    Both are divided by the number of positive anchors, where an image without any counts as one.
+    Nothing here waits for the GPU.
+
+    Args:
+        logits (B, A, K), deltas (B, A, 4), anchors (A, 4), valid (B, A).
+        targets: {"boxes": (B, G, 4), "labels": (B, G)}, labels padded with -1.
+    """
+    boxes = targets["boxes"]
+    labels = targets["labels"]
+    matched = assign(
+        boxes, labels, anchors, valid,
+        positive=0.5, negative=0.4, min_pos_iou=0.0, match_low_quality=True,
+    )                                                           # (B, A)
+    positive = matched >= 0
+    num_positive = positive.sum(1).clamp(min=1).sum()
+    object_index = matched.clamp(min=0)
+
+    anchor_labels = labels.gather(1, object_index).masked_fill(~positive, -1)
+    classes = torch.arange(logits.shape[2], device=logits.device)
+    is_class = anchor_labels[..., None] == classes              # (B, A, K)
+    evaluated = (matched != -2)[..., None]
+    classification = (focal_loss(logits, is_class) * evaluated).sum()
+
+    matched_boxes = boxes.take_along_dim(object_index[..., None], 1)
+    positive = positive[..., None]
+    matched_boxes = torch.where(positive, matched_boxes, anchors)   # avoids log(0) on padding
+    distance = (deltas - encode(anchors, matched_boxes)).abs()
+    regression = (distance * positive).sum()
+    return {
+        "loss_cls": classification / num_positive,
+        "loss_box": regression / num_positive,
+    }
+
+
+@torch.no_grad()
+def detect_image(model, image, args, device):
+    """What a detector finds in a PIL image, resized to --img-size for it.
+
+    Returns: what the model returns for one image, with boxes in pixels of the given image.
+    """
+    W, H = fit_size(image.size, args.img_size * 1333 / 800, args.img_size)
+    resized = image.resize((W, H), Image.Resampling.BILINEAR)
+    batch, sizes = pad_images([np.asarray(resized)], 32)
+    batch = batch.to(device)
+    sizes = sizes.to(device)
+    with autocast(args, device):
+        boxes, *others = model(normalize_padded(batch, sizes), sizes)[0]
+    scale = boxes.new_tensor([W / image.width, H / image.height] * 2)
+    return boxes / scale, *others
+
+
+def overlay_objects(image, detections, classes, score_threshold=0.3):
+    """Overlay of the detections whose score reaches the threshold.
+
+    Args:
+        detections: arrays boxes (n, 4), scores (n,), labels (n,) and optionally masks (n, H, W).
+    """
+    overlay = image.copy()
+    canvas = ImageDraw.Draw(overlay)
+    colours = palette(len(classes))
+    boxes, scores, labels = detections[:3]
+    for i in np.flatnonzero(scores >= score_threshold)[::-1]:   # the best one is on top
+        label = labels[i]
+        colour = tuple(colours[label].tolist())
+        for masks in detections[3:]:
+            opacity = Image.fromarray(masks[i].astype(np.uint8) * 128)
+            overlay.paste(colour, mask=opacity)
+        canvas.rectangle(boxes[i].tolist(), outline=colour, width=2)
+        text = f"{classes[label]} {scores[i]:.2f}"
+        position = tuple(boxes[i, :2].clip(0).tolist())
+        canvas.rectangle(canvas.textbbox(position, text), colour)
+        canvas.text(position, text, "black")
+    return overlay
+
+
+def collate_boxes(images, boxes, labels):
+    """Lists of arrays (H, W, 3), (G, 4), (G,), one per image, as a batch.
+
+    Returns: images (B, H, W, 3), sizes (B, 2), boxes (B, G, 4), labels (B, G) padded with -1.
+    """
+    batch, sizes = pad_images(images, 32)
+    most_objects = max(1, *map(len, labels))
+    padded_boxes = torch.zeros(len(images), most_objects, 4)
+    padded_labels = torch.full((len(images), most_objects), -1)
+    for i, count in enumerate(map(len, labels)):
+        padded_boxes[i, :count] = torch.from_numpy(boxes[i])
+        padded_labels[i, :count] = torch.from_numpy(labels[i])
+    return batch, sizes, padded_boxes, padded_labels
+
+
+def coco_results(source, boxes, scores, labels):
+    """Detections (n, 4), (n,), (n,) of one image as results of COCO's format."""
+    boxes = np.concatenate([boxes[:, :2], box_size(boxes)], 1)
+    results = []
+    for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
+        category = source.categories[label]
+        results.append({"category_id": category, "bbox": box, "score": score})
+    return results
+
+
+def match_results(source, index, results, kind):
+    """`match_image` of the results of one image. Raises: InputError for malformed annotations."""
+    image = source.entries[index]["image"]
+    try:
+        return match_image(image, source.annotations[image["id"]], results, kind)
+    except ValueError as error:
+        raise InputError(f"{source.path}: {error}") from None
+
+
+def score_objects(source, path):
+    """COCO's metrics of a results file, of its masks if it holds any, otherwise of its boxes."""
+    images = [source.entries[index]["image"] for index in range(len(source))]
+    image_ids = {image["id"] for image in images}
+    results = read_results(path, image_ids, set(source.categories))
+    has_masks = any("segmentation" in result for result in results)
+    kind = "segm" if has_masks else "bbox"
+    annotations = []
+    for image_annotations in source.annotations.values():
+        annotations += image_annotations
+    try:
+        return evaluate_coco(images, annotations, results, kind, source.categories)
+    except (ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__} {error}"
+        raise InputError(f"{path}, scored as {kind}: {reason}") from None
+
+
+class Detection(DenseTask):
+    """RetinaNet on COCO's layout."""
+
+    metric = "AP"
+
+    def open_split(self, folder, split):
+        return Coco(folder, split)
+
+    def sampler(self, source, **schedule):
+        return GroupSampler(is_landscape=source.is_landscape, repeats=1, **schedule)
+
+    def augment(self, raw, rng):
+        multi_scale = self.args.schedule == "3x"
+        return augment_detection(raw, rng, size=self.args.img_size, multi_scale=multi_scale)
+
+    def collate(self, samples):
+        """Images (B, H, W, 3), sizes (B, 2), boxes (B, G, 4), labels (B, G) padded with -1."""
+        return collate_boxes(*zip(*samples))
+
+    def losses(self, net, batch):
+        images, sizes, boxes, labels = batch
+        targets = {"boxes": boxes, "labels": labels}
+        return net(normalize_padded(images, sizes), sizes, targets)
+
+    def predict(self, model, image):
+        """Boxes (n, 4), scores (n,), labels (n,) of a PIL image, best first."""
+        detections = detect_image(model, image, self.args, self.device)
+        return tuple(x.cpu().numpy() for x in detections)
+
+    def overlay(self, image, prediction, classes):
+        return overlay_objects(image, prediction, classes)
+
+    def record(self, model, source, sample):
+        """The image's detections, matched with its annotations."""
+        index, (image, *_) = sample
+        results = coco_results(source, *self.predict(model, image))
+        return match_results(source, index, results, "bbox")
+
+    def summarize(self, source, records):
+        return accumulate(records, "bbox", source.categories)
+
+    def score_results(self, source, path):
+        return score_objects(source, path)
+
+# --------------------------------------------------------------------------------------- Mask R-CNN
+# Instance segmentation: Mask R-CNN (arXiv 1703.06870) and Cascade Mask R-CNN (arXiv 1712.00726)
+# with a region proposal network (RPN, arXiv 1506.01497). Files, augmentation, boxes, assignment and
+# NMS are those of RetinaNet's chapter. Letters as there; R regions of interest (RoIs) of all
+# images, S x S bins or pixels per RoI, T samples of all bins. A RoI is a row of five numbers: the
+# image's number in the batch, x1, y1, x2, y2.
 class RPN(nn.Module):
-    """Region proposal network (arXiv 1506.01497): maps of 256 channels -> scores (B, A), deltas (B, A, 4), level sizes [(h, w)]."""
+    """Region proposal network: maps -> scores (B, A), deltas (B, A, 4) of all levels' anchors."""
 
-    def __init__(self, anchors, dim=256):
+    def __init__(self, num_anchors, dim=256):
         super().__init__()
-        self.conv, self.scores, self.deltas = nn.Conv2d(dim, dim, 3, padding=1), nn.Conv2d(dim, anchors, 1), nn.Conv2d(dim, 4 * anchors, 1)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.scores = nn.Conv2d(dim, num_anchors, 1)
+        self.deltas = nn.Conv2d(dim, 4 * num_anchors, 1)
         for conv in (self.conv, self.scores, self.deltas):
             init_classifier(conv)
 
     def forward(self, maps):
-        hidden = [F.relu(self.conv(x)) for x in maps]
-        scores = torch.cat([self.scores(x).permute(0, 2, 3, 1).flatten(1) for x in hidden], 1)
-        deltas = torch.cat([self.deltas(x).permute(0, 2, 3, 1).reshape(len(x), -1, 4) for x in hidden], 1)
-        return scores, deltas, [tuple(x.shape[2:]) for x in maps]
+        scores = []
+        deltas = []
+        for x in maps:
+            hidden = F.relu(self.conv(x))
+            level_scores = self.scores(hidden).permute(0, 2, 3, 1)      # (B, h, w, num_anchors)
+            level_deltas = self.deltas(hidden).permute(0, 2, 3, 1)      # (B, h, w, num_anchors * 4)
+            scores.append(level_scores.flatten(1))
+            deltas.append(level_deltas.reshape(len(x), -1, 4))
+        scores = torch.cat(scores, 1)
+        deltas = torch.cat(deltas, 1)
+        return scores.float(), deltas.float()
+
+
+def select_proposals(scores, deltas, anchors, counts, size, *, per_level, max_keep):
+    """Proposals (n, 4) of one image, best first.
+
+    Args: as of `best_anchors`; of each level, `per_level` anchors at most go through NMS of an IoU
+    of 0.7; boxes without area are dropped; at most `max_keep` remain of all levels.
+    """
+    boxes, index, level = best_anchors(scores, deltas, anchors, counts, size, per_level)
+    has_area = (box_size(boxes) > 0).all(1)
+    boxes = boxes[has_area]
+    scores = scores[index][has_area]
+    return boxes[nms_by_class(boxes, scores, level[has_area], 0.7, max_keep)]
+
+
+def pad_proposals(proposals):
+    """List of (n, 4), one per image, as one tensor (B, P, 4), P > 0, and which are valid (B, P)."""
+    length = max(1, *map(len, proposals))
+    padded = proposals[0].new_zeros(len(proposals), length, 4)
+    valid = torch.zeros_like(padded[..., 0], dtype=torch.bool)
+    for i, boxes in enumerate(proposals):
+        padded[i, :len(boxes)] = boxes
+        valid[i, :len(boxes)] = True
+    return padded, valid
+
+
+def random_sample(positive, negative, count, max_positive):
+    """Choose candidates with torch's generator: positive ones, filled up by negative ones.
+
+    Args:
+        positive, negative (B, N): bool.
+        count: how many are chosen per image, if there are as many; at most `max_positive` of them
+            are positive.
+    Returns: sampled_index (B, n), n = min(count, N), into the N candidates, and sample_type (B, n):
+    1 positive, 0 negative, -1 unused, in this order.
+    """
+    candidates = positive.shape[1]
+    key = torch.rand(positive.shape, device=positive.device)            # below 1
+    top = key.masked_fill(~positive, -1).topk(min(max_positive, candidates))
+    chosen = torch.zeros_like(positive).scatter(1, top.indices, top.values >= 0)
+    key = key.masked_fill(~negative, -1).masked_fill(chosen, 2)
+    key, sampled_index = key.topk(min(count, candidates))
+    sample_type = (key >= 0).long() + (key > 1).long() - 1
+    return sampled_index, sample_type
+
+
+def delta_loss(deltas, targets, kind, beta):
+    """Loss of each delta: "l1", or "smooth_l1", which is quadratic below `beta`."""
+    if kind == "l1":
+        return F.l1_loss(deltas, targets, reduction="none")
+    return F.smooth_l1_loss(deltas, targets, reduction="none", beta=beta)
+
+
+def rpn_losses(scores, deltas, anchors, valid, targets, box_loss):
+    """Losses of 256 random anchors per image: cross-entropy of the score, box loss of the deltas.
+
+    Both are divided by the number of sampled anchors.
+
+    Args:
+        scores (B, A), deltas (B, A, 4), anchors (A, 4); valid (B, A): anchors that take part.
+        targets: {"boxes": (B, G, 4), "labels": (B, G)}, labels padded with -1.
+        box_loss: "l1", or "smooth_l1" with beta 1/9.
+    """
+    boxes = targets["boxes"]
+    matched = assign(
+        boxes, targets["labels"], anchors, valid,
+        positive=0.7, negative=0.3, min_pos_iou=0.3, match_low_quality=True,
+    )                                                                   # (B, A)
+    index, sample_type = random_sample(matched >= 0, matched == -1, 256, 128)   # (B, 256)
+    positive = sample_type > 0
+    used = sample_type >= 0
+    object_index = matched.gather(1, index).clamp(min=0)
+    start = anchors[index]                                              # (B, 256, 4)
+    end = boxes.take_along_dim(object_index[..., None], 1)
+    end = torch.where(positive[..., None], end, start)                  # avoids log(0) on padding
+    classification = F.binary_cross_entropy_with_logits(
+        scores.gather(1, index), positive.to(scores.dtype), reduction="none"
+    )
+    deltas = deltas.take_along_dim(index[..., None], 1)
+    regression = delta_loss(deltas, encode(start, end), box_loss, beta=1 / 9)
+    count = used.sum().clamp(min=1)
+    return {
+        "loss_rpn_cls": (classification * used).sum() / count,
+        "loss_rpn_box": (regression * positive[..., None]).sum() / count,
+    }
+
+
+@torch.no_grad()
+def sample_proposals(proposals, valid, targets, count, iou, *, match_low_quality):
+    """Choose the proposals that a stage is trained on, at most a quarter of them positive.
+
+    The objects' own boxes are added to the proposals before.
+
+    Args:
+        proposals (B, P, 4), valid (B, P): whether a slot holds a proposal.
+        count: how many are chosen per image; iou: from which a proposal is positive.
+    Returns: proposals (B, n, 4); matched (B, n): number of the object, -1 for background, -2 for an
+    unused slot; is_object (B, n): whether it is an object's own box.
+    """
+    boxes = targets["boxes"]
+    labels = targets["labels"]
+    matched = assign(
+        boxes, labels, proposals, valid,
+        positive=iou, negative=iou, min_pos_iou=iou, match_low_quality=match_low_quality,
+    )                                                                   # (B, P)
+    object_number = torch.arange(boxes.shape[1], device=boxes.device)
+    matched_objects = torch.where(labels >= 0, object_number, -2)       # (B, G)
+    matched = torch.cat([matched_objects, matched], 1)                  # (B, G + P)
+    proposals = torch.cat([boxes, proposals], 1)                        # (B, G + P, 4)
+    index, sample_type = random_sample(matched >= 0, matched == -1, count, count // 4)
+    proposals = proposals.take_along_dim(index[..., None], 1)           # (B, n, 4)
+    matched = matched.gather(1, index).masked_fill(sample_type < 0, -2)
+    return proposals, matched, index < boxes.shape[1]
+
+
+def pool_rois(maps, rois, output_size, strides):
+    """RoIAlign of RoIs (R, 5) on the level of the pyramid that suits their size (FPN, Eq. 1).
+
+    Below 112 pixels (square root of the area) it is the finest, from 112 on the second, from 224 on
+    the third, from 448 on the fourth.
+    """
+    size = box_size(rois[:, 1:]).clamp(min=0)
+    side = size.prod(1).sqrt()
+    level = (side / 56 + 1e-6).log2().floor()
+    level = level.clamp(0, len(maps) - 1).long()
+    scales = [1 / stride for stride in strides]
+    return align_levels(maps, level, rois, output_size, scales)
+
+
+def align_levels(maps, level, rois, output_size, scales):
+    """RoIAlign (arXiv 1703.06870), each RoI on its own level, shifted by half a pixel ("aligned").
+
+    A RoI is divided into S x S equal bins; a bin is the mean of bilinear samples, as many along
+    each axis as it has pixels, rounded up. So a bin is a weighted sum of pixels, four per sample.
+    `embedding_bag` computes weighted sums of table rows: the flattened maps are the table, so
+    samples are never stored.
+
+    Args:
+        maps: list of (B, C, H, W).
+        level (R,): index of each RoI's map; rois (R, 5).
+        output_size: S.
+        scales: size of each map over size of the image.
+    Returns: (R, C, S, S).
+    """
+    S = output_size
+    C = maps[0].shape[1]
+    table = [x.permute(0, 2, 3, 1).reshape(-1, C) for x in maps]
+    table = torch.cat(table).to(rois.dtype)
+    shapes = [(x.shape[3], x.shape[2], x.shape[0]) for x in maps]
+    shapes = torch.tensor(shapes, device=rois.device)                   # (levels, 3): W, H, B
+    rows = shapes.prod(1)                                               # (levels,) of the table
+    level_start = rows.cumsum(0) - rows
+    map_size = shapes[level, :2]                                        # (R, 2): W, H
+    image = rois[:, 0].long()
+    first_row = level_start[level] + image * map_size.prod(1)           # (R,)
+    scale = rois.new_tensor(scales)[level, None]
+    corner = rois[:, 1:3] * scale - 0.5                                 # (R, 2), pixels of the map
+    bin_size = box_size(rois[:, 1:]).clamp(min=0) * scale / S           # (R, 2)
+    samples_per_bin = bin_size.ceil()                                   # (R, 2): across, down
+    bin_id, bin_start, bin_xy = sample_bins(samples_per_bin, S)
+    roi = bin_id // S ** 2                                              # (T,)
+    point = corner[roi] + bin_xy * bin_size[roi]                        # (T, 2): x, y
+    pixel, weight = bilinear_pixels(point, map_size[roi])               # (T, 4)
+    sample_weight = 1 / samples_per_bin.prod(1)
+    pixel = first_row[roi, None] + pixel
+    weight = weight * sample_weight[roi, None]
+    bins = F.embedding_bag(
+        pixel.flatten(), table, 4 * bin_start, mode="sum", per_sample_weights=weight.flatten()
+    )
+    return bins.view(-1, S, S, C).permute(0, 3, 1, 2)
+
+
+def sample_bins(samples_per_bin, S):
+    """Where the samples of RoIs lie, given their number (R, 2) across and down each of S x S bins.
+
+    Returns: bin_id (T,), the sample's bin of all R * S * S; bin_start (R * S * S,), the first
+    sample of each bin; bin_xy (T, 2), the sample's position in its RoI, in bins.
+    """
+    device = samples_per_bin.device
+    count = samples_per_bin.prod(1).long().repeat_interleave(S * S)     # of each bin
+    bin_start = count.cumsum(0) - count
+    bin_id = torch.arange(len(count), device=device).repeat_interleave(count)
+    number = torch.arange(len(bin_id), device=device) - bin_start[bin_id]   # in its bin
+    across, down = samples_per_bin[bin_id // S ** 2].unbind(1)
+    x = bin_id % S + (number % across + 0.5) / across
+    y = bin_id // S % S + (number // across + 0.5) / down
+    return bin_id, bin_start, torch.stack([x, y], 1)
+
+
+def bilinear_pixels(point, map_size):
+    """Pixels (T, 4) of row-major maps and their weights (T, 4), for points x, y (T, 2) on each.
+
+    Points up to one pixel outside of their map (W, H) (T, 2) take the border's value, others 0.
+    """
+    inside = ((point >= -1) & (point <= map_size)).all(1)
+    point = torch.minimum(point.clamp(min=0), map_size - 1)
+    first = point.long()
+    x, y = first.unbind(1)
+    next_x, next_y = torch.minimum(first + 1, map_size - 1).unbind(1)
+    right, down = point.frac().unbind(1)                                # weights of the next pixels
+    row = y * map_size[:, 0]
+    next_row = next_y * map_size[:, 0]
+    pixel = torch.stack([row + x, row + next_x, next_row + x, next_row + next_x], 1)
+    left = 1 - right
+    up = 1 - down
+    weight = torch.stack([left * up, right * up, left * down, right * down], 1)
+    return pixel, weight * inside[:, None]
 
 
 class BoxHead(nn.Module):
-    """Pooled RoIs (R, 256, 7, 7) -> class logits (R, K + 1), background last, and deltas (R, 4 or K * 4).
+    """Pooled RoIs (R, 256, 7, 7) -> class logits (R, K + 1), background last, and deltas.
 
-    kind: two linear layers ("2fc"), or four convolutions with BatchNorm and one linear layer ("4conv1fc").
+    Args:
+        kind: "2fc", two linear layers, or "4conv1fc", four convolutions and one linear layer.
+        class_specific: whether deltas are (R, K * 4), for each class, or (R, 4), for all classes.
     """
 
     def __init__(self, classes, kind, class_specific, dim=256, hidden=1024):
         super().__init__()
-        convs = 4 if kind == "4conv1fc" else 0
-        self.convs = nn.Sequential(*(conv_norm(dim, dim, 3) for _ in range(convs)))
-        self.convs.apply(init_head)
-        widths = [dim * 7 ** 2, hidden] + [hidden] * (not convs)
-        self.linears = nn.Sequential(*(layer for pair in zip(widths, widths[1:]) for layer in (nn.Linear(*pair), nn.ReLU(inplace=True))))
-        for linear in self.linears[::2]:
+        num_convs = 4 if kind == "4conv1fc" else 0
+        convs = [conv_norm(dim, dim, 3) for _ in range(num_convs)]
+        self.convs = nn.Sequential(*convs).apply(init_head)
+        linears = [nn.Linear(dim * 7 ** 2, hidden)]
+        if kind == "2fc":
+            linears.append(nn.Linear(hidden, hidden))
+        self.linears = nn.Sequential()
+        for linear in linears:
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-        self.classifier, self.regressor = nn.Linear(hidden, classes + 1), nn.Linear(hidden, 4 * classes if class_specific else 4)
+            self.linears.extend([linear, nn.ReLU(inplace=True)])
+        self.classifier = nn.Linear(hidden, classes + 1)
+        self.regressor = nn.Linear(hidden, 4 * classes if class_specific else 4)
         init_classifier(self.classifier)
         init_classifier(self.regressor, std=0.001)
 
     def forward(self, pooled):
         x = self.linears(self.convs(pooled).flatten(1))
-        return self.classifier(x), self.regressor(x)
+        return self.classifier(x).float(), self.regressor(x).float()
+
+
+def class_deltas(deltas, labels):
+    """The deltas (R, 4) of labels (R,), from (R, K * 4) or from (R, 4), which all classes share."""
+    deltas = deltas.unflatten(1, (-1, 4))                               # (R, K or 1, 4)
+    labels = labels.clamp(max=deltas.shape[1] - 1)
+    return deltas.take_along_dim(labels[:, None, None], 1)[:, 0]
+
+
+def apply_deltas(boxes, deltas, labels, logits, stds):
+    """Boxes (R, 4) moved by deltas (R, 4 or K * 4) in units of `stds`, without gradient.
+
+    Class-specific deltas are selected by label (R,); background (K) takes the class of the largest
+    logit (R, K + 1).
+    """
+    background = logits.shape[1] - 1
+    best_class = logits[:, :-1].argmax(1)
+    labels = torch.where(labels < background, labels, best_class)
+    deltas = class_deltas(deltas.detach(), labels)
+    return decode(boxes, deltas * deltas.new_tensor(stds))
+
+
+def giou_loss(boxes, targets):
+    """1 - generalized IoU (arXiv 1902.09630) of boxes (R, 4), one target (R, 4) each: (R,)."""
+    start, end = boxes.chunk(2, 1)
+    target_start, target_end = targets.chunk(2, 1)
+    top_left = torch.maximum(start, target_start)
+    bottom_right = torch.minimum(end, target_end)
+    outer_bottom_right = torch.maximum(end, target_end)
+    outer_top_left = torch.minimum(start, target_start)
+    enclosing_area = side_product(outer_bottom_right - outer_top_left).clamp(min=1e-6)
+    intersection = side_product((bottom_right - top_left).clamp(min=0))
+    area_pred = side_product(end - start)
+    area_target = side_product(target_end - target_start)
+    union = (area_pred + area_target - intersection).clamp(min=1e-6)
+    return 1 - intersection / union + (enclosing_area - union) / enclosing_area
+
+
+def side_product(size):
+    """Width * height of sizes (R, 2). The gradient of prod() would wait for the GPU."""
+    return size[:, 0] * size[:, 1]
+
+
+def box_losses(logits, deltas, boxes, labels, object_boxes, stds, box_loss):
+    """Losses of one stage's RoIs: cross-entropy of all, box loss of those with an object.
+
+    Both are sums over the RoIs, divided by R.
+
+    Args:
+        logits (R, K + 1), deltas (R, 4 or K * 4), boxes (R, 4) of the RoIs, labels (R,): K for
+            background; object_boxes (R, 4); stds: units of the deltas.
+        box_loss: "l1" or "smooth_l1" (beta 1) of the deltas, or "giou" of the boxes, times 10.
+    Returns: classification loss, box loss.
+    """
+    background = logits.shape[1] - 1
+    positive = (labels < background).nonzero()[:, 0]
+    start = boxes[positive]
+    end = object_boxes[positive]
+    deltas = class_deltas(deltas[positive], labels[positive])
+    stds = deltas.new_tensor(stds)
+    if box_loss == "giou":
+        regression = 10 * giou_loss(decode(start, deltas * stds), end)
+    else:
+        regression = delta_loss(deltas, encode(start, end) / stds, box_loss, beta=1.0)
+    classification = F.cross_entropy(logits, labels, reduction="sum")
+    count = max(len(labels), 1)
+    return classification / count, regression.sum() / count
 
 
 def mask_head(classes, dim=256):
     """Pooled RoIs (R, 256, 14, 14) -> mask logits of every class (R, K, 28, 28)."""
-    layers = [layer for _ in range(4) for layer in (nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(inplace=True))]
-    layers += [nn.ConvTranspose2d(dim, dim, 2, stride=2), nn.ReLU(inplace=True), nn.Conv2d(dim, classes, 1)]
+    layers = []
+    for _ in range(4):
+        layers += [nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(inplace=True)]
+    layers += [nn.ConvTranspose2d(dim, dim, 2, stride=2), nn.ReLU(inplace=True)]
+    layers.append(nn.Conv2d(dim, classes, 1))
     for conv in layers[::2]:
         nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(conv.bias)
     return nn.Sequential(*layers)
 
 
-class MaskRCNN(nn.Module):
-    """Mask R-CNN (arXiv 1703.06870) or, with `cascade`, Cascade Mask R-CNN (arXiv 1712.00726).
+@torch.no_grad()
+def roi_targets(image, boxes, matched, targets, background):
+    """What the heads are trained to predict for RoIs, given the object matched to each.
 
-    Train mode: images (B, 3, H, W), sizes (B, 2), boxes (B, G, 4), labels (B, G) padded with -1, masks (objects of all images, H, W)
-    -> the loss. Eval mode: images, sizes -> for each image boxes (n, 4), scores (n,), labels (n,), mask probabilities (n, 28, 28).
-    box_head: "2fc" or "4conv1fc". The cascade's published figures belong to the latter, which regresses for each class, by GIoU; its
-    "2fc" regresses for all classes at once. samples: RoIs of an image that are trained on.
+    Args: image (R,): its number in the batch; boxes (R, 4); matched (R,): number of the object in
+    its image, -1 for background.
+    Returns: labels (R,), objects' boxes (R, 4), positive (P,): indices of the RoIs with an object,
+    and mask targets (P, 28, 28) of these.
+    """
+    object_index = matched.clamp(min=0)
+    labels = targets["labels"][image, object_index].masked_fill(matched < 0, background)
+    positive = (matched >= 0).nonzero()[:, 0]
+    masks_per_image = (targets["labels"] >= 0).sum(1)
+    mask_offset = masks_per_image.cumsum(0) - masks_per_image           # (B,)
+    mask_index = mask_offset[image] + object_index
+    masks = mask_targets(targets["masks"], boxes[positive], mask_index[positive], 28)
+    return labels, targets["boxes"][image, object_index], positive, masks
+
+
+@torch.no_grad()
+def mask_targets(masks, boxes, mask_index, side):
+    """Mask targets (R, side, side) bool: RoIAlign of each box's mask, at least 1/2.
+
+    Its two axes are two matrix products, since large boxes hold too many samples to list. Boxes go
+    in chunks, since each one takes a float copy of its mask.
+
+    Args:
+        masks (G, H, W): bool or uint8, of all objects.
+        boxes (R, 4): clipped to the masks; mask_index (R,): the mask of each.
+    """
+    if not len(boxes):
+        return masks.new_zeros(0, side, side, dtype=torch.bool)
+    H, W = masks.shape[1:]
+    boxes = clip_boxes(boxes, (H, W))
+    x1, y1, x2, y2 = boxes.unbind(1)
+    across = axis_weights(x1, x2, side, W)                              # (R, side, W)
+    down = axis_weights(y1, y2, side, H)                                # (R, side, H)
+    targets = []
+    with torch.autocast(masks.device.type, enabled=False):
+        for chunk in torch.arange(len(boxes), device=boxes.device).split(32):
+            chunk_masks = masks[mask_index[chunk]].to(boxes.dtype)
+            aligned = down[chunk] @ chunk_masks @ across[chunk].mT
+            targets.append(aligned >= 0.5)
+    return torch.cat(targets)
+
+
+def axis_weights(start, end, bins, length):
+    """RoIAlign along one axis as a matrix (R, bins, length).
+
+    Args:
+        start, end (R,): intervals on an axis of `length` pixels, each divided into `bins`.
+    """
+    start = start[:, None, None]
+    bin_size = (end[:, None, None] - start) / bins                      # (R, 1, 1)
+    samples = bin_size.ceil()                                           # per bin
+    sample = torch.arange(int(samples.max()), device=start.device)
+    bin_number = torch.arange(bins, device=start.device)[:, None]
+    point = start - 0.5 + (bin_number + (sample + 0.5) / samples) * bin_size    # (R, bins, samples)
+    counts = (sample < samples) & (point >= -1) & (point <= length)
+    sample_weight = counts / samples.clamp(min=1)
+    point = point.clamp(0, length - 1)
+    pixel = point.long()
+    next_pixel = (pixel + 1).clamp(max=length - 1)
+    frac = point.frac()
+    weights = start.new_zeros(len(start), bins, length)
+    weights.scatter_add_(2, pixel, (1 - frac) * sample_weight)
+    return weights.scatter_add_(2, next_pixel, frac * sample_weight)
+
+
+def mask_loss(mask_logits, labels, targets):
+    """Mean cross-entropy of the labels' (P,) mask logits (P, K, 28, 28); targets (P, 28, 28)."""
+    mask_logits = mask_logits.take_along_dim(labels[:, None, None, None], 1)[:, 0]
+    loss = F.binary_cross_entropy_with_logits(mask_logits, targets.float(), reduction="sum")
+    return loss / max(targets.numel(), 1)
+
+
+def paste_masks(probabilities, boxes, size):
+    """Masks (n, S, S) of boxes (n, 4) on an image of size (H, W): (n, H, W), 0 outside of the box.
+
+    Interpolation is bilinear, at pixel centres.
+    """
+    H, W = size
+    S = probabilities.shape[2]
+    x1, y1, x2, y2 = boxes.unbind(1)
+    rows = tent_weights(y1, y2, S, H)                                   # (n, H, S)
+    columns = tent_weights(x1, x2, S, W)                                # (n, W, S)
+    return rows @ probabilities @ columns.mT
+
+
+def tent_weights(start, end, cells, length):
+    """Bilinear weights (n, length, cells) of an interval's cells in each of `length` pixels."""
+    start = start[:, None]
+    extent = (end[:, None] - start).clamp(min=1e-6)
+    centre = torch.arange(length, device=start.device) + 0.5
+    cell = torch.arange(cells, device=start.device)
+    point = (centre - start) / extent * cells - 0.5                     # (n, length), in cells
+    distance = (point[..., None] - cell).abs()
+    return (1 - distance).clamp(min=0)
+
+
+class MaskRCNN(nn.Module):
+    """Mask R-CNN or, with `cascade`, Cascade Mask R-CNN, whose three stages refine the boxes.
+
+    Args:
+        box_head: "2fc", or "4conv1fc" as in the cascade's published results. The latter learns its
+            boxes, for each class, by GIoU; the cascade's "2fc" has one box for all classes.
+        samples: number of RoIs per image that each stage is trained on.
+    Args of forward: images (B, 3, H, W), normalised; sizes (B, 2), h and w of each without padding;
+    targets: in train mode {"boxes": (B, G, 4), "labels": (B, G), "masks": (objects, H, W)}, labels
+    padded with -1, the masks of all images' objects in one tensor.
+    Returns: in train mode {"loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "loss_mask"},
+    the last three as "stage1_loss_cls" and so on if `cascade`; in eval mode for each image boxes
+    (n, 4), scores (n,), labels (n,) and mask probabilities (n, 28, 28), best first.
     """
 
     strides = (4, 8, 16, 32, 64)
-    stages = ((0.5, (0.1, 0.1, 0.2, 0.2), 1.0),         # IoU of a positive, unit of the deltas, weight of the losses
-              (0.6, (0.05, 0.05, 0.1, 0.1), 0.5), (0.7, (0.033, 0.033, 0.067, 0.067), 0.25))
+    stages = (  # IoU from which a RoI is positive, units of the deltas, weight of the losses
+        {"iou": 0.5, "stds": (0.1, 0.1, 0.2, 0.2), "weight": 1.0},
+        {"iou": 0.6, "stds": (0.05, 0.05, 0.1, 0.1), "weight": 0.5},
+        {"iou": 0.7, "stds": (0.033, 0.033, 0.067, 0.067), "weight": 0.25},
+    )
 
     def __init__(self, backbone, classes, cascade=False, box_head="2fc", samples=512):
         super().__init__()
         if box_head not in ("2fc", "4conv1fc"):
             raise ValueError(f"unknown box_head {box_head!r}, expected '2fc' or '4conv1fc'")
-        self.backbone, self.neck, self.classes, self.cascade, self.samples = backbone, FPN(backbone.channels), classes, cascade, samples
-        self.stages = self.stages if cascade else self.stages[:1]
-        self.beta = None if box_head == "4conv1fc" else 1.0 if cascade else 0.0         # of `box_loss`
+        self.backbone = backbone
+        self.neck = FPN(backbone.channels)
+        self.classes = classes
+        self.cascade = cascade
+        self.samples = samples
+        self.box_loss = "smooth_l1" if cascade else "l1"
+        if box_head == "4conv1fc":
+            self.box_loss = "giou"
+        if not cascade:
+            self.stages = self.stages[:1]
         self.register_buffer("base", base_anchors(self.strides, [8]), persistent=False)
-        self.rpn = RPN(self.base.shape[1])
-        self.box_heads = nn.ModuleList(BoxHead(classes, box_head, not cascade or box_head == "4conv1fc") for _ in self.stages)
+        self.num_anchors = self.base.shape[1]
+        self.rpn = RPN(self.num_anchors)
+        class_specific = not cascade or box_head == "4conv1fc"
+        self.box_heads = nn.ModuleList()
+        for _ in self.stages:
+            self.box_heads.append(BoxHead(classes, box_head, class_specific))
         self.mask_heads = nn.ModuleList(mask_head(classes) for _ in self.stages)
 
-    def forward(self, images, sizes, boxes=None, labels=None, masks=None):
+    def forward(self, images, sizes, targets=None):
         maps = self.neck(self.backbone(images))
-        scores, deltas, levels = self.rpn([*maps, F.max_pool2d(maps[-1], 1, stride=2)])
-        scores, deltas = scores.float(), deltas.float()
-        anchors = anchor_boxes(self.base, levels, self.strides)
-        counts = [h * w * self.base.shape[1] for h, w in levels]
-        limits = dict(per_level=2000, most=2000 if self.cascade else 1000) if self.training else dict(per_level=1000, most=1000)
-        with torch.no_grad():
-            found = [proposals(*one, anchors, counts, size, **limits) for *one, size in zip(scores, deltas, sizes.tolist())]
+        rpn_maps = [*maps, F.max_pool2d(maps[-1], 1, stride=2)]
+        levels = [tuple(x.shape[2:]) for x in rpn_maps]
+        scores, deltas = self.rpn(rpn_maps)
+        anchors = anchor_boxes(self.base, levels, self.strides)         # (A, 4)
+        proposals = self.propose(scores, deltas, anchors, levels, sizes)
         if not self.training:
-            return [self.find(maps, i, *one) for i, one in enumerate(zip(found, sizes))]
-        there = cells_inside(levels, self.strides, sizes, self.base.shape[1])
-        if self.cascade:                                                                # no anchor touches the end of its image
-            there = there & ((anchors[:, :2] >= 0) & (anchors[:, 2:] < sizes.flip(1)[:, None])).all(2)
-        loss = rpn_loss(scores, deltas, anchors, there, boxes, labels, beta=1 / 9 if self.cascade else 0)
-        return loss + self.train_heads(maps, found, sizes, boxes, labels, masks)
+            detections = []
+            for i, size in enumerate(sizes):
+                detections.append(self.detect(maps, i, proposals[i], size))
+            return detections
+        valid = cells_inside(levels, self.strides, sizes, self.num_anchors)
+        if self.cascade:                                # only anchors fully inside of their image
+            start, end = anchors.chunk(2, 1)
+            image_size = sizes.flip(1)[:, None]                         # (B, 1, 2): w, h
+            inside = (start >= 0) & (end < image_size)                  # (B, A, 2)
+            valid = valid & inside.all(2)
+        rpn_box_loss = "smooth_l1" if self.cascade else "l1"
+        losses = rpn_losses(scores, deltas, anchors, valid, targets, rpn_box_loss)
+        return losses | self.head_losses(maps, proposals, sizes, targets)
 
-    def objects(self, images, sizes):
-        """Boxes (n, 4), scores (n,), labels (n,), mask probabilities (n, 28, 28) of a batch of one image, best first."""
-        return self(images, sizes)[0]
+    @torch.no_grad()
+    def propose(self, scores, deltas, anchors, levels, sizes):
+        """Proposals (n, 4) of each image."""
+        per_level = 2000 if self.training else 1000
+        max_keep = 2000 if self.training and self.cascade else 1000
+        counts = [h * w * self.num_anchors for h, w in levels]
+        proposals = []
+        for image_scores, image_deltas, size in zip(scores, deltas, sizes.tolist()):
+            boxes = select_proposals(
+                image_scores, image_deltas, anchors, counts, size,
+                per_level=per_level, max_keep=max_keep,
+            )
+            proposals.append(boxes)
+        return proposals
 
-    def train_heads(self, maps, found, sizes, boxes, labels, masks):
-        """The losses of all stages; each one's boxes are the next one's proposals.
+    def head_losses(self, maps, proposals, sizes, targets):
+        """Losses of all stages; the boxes that a stage refines are the next one's proposals."""
+        proposals, valid = pad_proposals(proposals)
+        losses = {}
+        for i, stage in enumerate(self.stages):
+            proposals, matched, is_object = sample_proposals(
+                proposals, valid, targets, self.samples, stage["iou"],
+                match_low_quality=not self.cascade,
+            )
+            image, slot = (matched > -2).nonzero().unbind(1)            # (R,)
+            boxes = proposals[image, slot]                              # (R, 4)
+            rois = torch.cat([image[:, None], boxes], 1)                # (R, 5)
+            labels, object_boxes, positive, masks = roi_targets(
+                image, boxes, matched[image, slot], targets, background=self.classes
+            )
+            logits, deltas = self.box_heads[i](pool_rois(maps, rois, 7, self.strides))
+            mask_logits = self.mask_heads[i](pool_rois(maps, rois[positive], 14, self.strides))
+            loss_mask = mask_loss(mask_logits.float(), labels[positive], masks)
+            loss_cls, loss_box = box_losses(
+                logits, deltas, boxes, labels, object_boxes, stage["stds"], self.box_loss
+            )
+            prefix = f"stage{i + 1}_" if self.cascade else ""
+            losses[prefix + "loss_cls"] = stage["weight"] * loss_cls
+            losses[prefix + "loss_box"] = stage["weight"] * loss_box
+            losses[prefix + "loss_mask"] = stage["weight"] * loss_mask
+            if i + 1 < len(self.stages):
+                refined = apply_deltas(boxes, deltas, labels, logits, stage["stds"])
+                refined = clip_boxes(refined, sizes[image])
+                proposals = proposals.index_put((image, slot), refined)
+                keep = ~is_object[image, slot] & refined.isfinite().all(1)
+                valid = torch.zeros_like(is_object).index_put((image, slot), keep)
+        return losses
 
-        Args: maps: of the neck; found: proposals (n, 4) of each image; the others as in `forward`.
+    def detect(self, maps, image, proposals, size):
+        """Detections of one image.
+
+        Args: maps of the whole batch; image: its number; proposals (n, 4); size (2,): h and w.
         """
-        G, numbers = boxes.shape[1], torch.arange(boxes.shape[1], device=boxes.device)
-        first = (labels >= 0).sum(1).cumsum(0) - (labels >= 0).sum(1)                   # number of an image's first mask
-        candidates = nn.utils.rnn.pad_sequence([*found, boxes[0, :1]], batch_first=True)[:-1]               # (B, P, 4), P > 0
-        there = torch.arange(candidates.shape[1], device=boxes.device) < torch.tensor([[len(x)] for x in found], device=boxes.device)
-        total = 0
-        for stage, (box_head, mask_head) in enumerate(zip(self.box_heads, self.mask_heads), 1):
-            iou, stds, weight = self.stages[stage - 1]
-            with torch.no_grad():
-                index = assign(boxes, labels, candidates, there, positive=iou, negative=iou, least=2.0 if self.cascade else iou)
-                index = torch.cat([torch.where(labels >= 0, numbers, -2), index], 1)    # objects are proposals, too
-                candidates = torch.cat([boxes, candidates], 1)
-                pick, role = sample(index >= 0, index == -1, self.samples, self.samples // 4)           # (B, n)
-                candidates, index = candidates.take_along_dim(pick[..., None], 1), index.gather(1, pick)
-                image, place = (role >= 0).nonzero().unbind(1)                          # each (R,)
-                role, index = role[image, place], index[image, place].clamp(min=0)
-                label = labels[image, index].masked_fill(role == 0, self.classes)
-                rois = torch.cat([image[:, None], candidates[image, place]], 1)         # (R, 5)
-                positive = role.nonzero()[:, 0]
-                target = mask_targets(masks, rois[positive, 1:], (first[image] + index)[positive], 28)
-            logits, deltas = (x.float() for x in box_head(pool_rois(maps, rois, 7, self.strides)))
-            mask_logits = mask_head(pool_rois(maps, rois[positive], 14, self.strides)).float()              # (positives, K, 28, 28)
-            mask_logits = mask_logits.take_along_dim(label[positive, None, None, None], 1)[:, 0]
-            mask_loss = F.binary_cross_entropy_with_logits(mask_logits, target.float(), reduction="sum") / max(target.numel(), 1)
-            total = total + weight * (box_loss(logits, deltas, rois[:, 1:], label, boxes[image, index], stds, self.beta) + mask_loss)
-            if stage < len(self.stages):
-                refined = clip_boxes(refine(rois[:, 1:], deltas, label, logits, stds), sizes[image])
-                candidates = candidates.index_put((image, place), refined)
-                kept = (pick[image, place] >= G) & refined.isfinite().all(1)            # not the objects; what diverged has no place
-                there = torch.zeros_like(pick, dtype=torch.bool).index_put((image, place), kept)
-        return total
-
-    def find(self, maps, image, boxes, size):
-        """Objects as of `forward` of one image of a batch: maps of all, its number, its proposals (n, 4), its size (2,)."""
-        def pool(boxes, side):
-            return pool_rois(maps, F.pad(boxes, (1, 0), value=image), side, self.strides)
-        background, total = torch.full_like(boxes[:, 0], self.classes, dtype=torch.long), 0
-        for (_, stds, _), head in zip(self.stages, self.box_heads):
+        boxes = proposals
+        background = torch.full_like(boxes[:, 0], self.classes, dtype=torch.long)
+        logits_sum = 0
+        for stage, box_head in zip(self.stages, self.box_heads):
             start = boxes
-            logits, deltas = (x.float() for x in head(pool(start, 7)))
-            total, boxes = total + logits, clip_boxes(refine(start, deltas, background, logits, stds), size)
-        moved = decode(start[:, None], deltas.unflatten(1, (-1, 4)) * deltas.new_tensor(stds))          # (n, K or 1, 4)
-        boxes, scores, labels = best_pairs(clip_boxes(moved, size), (total / len(self.stages)).softmax(1)[:, :-1])
-        pooled = pool(boxes, 14)
-        masks = torch.stack([head(pooled).float().sigmoid() for head in self.mask_heads]).mean(0)
-        return boxes, scores, labels, masks.take_along_dim(labels[:, None, None, None], 1)[:, 0]
+            rois = F.pad(start, (1, 0), value=image)                    # (n, 5)
+            logits, deltas = box_head(pool_rois(maps, rois, 7, self.strides))
+            logits_sum = logits_sum + logits
+            refined = apply_deltas(start, deltas, background, logits, stage["stds"])
+            boxes = clip_boxes(refined, size)
+        deltas = deltas.unflatten(1, (-1, 4)) * deltas.new_tensor(stage["stds"])
+        class_boxes = clip_boxes(decode(start[:, None], deltas), size)  # (n, K or 1, 4)
+        probabilities = (logits_sum / len(self.stages)).softmax(1)
+        boxes, scores, labels = multiclass_nms(class_boxes, probabilities[:, :-1])
+        rois = F.pad(boxes, (1, 0), value=image)
+        pooled = pool_rois(maps, rois, 14, self.strides)
+        masks = [head(pooled).float().sigmoid() for head in self.mask_heads]
+        masks = torch.stack(masks).mean(0)                              # (n, K, 28, 28)
+        masks = masks.take_along_dim(labels[:, None, None, None], 1)[:, 0]
+        return boxes, scores, labels, masks
+
+
+class InstanceSegmentation(DenseTask):
+    """Mask R-CNN and Cascade Mask R-CNN on COCO's layout; compare `Detection`."""
+
+    metric = "mask_AP"
+
+    def open_split(self, folder, split):
+        return Coco(folder, split, masks=True)
+
+    def sampler(self, source, **schedule):
+        return GroupSampler(is_landscape=source.is_landscape, repeats=1, **schedule)
+
+    def augment(self, raw, rng):
+        multi_scale = self.args.schedule == "3x"
+        return augment_detection(raw, rng, size=self.args.img_size, multi_scale=multi_scale)
+
+    def collate(self, samples):
+        """`collate_boxes`, and the masks of all images' objects: (objects, H, W) bool."""
+        images, boxes, labels, masks = zip(*samples)
+        batch, *others = collate_boxes(images, boxes, labels)
+        H, W = batch.shape[1:3]
+        padded = []
+        for image_masks in masks:
+            _, h, w = image_masks.shape
+            padded.append(F.pad(torch.from_numpy(image_masks), (0, W - w, 0, H - h)))
+        return batch, *others, torch.cat(padded)
+
+    def losses(self, net, batch):
+        images, sizes, boxes, labels, masks = batch
+        targets = {"boxes": boxes, "labels": labels, "masks": masks}
+        return net(normalize_padded(images, sizes), sizes, targets)
+
+    def predict(self, model, image):
+        """Boxes (n, 4), scores (n,), labels (n,), masks (n, H, W) bool, best first."""
+        boxes, scores, labels, masks = detect_image(model, image, self.args, self.device)
+        chunk = max(1, 2 ** 24 // (image.width * image.height))     # masks that are pasted at once
+        pasted = []
+        for some_masks, some_boxes in zip(masks.split(chunk), boxes.split(chunk)):
+            image_masks = paste_masks(some_masks, some_boxes, (image.height, image.width))
+            pasted.append(image_masks >= 0.5)
+        detections = boxes, scores, labels, torch.cat(pasted)
+        return tuple(x.cpu().numpy() for x in detections)
+
+    def overlay(self, image, prediction, classes):
+        return overlay_objects(image, prediction, classes)
+
+    def record(self, model, source, sample):
+        """The image's detections, matched with its annotations by boxes and by masks."""
+        index, (image, *_) = sample
+        boxes, scores, labels, masks = self.predict(model, image)
+        results = coco_results(source, boxes, scores, labels)
+        for result, mask in zip(results, masks):
+            result["segmentation"] = {"size": mask.shape, "counts": mask_runs(mask)}
+        return [match_results(source, index, results, kind) for kind in ("bbox", "segm")]
+
+    def summarize(self, source, records):
+        box_records, mask_records = zip(*records)
+        box_metrics = accumulate(box_records, "bbox", source.categories)
+        mask_metrics = accumulate(mask_records, "segm", source.categories)
+        metrics = {f"box_{name}": value for name, value in box_metrics.items()}
+        metrics |= {f"mask_{name}": value for name, value in mask_metrics.items()}
+        return metrics
+
+    def score_results(self, source, path):
+        return score_objects(source, path)
+
+# --------------------------------------------------------------------------------------------- pose
+# Keypoints of persons, top-down: a detector gives boxes, and the network sees one crop per person.
+# SimpleBaseline (arXiv 1804.06208) on the 133 keypoints of COCO-WholeBody (arXiv 2007.11858) or the
+# 17 of COCO, which are their first, with the recipe of TCFormer (arXiv 2204.08680) by mmpose 0.x.
+# Letters: P persons, K keypoints, h x w heat maps, a quarter of the crop. A person's frame is the
+# region of the image that the crop shows: centre, size, angle. Person boxes: x, y, w, h, score.
+PERSON = 1              # COCO's category
+ASPECT = 3 / 4          # width of a crop divided by its height
+BOX_PADDING = 1.25      # size of a person's frame divided by that of its box
+CROPS_PER_BATCH = 32    # in inference
+STRIDE = 4              # pixels of the crop per pixel of a heat map
+PARTS = {
+    "body": slice(0, 17),
+    "foot": slice(17, 23),
+    "face": slice(23, 91),
+    "lefthand": slice(91, 112),
+    "righthand": slice(112, 133),
+}
+FIELDS = {part: f"{part}_kpts" for part in PARTS} | {"body": "keypoints"}   # names in the files
+
+# COCO-WholeBody's deviations of the annotators, relative to the size of the person.
+BODY_SIGMAS = (
+    0.026, 0.025, 0.025, 0.035, 0.035,                              # nose, eyes, ears
+    0.079, 0.079, 0.072, 0.072, 0.062, 0.062,                       # shoulders, elbows, wrists
+    0.107, 0.107, 0.087, 0.087, 0.089, 0.089,                       # hips, knees, ankles
+)
+FOOT_SIGMAS = (0.068, 0.066, 0.066, 0.092, 0.094, 0.094)
+FACE_SIGMAS = (
+    0.042, 0.043, 0.044, 0.043, 0.040, 0.035, 0.031, 0.025, 0.020,  # contour
+    0.023, 0.029, 0.032, 0.037, 0.038, 0.043, 0.041, 0.045,
+    0.013, 0.012, 0.011, 0.011, 0.012, 0.012, 0.011, 0.011, 0.013, 0.015,   # eyebrows
+    0.009, 0.007, 0.007, 0.007, 0.012, 0.009, 0.008, 0.016, 0.010,  # nose
+    0.017, 0.011, 0.009, 0.011, 0.009, 0.007,                       # eyes
+    0.013, 0.008, 0.011, 0.012, 0.010, 0.034,
+    0.008, 0.008, 0.009, 0.008, 0.008, 0.007, 0.010, 0.008, 0.009, 0.009,   # mouth
+    0.009, 0.007, 0.007, 0.008, 0.011, 0.008, 0.008, 0.008, 0.010, 0.008,
+)
+HAND_SIGMAS = (
+    0.029, 0.022, 0.035, 0.037, 0.047,                              # wrist, thumb
+    0.026, 0.025, 0.024, 0.035, 0.018, 0.024, 0.022, 0.026,         # index, middle finger
+    0.017, 0.021, 0.021, 0.032, 0.020, 0.019, 0.022, 0.031,         # ring, little finger
+)
+SIGMAS = np.array(BODY_SIGMAS + FOOT_SIGMAS + FACE_SIGMAS + 2 * HAND_SIGMAS)    # (133,)
+
+
+def finger_lines(wrist):
+    return [(wrist, i, i + 1, i + 2, i + 3) for i in range(wrist + 1, wrist + 21, 4)]
+
+
+LINES = [  # of an overlay, each through several keypoints
+    (15, 13, 11, 5, 7, 9),                                          # left ankle to hip to wrist
+    (16, 14, 12, 6, 8, 10),
+    (11, 12),
+    (5, 6),
+    (3, 1, 0, 2, 4),                                                # ear to ear
+    (17, 15, 18),                                                   # left toes to ankle
+    (15, 19),                                                       # ankle to heel
+    (20, 16, 21),
+    (16, 22),
+    *finger_lines(91),
+    *finger_lines(112),
+]
+
+
+def mirror_order():
+    """(133,): the keypoint that each one becomes in a mirror; the first 17 are a permutation."""
+    order = np.arange(133)
+    order[1:17] += np.tile((1, -1), 8)                              # left, right, left, ...
+    order[17:23] += np.repeat((3, -3), 3)
+    for line in ((23, 40), (40, 50), (54, 59), (71, 78), (78, 83), (83, 88), (88, 91)):
+        across_face = slice(*line)
+        order[across_face] = order[across_face][::-1]
+    order[59:71] = (68, 67, 66, 65, 70, 69, 62, 61, 60, 59, 64, 63)     # eyes
+    order[91:133] += np.repeat((21, -21), 21)
+    return order
+
+
+MIRROR_ORDER = mirror_order()
+
+
+class Persons:
+    """Persons of folder/SPLIT2017 with 133 keypoints (COCO-WholeBody's file) or COCO's 17.
+
+    The 17 come from COCO's own file, or from the other one if there is none. A training sample is
+    a person, a validation sample an image with all its persons, as annotated or as in the COCO
+    detection file `boxes`. Arrays hold what training needs, since loader processes share them;
+    `annotations`, {image id: list of dicts}, is filled for validation only.
+
+    Raises: InputError if a file is missing or malformed (names the id) or has no usable person.
+    """
+
+    def __init__(self, folder, split, keypoints, boxes=None):
+        files = Path(folder) / "annotations"
+        path = files / f"person_keypoints_{split}2017.json"
+        if keypoints == 133 or not path.is_file():
+            path = files / f"coco_wholebody_{split}_v1.0.json"
+        data = read_annotations(path)
+        self.folder = Path(folder) / f"{split}2017"
+        if not self.folder.is_dir():
+            expected = "DIR/{train,val}2017 and DIR/annotations/*.json"
+            raise InputError(f"{self.folder} is not a folder; expected {expected}")
+
+        images = {image["id"]: image for image in data["images"]}
+        people = [a for a in data["annotations"] if a["category_id"] == PERSON]
+        rows = annotated_persons(people, images, keypoints, path)
+        problem = f"{path} holds no person with keypoints"
+        self.annotations = {}
+        if split == "val":
+            self.annotations = {image_id: [] for image_id in images}
+            for person in people:
+                self.annotations[person["image_id"]].append(person)
+        if split == "val" and boxes:
+            rows = detected_persons(read_person_boxes(boxes), images, keypoints)
+            problem = f"{boxes} holds no person in an image of {path}"
+        if not rows:
+            raise InputError(problem)
+        self.classes = keypoint_names()[:keypoints]
+        self.store(images, rows, split)
+
+    def store(self, images, rows, split):
+        """Turn images, {id: dict}, and persons, rows (image id, box, points), into arrays."""
+        rows.sort(key=lambda row: row[0])                       # stable: keeps the file's order
+        image_ids, boxes, points = zip(*rows)
+        self.ids = sorted(images)
+        self.files = np.array([os.fsencode(images[i]["file_name"]) for i in self.ids])
+        self.boxes = np.array(boxes, np.float64)                # (persons of all images, 5)
+        self.points = np.array(points, np.float32)              # (persons of all images, K, 3)
+        if split == "train":
+            image_index = np.searchsorted(self.ids, image_ids)
+            first = np.arange(len(rows))
+            end = first + 1
+        else:
+            image_index = np.arange(len(self.ids))
+            first = np.searchsorted(image_ids, self.ids)
+            end = np.searchsorted(image_ids, self.ids, side="right")
+        self.samples = np.stack([image_index, first, end], 1)   # an image, a range of its persons
+
+    def __len__(self):
+        return len(self.samples)
+
+    def name(self, index):
+        file = self.files[self.samples[index, 0]]
+        return str(self.folder / os.fsdecode(bytes(file)))
+
+    def read(self, index):
+        """RGB image, boxes (P, 5), points (P, K, 3), which are all 0 for detections."""
+        _, first, end = self.samples[index]
+        return read_image(self.name(index)), self.boxes[first:end], self.points[first:end]
+
+
+def keypoint_names():
+    """Names of the 133 keypoints, such as "face 7"."""
+    names = []
+    for part, indices in PARTS.items():
+        names += [f"{part} {i}" for i in range(indices.stop - indices.start)]
+    return names
+
+
+def annotated_persons(people, images, keypoints, path):
+    """Rows (image id, box (5,), points (K, 3)) of the annotations that mmpose also uses.
+
+    They are no crowds and have an area, an extent after clipping, and a body keypoint not all 0.
+    """
+    rows = []
+    for person in people:
+        points = read_points(person, keypoints, f"{path}: annotation {person.get('id')}")
+        x, y, w, h = clip_person_box(person["bbox"], images[person["image_id"]])
+        has_extent = w > 0 and h > 0 and person["area"] > 0
+        if has_extent and not person["iscrowd"] and points[PARTS["body"]].any():
+            rows.append((person["image_id"], (x, y, w, h, 1.0), points.astype(np.float32)))
+    return rows
+
+
+def clip_person_box(box, image):
+    """x, y, w, h inside a COCO image, as in mmpose one pixel short at the right and the bottom."""
+    x, y, w, h = box
+    left = max(x, 0)
+    top = max(y, 0)
+    right = min(x + w, image["width"]) - 1
+    bottom = min(y + h, image["height"]) - 1
+    return left, top, right - left, bottom - top
+
+
+def detected_persons(person_boxes, images, keypoints):
+    """The same rows of detections in the images; all keypoints are 0."""
+    no_points = np.zeros((keypoints, 3), np.float32)
+    rows = []
+    for image_id in person_boxes.keys() & images.keys():
+        rows += [(image_id, box, no_points) for box in person_boxes[image_id]]
+    return rows
+
+
+def read_points(entry, keypoints, where):
+    """Points (K, 3) of an annotation or result, or InputError that begins with `where`."""
+    points = []
+    for part in ("body",) if keypoints == 17 else PARTS:
+        values = entry.get(FIELDS[part])
+        size = 3 * (PARTS[part].stop - PARTS[part].start)
+        is_complete = isinstance(values, list) and len(values) == size
+        if not (is_complete and all(map(is_finite, values))):
+            rule = f"must be {size} finite numbers: x, y, v"
+            raise InputError(f"{where}: {FIELDS[part]} {rule}")
+        points.append(np.array(values, np.float64).reshape(-1, 3))
+    return np.concatenate(points)
+
+
+def read_person_boxes(path):
+    """Persons of a COCO detection file, {image id: boxes (P, 5)}, without those of no extent.
+
+    Raises: InputError that names the file and the image of a malformed detection.
+    """
+    people = {}
+    for result in read_results(path):
+        image_id = result["image_id"]
+        box = result.get("bbox")
+        if box is None:
+            raise InputError(f"{path}: image {image_id}: expected a bbox x, y, width, height")
+        if result["category_id"] == PERSON and min(box[2:]) > 0:
+            people.setdefault(image_id, []).append((*box, result["score"]))
+    return {image_id: np.array(boxes, np.float64) for image_id, boxes in people.items()}
+
+
+def crop_frame(corner, size, padding):
+    """Centres and sizes (..., 2) of the frames of boxes, which are given by corner and size.
+
+    One side grows until the aspect is a crop's, then both grow by the factor `padding`.
+    """
+    w, h = np.moveaxis(np.maximum(size, 1e-3), -1, 0)
+    sides = np.stack([np.maximum(w, ASPECT * h), np.maximum(h, w / ASPECT)], -1)
+    return corner + size / 2, padding * sides
+
+
+def crop_person(image, points, centre, size, angle, height):
+    """Cut a frame out of a PIL image, rotate it upright by `angle` (radians) and resize it.
+
+    Returns: uint8 crop (height, 3/4 height, 3), black outside of the image, and the points (K, 3)
+    of the image in pixels of the crop.
+    """
+    cos = np.cos(angle)
+    sin = np.sin(angle)
+    middle = np.array([ASPECT * height, height]) / 2
+    to_crop = ASPECT * height / size[0] * np.array([[cos, -sin], [sin, cos]])   # for row vectors
+    to_image = np.linalg.inv(to_crop)
+    offset = centre + 0.5 - (middle + 0.5) @ to_image   # Pillow's pixels are centred at 0.5, 1.5
+    crop = image.transform(
+        (int(ASPECT * height), height),
+        Image.Transform.AFFINE,
+        np.column_stack([to_image.T, offset]).ravel().tolist(),
+        Image.Resampling.BILINEAR,
+    )
+    xy = (points[:, :2] - centre) @ to_crop + middle
+    return np.array(crop), np.concatenate([xy, points[:, 2:]], 1)
+
+
+def augment_person(raw, rng, *, height, jitter):
+    """Random shift, mirroring, half body, scale and rotation of a training sample of `Persons`.
+
+    jitter: 1 is TCFormer's recipe; 0 leaves only mirroring.
+    Returns: uint8 crop (height, 3/4 height, 3), float32 points (K, 3) in its pixels.
+    """
+    image, boxes, (points,) = raw
+    centre, size = crop_frame(boxes[0, :2], boxes[0, 2:4], BOX_PADDING)
+    if rng.random() < 0.3:
+        shift = [rng.uniform(-1, 1), rng.uniform(-1, 1)]
+        centre = centre + jitter * 0.16 * size * shift
+    if rng.random() < 0.5:
+        last = image.width - 1
+        image = ImageOps.mirror(image)
+        points = points[MIRROR_ORDER[:len(points)]] * (-1, 1, 1) + (last, 0, 0)
+        centre = centre * (-1, 1) + (last, 0)
+    labelled = points[:, 2] > 0
+    if labelled.sum() > 8 and rng.random() < 0.3 * jitter:
+        half = half_body(points, labelled, rng)                 # (n, 2)
+        if len(half) >= 2:
+            centre = half.mean(0)
+            _, size = crop_frame(half.min(0), np.ptp(half, 0), 1.5)
+    zoom = 1 + jitter * 0.5 * rng.gauss(0, 1)
+    size = size * min(max(zoom, 0.5), 1.5)
+    angle = 0.0
+    if rng.random() < 0.6:
+        degrees = jitter * 40 * rng.gauss(0, 1)
+        angle = math.radians(min(max(degrees, -80), 80))
+    crop, points = crop_person(image, points, centre, size, angle, height)
+    return crop, points.astype(np.float32)
+
+
+def half_body(points, labelled, rng):
+    """The labelled keypoints (n, 2) of one half of the body, at random unless one has too few.
+
+    As in mmpose the lower half is all from index 11 on, with 133 keypoints also face and hands.
+    """
+    is_upper = np.arange(len(points)) < 11
+    upper = points[is_upper & labelled, :2]
+    lower = points[~is_upper & labelled, :2]
+    prefer_upper = rng.gauss(0, 1) < 0.5
+    if (prefer_upper and len(upper) > 2) or len(lower) <= 2:
+        return upper
+    return lower
 
 
 class SimpleBaseline(nn.Module):
-    """Three deconvolutions on the coarsest map (arXiv 1804.06208): images -> heat maps (B, K, H/4, W/4)."""
+    """Three deconvolutions on the backbone's coarsest map (arXiv 1804.06208, sec. 2).
+
+    forward: images (B, 3, H, W), normalised -> heat maps (B, K, H/4, W/4). In train mode also
+    points (B, K, 3) in pixels of the images -> {"loss_heatmap": scalar}.
+    """
 
     def __init__(self, backbone, classes, dim=256):
         super().__init__()
         self.backbone = backbone
-        self.deconvs = nn.Sequential(*(
-            nn.Sequential(nn.ConvTranspose2d(c, dim, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU(inplace=True))
-            for c in (*backbone.channels, dim, dim)))
+        in_dims = (*backbone.channels, dim, dim)
+        self.deconvs = nn.Sequential(*(deconv_norm(in_dim, dim) for in_dim in in_dims))
         self.classifier = nn.Conv2d(dim, classes, 1)
         for deconv, *_ in self.deconvs:
             nn.init.normal_(deconv.weight, std=0.001)
         init_classifier(self.classifier, std=0.001)
 
-    def forward(self, images):
-        return self.classifier(self.deconvs(self.backbone(images)[0]))
+    def forward(self, images, points=None):
+        coarsest, = self.backbone(images)                       # (B, C, H/32, W/32)
+        heat_maps = self.classifier(self.deconvs(coarsest))     # (B, K, H/4, W/4)
+        if self.training:
+            return {"loss_heatmap": heatmap_loss(heat_maps, points)}
+        return heat_maps
 
 
-ARCHITECTURES = {
-    "semfpn": (SemanticFPN, (0, 1, 2, 3)), "upernet": (UPerNet, (0, 1, 2, 3)), "retinanet": (RetinaNet, (1, 2, 3)),
-    "mask_rcnn": (MaskRCNN, (0, 1, 2, 3)), "cascade_mask_rcnn": (partial(MaskRCNN, cascade=True, box_head="4conv1fc"), (0, 1, 2, 3)),
-    "pose": (SimpleBaseline, (3,)),
-}
+def deconv_norm(in_dim, dim):
+    """Deconvolution that doubles height and width, BatchNorm, ReLU."""
+    deconv = nn.ConvTranspose2d(in_dim, dim, 4, stride=2, padding=1, bias=False)
+    return nn.Sequential(deconv, nn.BatchNorm2d(dim), nn.ReLU(inplace=True))
 
 
-def build_model(task, backbone, num_classes, frozen_bn=True, options=None, **overrides):
-    """The model of a task around a backbone named as in train_imagenet.py.
+def heatmap_loss(heat_maps, points):
+    """Mean squared error of heat maps (B, K, h, w) for points (B, K, 3) in pixels of the crop.
 
-    options: arguments of the task's own class, such as {"box_head": "2fc"}; `overrides` go to the backbone's factory.
+    Maps of weight 0 add 0 and still count in the mean, as in mmpose.
     """
-    architecture, levels = ARCHITECTURES[task]
-    return architecture(Backbone(backbone, levels, frozen_bn, **overrides), num_classes, **(options or {}))
+    targets, weights = gaussian_maps(points, heat_maps.shape[2:])
+    return F.mse_loss(heat_maps.float() * weights[..., None, None], targets)
 
 
-def load_backbone(backbone, args):
-    """Load --backbone-weights, averaged ones if the file has them, into a Backbone.
+def gaussian_maps(points, size):
+    """Target heat maps of points (B, K, 3) in the crop; size: h and w of the maps.
 
-    Returns: what the file holds and a backbone does not need. Raises: InputError if the weights are another model's.
+    Returns: maps (B, K, h, w), Gaussians of peak 1 in squares of 2 reach + 1 pixels, and weights
+    (B, K), 1 if a point is labelled and its square overlaps the map. Maps of weight 0 are 0.
     """
-    whole = MODELS[args.backbone](**({"released": True} if args.released else {}))
-    state = train_imagenet.read_checkpoint(args.backbone_weights)
-    train_imagenet.load_weights(whole, state, "ema" if state.get("ema") else "model")
-    state, own = whole.state_dict(), backbone.net.state_dict()
-    backbone.net.load_state_dict({name: state[name] for name in own})
-    return sorted({name.split(".")[0] for name in state.keys() - own.keys()})
-
-
-# -------------------------------------------------------------------------------------------------------------- losses
-def segmentation_loss(outputs, labels):
-    """Cross-entropy of logits resized to the label maps (B, H, W); the auxiliary head's counts 0.4.
-
-    The mean is over all pixels: those of label 255 add 0 to the sum and still count in the divisor, as in mmsegmentation.
-    """
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    losses = [F.cross_entropy(resize(logits.float(), labels.shape[1:]).permute(0, 2, 3, 1).flatten(0, 2), labels.flatten().long(),
-                              ignore_index=IGNORED, reduction="sum") for logits in outputs]    # flat: the 2-D kernel is not deterministic
-    return sum(weight * loss for weight, loss in zip((1.0, 0.4), losses)) / labels.numel()
-
-
-def focal_loss(logits, targets, gamma=2.0, alpha=0.25):
-    """Sigmoid focal loss (arXiv 1708.02002, Eq. 5), element by element; targets are 0 or 1."""
-    p, targets = logits.sigmoid(), targets.to(logits.dtype)
-    missed = p + targets - 2 * p * targets                                              # 1 - p where the target is 1, else p
-    weight = (1 - alpha + (2 * alpha - 1) * targets) * missed ** gamma
-    return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
-
-
-def retinanet_loss(outputs, boxes, labels, sizes, base, strides):
-    """Focal loss of all anchors plus L1 loss of the positive ones' deltas, over the number of positives.
-
-    Args: the model's outputs; boxes (B, G, 4), labels (B, G), -1 where padded; sizes (B, 2), h and w of each image; base anchors.
-    An image without positives counts as one in the divisor. Nothing here waits for the device.
-    """
-    logits, deltas, levels = outputs
-    logits, deltas = logits.float(), deltas.float()
-    anchors = anchor_boxes(base, levels, strides)                                       # (A, 4)
-    there = cells_inside(levels, strides, sizes, base.shape[1])                         # (B, A)
-    index = assign(boxes, labels, anchors, there, positive=0.5, negative=0.4, least=0.0)
-    positive = index >= 0
-    matched = index.clamp(min=0)
-    target = labels.gather(1, matched).masked_fill(~positive, -1)                       # (B, A)
-    hit = target[..., None] == torch.arange(logits.shape[2], device=logits.device)
-    classification = (focal_loss(logits, hit) * (index != -2)[..., None]).sum()
-    box = boxes.gather(1, matched[..., None].expand(-1, -1, 4))
-    box = torch.where(positive[..., None], box, anchors)                                # no logarithm of a padded box
-    regression = ((deltas - encode(anchors, box)).abs() * positive[..., None]).sum()
-    return (classification + regression) / positive.sum(1).clamp(min=1).sum()
-
-
-def rpn_loss(scores, deltas, anchors, there, boxes, labels, *, beta):
-    """Binary cross-entropy and smooth L1 loss (L1 if beta is 0) of 256 anchors of each image, over their number.
-
-    Args: scores (B, A), deltas (B, A, 4), anchors (A, 4), there (B, A): those that count; boxes (B, G, 4), labels (B, G), -1 where padded.
-    """
-    index = assign(boxes, labels, anchors, there, positive=0.7, negative=0.3, least=0.3)                # (B, A)
-    pick, role = sample(index >= 0, index == -1, 256, 128)                              # (B, 256)
-    positive, start = role > 0, anchors[pick]
-    box = boxes.take_along_dim(index.gather(1, pick).clamp(min=0)[..., None], 1)
-    box = torch.where(positive[..., None], box, start)                                  # no logarithm of a padded box
-    classification = F.binary_cross_entropy_with_logits(scores.gather(1, pick), positive.to(scores.dtype), reduction="none")
-    regression = F.smooth_l1_loss(deltas.take_along_dim(pick[..., None], 1), encode(start, box), reduction="none", beta=beta)
-    total = (classification * (role >= 0)).sum() + (regression * positive[..., None]).sum()
-    return total / (role >= 0).sum().clamp(min=1)
-
-
-def giou_loss(boxes, targets):
-    """1 - generalized IoU (arXiv 1902.09630) of boxes (R, 4) with one target (R, 4) each: (R,), from 0 to 2."""
-    low, high = torch.maximum(boxes[:, :2], targets[:, :2]), torch.minimum(boxes[:, 2:], targets[:, 2:])
-    span = torch.maximum(boxes[:, 2:], targets[:, 2:]) - torch.minimum(boxes[:, :2], targets[:, :2])
-    around, inter, own, other = (                           # the gradient of prod() would wait for the device
-        size[:, 0] * size[:, 1] for size in (span, (high - low).clamp(min=0), boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]))
-    around, union = around.clamp(min=1e-6), (own + other - inter).clamp(min=1e-6)
-    return 1 - inter / union + (around - union) / around
-
-
-def box_loss(logits, deltas, rois, labels, boxes, stds, beta):
-    """Loss of one stage's sampled RoIs (R, 4): cross-entropy and, of those with an object, that of the deltas.
-
-    Args: logits (R, K + 1), deltas (R, 4 or K * 4), labels (R,), K where background, boxes (R, 4) of the objects. Both are divided by R.
-    beta: of smooth L1 on the deltas, 0 for L1, None for ten times the GIoU loss of the moved boxes.
-    """
-    positive = (labels < logits.shape[1] - 1).nonzero()[:, 0]
-    start, target, label, deltas = rois[positive], boxes[positive], labels[positive], deltas[positive].unflatten(1, (-1, 4))
-    deltas = deltas.take_along_dim(label.clamp(max=deltas.shape[1] - 1)[:, None, None], 1)[:, 0]
-    unit = deltas.new_tensor(stds)
-    if beta is None:
-        regression = 10 * giou_loss(decode(start, deltas * unit), target).sum()
-    else:
-        regression = F.smooth_l1_loss(deltas, encode(start, target) / unit, reduction="sum", beta=beta)
-    return (F.cross_entropy(logits, labels, reduction="sum") + regression) / max(len(labels), 1)
-
-
-def cells_inside(levels, strides, sizes, anchors):
-    """(B, A): whether an anchor's cell lies on its image, padded to a multiple of 32."""
-    padded = (sizes + 31) // 32 * 32                                                    # (B, 2)
-    inside = []
-    for (h, w), stride in zip(levels, strides):
-        rows, columns = (-(-padded[:, i] // stride) for i in (0, 1))
-        row, column = (torch.arange(side, device=sizes.device) for side in (h, w))
-        cells = (row[:, None] < rows[:, None, None]) & (column < columns[:, None, None])                    # (B, h, w)
-        inside.append(cells.flatten(1).repeat_interleave(anchors, 1))
-    return torch.cat(inside, 1)
-
-
-def gaussian_maps(points, size, stride=4, sigma=2.0, reach=6):
-    """Target heat maps (B, K, h, w) of peak 1 in windows of 2 reach + 1 pixels, and weights (B, K), of points (B, K, 3) in the crop.
-
-    A weight is 1 if the point is labelled and its window is not wholly outside; the maps of others are 0.
-    """
-    mean = (points[..., :2] / stride + 0.5).trunc()                                          # as int() does, towards 0
-    weight = points[..., 2] > 0
-    lines = []
-    for side, at in zip(size, mean.flip(-1).unbind(-1)):
-        distance = torch.arange(side, device=points.device) - at[..., None]             # (B, K, side)
-        lines.append((-distance ** 2 / (2 * sigma ** 2)).exp() * (distance.abs() <= reach))
-        weight = weight & (at >= -reach) & (at < side + reach)
-    weight = weight.to(points.dtype)
-    return weight[..., None, None] * lines[0][..., None] * lines[1][..., None, :], weight
-
-
-def pose_loss(heat_maps, points):
-    """Squared error of heat maps (B, K, h, w), mean over all pixels; points (B, K, 3) in the crop, those without weight add 0."""
-    target, weight = gaussian_maps(points, heat_maps.shape[2:])
-    return F.mse_loss(heat_maps.float() * weight[..., None, None], target)
-
-
-# ----------------------------------------------------------------------------------------------------------- inference
-@torch.no_grad()
-def segment(model, image, args, device):
-    """Class of every pixel of a PIL image, uint8 (H, W): the whole image at once, or the mean over scales and mirrorings.
-
-    Logits are resized to the network's input, then to the image.
-    """
-    total = 0
-    for ratio in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75) if args.ms_test else (1.0,):
-        W, H = fit(image.size, int(4 * args.img_size * ratio), int(args.img_size * ratio))
-        resized = np.array(image.resize((max(W, 32), max(H, 32)), Image.Resampling.BILINEAR))
-        x = normalize(torch.from_numpy(resized)[None].to(device))                       # (1, 3, H, W)
-        for mirrored in (False, True)[:1 + args.ms_test]:
-            with autocast(args, device):
-                logits = model(x.flip(3) if mirrored else x)
-            logits = resize(resize(logits.float(), x.shape[2:]), (image.height, image.width))
-            if args.ms_test:                                                            # one map needs no softmax for its largest
-                total += (logits.flip(3) if mirrored else logits).softmax(1)
-            else:
-                total = logits
-    return total[0].argmax(0).to(torch.uint8).cpu().numpy()
-
-
-@torch.no_grad()
-def detect(model, image, args, device):
-    """Objects of a PIL image: boxes (n, 4) in its pixels, scores (n,), labels (n,), best first.
-
-    Mask R-CNN's also have masks (n, H, W) bool.
-    """
-    W, H = fit(image.size, args.img_size * 1333 / 800, args.img_size)
-    batch, sizes = (t.to(device) for t in pad_images([np.asarray(image.resize((W, H), Image.Resampling.BILINEAR))], 32))
-    with autocast(args, device):
-        boxes, scores, labels, *masks = model.objects(normalize_padded(batch, sizes), sizes)
-    boxes = boxes / boxes.new_tensor([W / image.width, H / image.height] * 2)
-    few = max(1, 2 ** 24 // (image.width * image.height))                               # are pasted at once
-    masks = [torch.cat([paste_masks(*part, image.size[::-1]) >= 0.5 for part in zip(mask.split(few), boxes.split(few))]) for mask in masks]
-    return tuple(t.cpu().numpy() for t in (boxes, scores, labels, *masks))
-
-
-def retinanet_objects(logits, deltas, levels, size, base, strides, *, candidates=1000, least=0.05, most=100):
-    """Post-processing of one image: logits (A, K), deltas (A, 4) -> boxes (n, 4), scores (n,), labels (n,), best first.
-
-    The `best_pairs` of the `candidates` anchors of largest score in each level.
-    """
-    anchors, counts = anchor_boxes(base, levels, strides), [h * w * base.shape[1] for h, w in levels]
-    kept = []
-    for scores, delta, anchor in zip(logits.sigmoid().split(counts), deltas.split(counts), anchors.split(counts)):
-        best = scores.amax(1).topk(min(candidates, len(scores))).indices
-        kept.append((clip_boxes(decode(anchor[best], delta[best]), size), scores[best]))
-    boxes, scores = (torch.cat(parts) for parts in zip(*kept))
-    return best_pairs(boxes[:, None], scores, least, most)
-
-
-def best_pairs(boxes, scores, least=0.05, most=100):
-    """Objects of one image: boxes (n, K or 1, 4), scores (n, K) -> boxes (m, 4), scores (m,), labels (m,), best first.
-
-    All pairs of box and class above `least`, NMS in each class at an IoU of 0.5, the `most` best.
-    """
-    row, label = (scores > least).nonzero().unbind(1)
-    boxes, scores = boxes.expand(-1, scores.shape[1], -1)[row, label], scores[row, label]
-    keep = nms_by_class(boxes, scores, label, 0.5, most)
-    return boxes[keep], scores[keep], label[keep]
+    sigma = 2.0                                                 # in pixels of the map, as reach
+    reach = 6
+    peak = (points[..., :2] / STRIDE + 0.5).trunc()             # as int() does, towards 0
+    weights = points[..., 2] > 0
+    factors = []
+    for side, position in zip(size, peak.flip(-1).unbind(-1)):  # y, then x
+        distance = torch.arange(side, device=points.device) - position[..., None]   # (B, K, side)
+        gaussian = (-distance ** 2 / (2 * sigma ** 2)).exp()
+        factors.append(gaussian * (distance.abs() <= reach))
+        weights = weights & (position >= -reach) & (position < side + reach)
+    rows, columns = factors                                     # (B, K, h), (B, K, w)
+    weights = weights.to(points.dtype)
+    maps = weights[..., None, None] * rows[..., None] * columns[..., None, :]
+    return maps, weights
 
 
 @torch.no_grad()
 def estimate_pose(model, image, boxes, args, device):
-    """Keypoints of the persons of a PIL image: boxes (P, 5) -> points (n, K, 3) in its pixels, scores (n,), best first.
+    """Keypoints of the persons of a PIL image, given by their boxes (P, 5).
 
-    Each crop and its mirror image are averaged; a person's score is the box's times the mean confidence of its points
-    above 0.2. Persons found twice are left out.
+    A person's score is the box's times the mean confidence of the keypoints above 0.2. OKS NMS
+    removes duplicates.
+
+    Returns: points (n, K, 3) in pixels of the image, scores (n,), best first.
     """
-    centres, sizes = crop_frame(boxes[:, :2], boxes[:, 2:4], 1.25)
-    flip, nowhere, points = FLIP[:args.keypoints], np.zeros((1, 3)), [np.zeros((0, args.keypoints, 3))]
-    for first in range(0, len(boxes), 32):                                              # so many persons at once
-        frames = centres[first:first + 32], sizes[first:first + 32]
-        crops = np.stack([crop_person(image, nowhere, centre, size, 0.0, args.img_size)[0] for centre, size in zip(*frames)])
-        x = normalize(torch.from_numpy(crops).to(device))
+    centres, sizes = crop_frame(boxes[:, :2], boxes[:, 2:4], BOX_PADDING)
+    no_points = np.zeros((0, 3))
+    points = np.zeros((len(boxes), args.keypoints, 3))
+    for first in range(0, len(boxes), CROPS_PER_BATCH):
+        part = slice(first, first + CROPS_PER_BATCH)
+        crops = []
+        for centre, size in zip(centres[part], sizes[part]):
+            crop, _ = crop_person(image, no_points, centre, size, 0.0, args.img_size)
+            crops.append(crop)
+        x = normalize(torch.from_numpy(np.stack(crops)).to(device))     # (n, 3, H, W)
         with autocast(args, device):
-            maps, mirrored = model(x).float(), model(x.flip(3)).float().flip(3)[:, flip]
-        maps = (maps + torch.cat([mirrored[..., :1], mirrored[..., :-1]], 3)) / 2       # mirrored, a map of stride 4 is off by 3/4
+            maps = mean_of_mirrored(model, x)                           # (n, K, h, w)
         h, w = maps.shape[2:]
-        found = peaks(maps).double().cpu().numpy()
-        found[..., :2] = (found[..., :2] / (w, h) - 0.5) * frames[1][:, None] + frames[0][:, None]
-        points.append(found)
-    points = np.concatenate(points)
-    sure = points[..., 2] * (points[..., 2] > 0.2)
-    scores = boxes[:, 4] * sure.sum(1) / np.maximum((sure > 0).sum(1), 1)
-    kept = oks_nms(points, scores, sizes.prod(1), SIGMAS[:args.keypoints])
-    return points[kept], scores[kept]
+        in_map = peaks(maps).double().cpu().numpy()                     # (n, K, 3)
+        in_frame = in_map[..., :2] / (w, h) - 0.5
+        points[part, :, :2] = in_frame * sizes[part, None] + centres[part, None]
+        points[part, :, 2] = in_map[..., 2]
+    confident = points[..., 2] > 0.2                                    # (P, K)
+    total = (points[..., 2] * confident).sum(1)
+    scores = boxes[:, 4] * total / np.maximum(confident.sum(1), 1)
+    keep = oks_nms(points, scores, sizes.prod(1), SIGMAS[:args.keypoints])
+    return points[keep], scores[keep]
+
+
+def mean_of_mirrored(model, x):
+    """Mean of the heat maps of crops (B, 3, H, W) and of the mirrored crops, mirrored back.
+
+    Mirrored back, a map of stride 4 is 3/4 of a pixel too far left. As in mmpose it moves by one.
+    """
+    maps = model(x).float()                                             # (B, K, h, w)
+    mirrored = model(x.flip(3)).float().flip(3)
+    mirrored = mirrored[:, MIRROR_ORDER[:maps.shape[1]]]
+    shifted = torch.cat([mirrored[..., :1], mirrored[..., :-1]], 3)
+    return (maps + shifted) / 2
 
 
 def peaks(maps):
-    """Heat maps (B, K, h, w) -> (B, K, 3): x, y of the largest value, a quarter pixel towards its larger neighbours, and the value.
+    """Maximum of each heat map (B, K, h, w) -> (B, K, 3): x, y, value.
 
-    Where the largest value is not above 0, x and y are -1; next to the border they stay whole.
+    x and y move by a quarter of a pixel towards the larger neighbour, unless at the border; they
+    are -1 if the value is not above 0.
     """
-    B, K, h, w = maps.shape
-    value, place = maps.flatten(2).max(2)                                               # (B, K)
-    x, y = place % w, place // w
-    inner = (x > 1) & (x < w - 1) & (y > 1) & (y < h - 1)
-    left, right, up, down = (maps.flatten(2).gather(2, (place + step).clamp(0, h * w - 1)[..., None])[..., 0] for step in (-1, 1, -w, w))
-    xy = torch.stack([x, y], -1) + 0.25 * torch.stack([right - left, down - up], -1).sign() * inner[..., None]
-    return torch.cat([xy.masked_fill((value <= 0)[..., None], -1), value[..., None]], -1)
+    h, w = maps.shape[2:]
+    values = maps.flatten(2)                                            # (B, K, h * w)
+    value, index = values.max(2)                                        # (B, K)
+    x = index % w
+    y = index // w
+
+    def neighbour(offset):
+        return values.gather(2, (index + offset).clamp(0, h * w - 1)[..., None])[..., 0]
+
+    slope_x = neighbour(1) - neighbour(-1)
+    slope_y = neighbour(w) - neighbour(-w)
+    direction = torch.stack([slope_x, slope_y], -1).sign()              # (B, K, 2)
+    inside = (x > 1) & (x < w - 1) & (y > 1) & (y < h - 1)
+    xy = torch.stack([x, y], -1) + 0.25 * direction * inside[..., None]
+    xy = xy.masked_fill((value <= 0)[..., None], -1)
+    return torch.cat([xy, value[..., None]], -1)
 
 
-def oks_nms(points, scores, areas, sigmas, most=0.9):
-    """Greedy suppression of people (P, K, 3): indices, best first, of those whose OKS with no kept better one is above `most`.
+def oks_nms(points, scores, areas, sigmas, oks_threshold=0.9):
+    """Greedy suppression: indices, best first, of the people (P, K, 3) to keep.
 
-    The area (P,) in OKS is the mean of the two, and all points count.
+    A person is dropped if the OKS with a better one that is kept exceeds the threshold. OKS counts
+    all keypoints here; its area is the mean of the areas (P,) of both people.
     """
-    distance = ((points[:, None, :, :2] - points[:, :, :2]) ** 2).sum(-1)               # (P, P, K)
-    area = (areas[:, None] + areas)[..., None] / 2
-    similarity, kept = np.exp(-distance / (2 * sigmas) ** 2 / area / 2).mean(-1), []
+    distance = ((points[:, None, :, :2] - points[:, :, :2]) ** 2).sum(-1)   # (P, P, K), squared
+    area = (areas[:, None] + areas)[..., None] / 2                          # (P, P, 1)
+    similarity = np.exp(-distance / (2 * sigmas) ** 2 / area / 2).mean(-1)  # (P, P)
+    keep = []
     for i in np.argsort(-scores, kind="stable"):
-        if not (similarity[i, kept] > most).any():
-            kept.append(i)
-    return np.array(kept, np.int64)
+        if not (similarity[i, keep] > oks_threshold).any():
+            keep.append(i)
+    return np.array(keep, np.int64)
 
 
-def palette(count):
-    """Colours (count, 3) that no two classes share, hues in golden steps."""
-    hues = [(255 * i * 0.618034 % 256, 160 + 95 * (i % 2), 255 - 60 * (i % 3)) for i in range(count)]
-    return np.array(Image.fromarray(np.array([hues], np.float32).astype(np.uint8), "HSV").convert("RGB"))[0]
+def match_people(image_id, annotations, results, keypoints):
+    """Match one image's results with its annotations: {run: what `match_image` returns}.
+
+    A run is a part of the body or "whole"; with 17 keypoints "body" is the only one. Of 133, a run
+    leaves out results without a keypoint of confidence > 0, and takes its own score ("foot_score",
+    ..., "wholebody_score") of a result that has one. Raises: InputError for malformed keypoints.
+    """
+    where = f"image {image_id}"
+    gt_points = [read_points(annotation, keypoints, where) for annotation in annotations]
+    dt_points = [read_points(result, keypoints, where) for result in results]
+    runs = {"body": PARTS["body"]}
+    if keypoints == 133:
+        runs = PARTS | {"whole": slice(0, 133)}
+    matches = {}
+    for run, part in runs.items():
+        gt = []
+        for annotation, points in zip(annotations, gt_points):
+            fields = {"keypoints": points[part], "num_keypoints": (points[part, 2] > 0).sum()}
+            gt.append(annotation | fields)
+        dt = []
+        for result, points in zip(results, dt_points):
+            if keypoints == 17 or (points[part, 2] > 0).any():
+                dt.append(part_result(result, points, run, part))
+        image = {"id": image_id}
+        matches[run] = match_image(image, gt, dt, "keypoints", sigmas=SIGMAS[part])
+    return matches
 
 
-def draw_labels(image, labels, names):
-    """Overlay of a label map (H, W) with the names of the classes that cover the most, each at its middle."""
-    colours = np.vstack([palette(len(names)), np.zeros((256 - len(names), 3), np.uint8)])
-    picture = Image.blend(image, Image.fromarray(colours[labels]), 0.5)
-    draw = ImageDraw.Draw(picture)
-    for label in np.bincount(labels.ravel(), minlength=len(names))[:len(names)].argsort()[::-1][:8]:
-        y, x = (labels == label).nonzero()
-        if len(y) > labels.size / 200:
-            middle = np.hypot(y - y.mean(), x - x.mean()).argmin()                      # a pixel of the class
-            draw.text((x[middle], y[middle]), names[label], "white", anchor="mm", stroke_width=1, stroke_fill="black")
-    return picture
+def part_result(result, points, run, part):
+    """A COCO result with the keypoints of one part. The area of all parts is the body's extent."""
+    score = result["score"]
+    if run != "body":
+        own_field = "wholebody_score" if run == "whole" else f"{run}_score"
+        score = result.get(own_field, score)
+    area = np.ptp(points[PARTS["body"], :2], axis=0).prod()
+    return {"category_id": PERSON, "keypoints": points[part], "score": score, "area": area}
 
 
-def draw_objects(image, objects, names, least=0.3):
-    """Overlay of the objects, with masks or without, of score `least` or more."""
-    picture, colours = image.copy(), palette(len(names))
-    draw = ImageDraw.Draw(picture)
-    for box, score, label, *masks in reversed(list(zip(*objects))):
-        if score >= least:
-            colour = tuple(colours[label].tolist())
-            for mask in masks:
-                picture.paste(colour, mask=Image.fromarray(mask.astype(np.uint8) * 128))
-            draw.rectangle(box.tolist(), outline=colour, width=2)
-            place, text = (max(box[0], 0), max(box[1], 0)), f"{names[label]} {score:.2f}"
-            draw.rectangle(draw.textbbox(place, text), colour)
-            draw.text(place, text, "black")
-    return picture
+def people_metrics(records):
+    """Metrics of all images, of what `match_people` returned for each.
+
+    Returns: COCO's ten metrics of 17 keypoints; of 133 AP and AR of the whole body, then of each
+    part ("foot_AP", ...) and as "hand_AP", "hand_AR" the means over both hands.
+    """
+    runs = {}
+    for run in records[0]:
+        matches = [record[run] for record in records]
+        runs[run] = accumulate(matches, "keypoints", [PERSON])
+    if "whole" not in runs:
+        return runs["body"]
+    metrics = {"AP": runs["whole"]["AP"], "AR": runs["whole"]["AR"]}
+    for part in PARTS:
+        metrics[f"{part}_AP"] = runs[part]["AP"]
+        metrics[f"{part}_AR"] = runs[part]["AR"]
+    for name in ("AP", "AR"):
+        hands = np.array([metrics[f"lefthand_{name}"], metrics[f"righthand_{name}"]])
+        metrics[f"hand_{name}"] = mean_of_valid(hands)
+    return metrics
 
 
-def draw_people(image, points, least=0.3):
-    """Overlay of people (P, K, 3): lines of body, feet and fingers, dots of the face, where the confidence is `least` or more."""
-    picture, thick = image.copy(), max(1, round(max(image.size) / 250))
-    draw, colours = ImageDraw.Draw(picture), [tuple(colour) for colour in palette(len(LINES)).tolist()]
+def overlay_people(image, points, score_threshold=0.3):
+    """Image with people (P, K, 3): lines of body, feet and fingers, dots of the face.
+
+    Keypoints of a confidence below `score_threshold` are left out.
+    """
+    figure = image.copy()
+    canvas = ImageDraw.Draw(figure)
+    thick = max(1, round(max(image.size) / 250))
+    thin = max(1, thick // 3)
+    radius = thick // 4
+    colours = palette(len(LINES)).tolist()
+    face = PARTS["face"]
     for person in points:
-        place, there = [tuple(xy) for xy in person[:, :2].tolist()], person[:, 2] >= least
-        for path, colour in zip(LINES, colours):
-            for a, b in zip(path, path[1:]):
-                if max(a, b) < len(person) and there[a] and there[b]:
-                    draw.line((place[a], place[b]), colour, thick if max(a, b) < 23 else max(1, thick // 3))
-        for x, y in person[PARTS["face"], :2][there[PARTS["face"]]].round():
-            r = thick // 4
-            draw.rectangle((x - r, y - r, x + r, y + r), "white")
-    return picture
+        visible = person[:, 2] >= score_threshold
+        for line, colour in zip(LINES, colours):
+            width = thick if max(line) < face.start else thin
+            for a, b in zip(line, line[1:]):
+                if max(a, b) < len(person) and visible[a] and visible[b]:
+                    ends = person[[a, b], :2].ravel().tolist()
+                    canvas.line(ends, tuple(colour), width)
+        for x, y in person[face, :2][visible[face]].round():
+            canvas.rectangle((x - radius, y - radius, x + radius, y + radius), "white")
+    return figure
 
 
-# ------------------------------------------------------------------------------------------------------------- metrics
-def count_pixels(prediction, labels, classes):
-    """Pixels of each class (3, K) that are right, predicted, true, of label maps (H, W); where the true one is 255 nothing counts."""
-    evaluated = labels != IGNORED
-    prediction, labels = prediction[evaluated], labels[evaluated]
-    return np.stack([np.bincount(x, minlength=256)[:classes] for x in (labels[prediction == labels], prediction, labels)])
+class Pose(DenseTask):
+    """Keypoints of persons on COCO's layout."""
+
+    metric = "AP"
+
+    def open_split(self, folder, split):
+        return Persons(folder, split, self.args.keypoints, self.args.boxes)
+
+    def augment(self, raw, rng):
+        return augment_person(raw, rng, height=self.args.img_size, jitter=self.args.jitter)
+
+    def collate(self, samples):
+        """[(crop, points), ...] -> crops (B, H, W, 3) uint8, points (B, K, 3)."""
+        crops, points = zip(*samples)
+        return torch.from_numpy(np.stack(crops)), torch.from_numpy(np.stack(points))
+
+    def losses(self, net, batch):
+        crops, points = batch
+        return net(normalize(crops), points)
+
+    def predict(self, model, image, boxes=None):
+        """Points (n, K, 3), scores (n,); without boxes (P, 5) the whole image is one person."""
+        if boxes is None:
+            boxes = np.array([[0, 0, image.width, image.height, 1.0]])
+        return estimate_pose(model, image, boxes, self.args, self.device)
+
+    def boxes_in(self, path, person_boxes):
+        """Boxes (P, 5) of an image file, of what `read_person_boxes` returned.
+
+        The last number in the file's name must be its image id, as in COCO. Raises: InputError.
+        """
+        numbers = re.findall("[0-9]+", Path(path).stem)
+        if not numbers:
+            rule = "with --boxes the last number in an image's name must be its id"
+            raise InputError(f"{path}: {rule}")
+        return person_boxes.get(int(numbers[-1]), np.zeros((0, 5)))
+
+    def overlay(self, image, prediction, _classes):
+        points, _ = prediction
+        return overlay_people(image, points)
+
+    def record(self, model, source, sample):
+        """What the metrics need of one image: its poses matched with its persons."""
+        index, (image, boxes, _) = sample
+        points, scores = self.predict(model, image, boxes)
+        results = []
+        for person, score in zip(points, scores):
+            result = {"score": float(score)}
+            for part, field in FIELDS.items():
+                result[field] = person[PARTS[part]].ravel().tolist()
+            results.append(result)
+        image_id = source.ids[index]
+        annotations = source.annotations[image_id]
+        return match_people(image_id, annotations, results, self.args.keypoints)
+
+    def summarize(self, _source, records):
+        return people_metrics(records)
+
+    def score_results(self, source, path):
+        """Metrics of a COCO or COCO-WholeBody keypoint results file."""
+        results = {image_id: [] for image_id in source.ids}
+        for result in read_results(path, set(source.ids), {PERSON}):
+            results[result["image_id"]].append(result)
+        records = []
+        try:
+            for image_id, annotations in source.annotations.items():
+                people = results[image_id]
+                record = match_people(image_id, annotations, people, self.args.keypoints)
+                records.append(record)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: {error}") from None
+        return people_metrics(records)
 
 
-def mean_iou(counts):
-    """{mIoU, mAcc, aAcc}, fractions, of the `count_pixels` (3, K) of a data set: means over the classes that occur; -1 if none does."""
-    right, predicted, true = counts.astype(np.float64)
-    union = predicted + true - right
-    if not true.any():
-        return dict(mIoU=-1.0, mAcc=-1.0, aAcc=-1.0)
-    return dict(mIoU=float((right[union > 0] / union[union > 0]).mean()), mAcc=float((right[true > 0] / true[true > 0]).mean()),
-                aAcc=float(right.sum() / true.sum()))
+# --------------------------------------------------------------------- COCO's files, masks, metrics
+# Annotation and results files, checked on reading; run-length masks and polygons; average precision
+# and recall of boxes, masks and keypoints. Every rule and tie is as in pycocotools 2.0.11, except
+# for one bug: there an object whose id is 0 never counts as matched. Here it does, as it does in
+# xtcocotools. Letters: D detections, G objects (annotations), A area ranges, T thresholds of IoU,
+# R recalls, K categories, P points.
+
+MAX_SIDE = 65535  # pixels; a larger side is a mistake in the file
 
 
-# --------------------------------------------------------------------------------------------------------------- masks
-# COCO's run-length form: pixels are scanned down each column, columns left to right; runs alternate, unset ones first.
+def is_integer(value):
+    return type(value) is int and abs(value) < 2 ** 63
+
+
+def is_side(value):
+    return type(value) is int and 1 <= value <= MAX_SIDE
+
+
+def is_flag(value):
+    return value in (0, 1)
+
+
+def is_finite(value):
+    """Whether a value of a file is a number that float64 can hold."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def is_box(value):
+    """Whether a value of a file is a list of four finite numbers."""
+    return isinstance(value, list) and len(value) == 4 and all(map(is_finite, value))
+
+
+def is_text(value):
+    """Whether a value of a file is a string without lone surrogates, which UTF-8 cannot encode."""
+    return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
+
+
+def is_inner_path(value):
+    """Whether a value of a file is a path that stays inside the folder it starts from."""
+    if not is_text(value) or "\0" in value or os.path.isabs(value):
+        return False
+    return os.path.normpath(value).split(os.sep)[0] not in (".", "..")
+
+
+CHECKED_FIELDS = {
+    "image": ("id", "width", "height", "file_name"),
+    "category": ("id", "name"),
+    "annotation": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
+    "result": ("image_id", "category_id", "score", "bbox"),
+}
+RULES = {  # field: (test of its value, what a message says is expected)
+    "id": (is_integer, "a whole number"),
+    "image_id": (is_integer, "a whole number"),
+    "category_id": (is_integer, "a whole number"),
+    "width": (is_side, f"a whole number from 1 to {MAX_SIDE}"),
+    "height": (is_side, f"a whole number from 1 to {MAX_SIDE}"),
+    "iscrowd": (is_flag, "0 or 1"),
+    "bbox": (is_box, "x, y, width, height, all finite numbers"),
+    "area": (is_finite, "a finite number"),
+    "score": (is_finite, "a finite number"),
+    "name": (is_text, "a name"),
+    "file_name": (is_inner_path, "a path inside the image folder"),
+}
+OPTIONAL_FIELDS = {("annotation", "id"), ("annotation", "iscrowd"), ("result", "bbox")}
+INTEGER_FIELDS = {"id", "image_id", "category_id", "width", "height", "iscrowd"}
+
+
+def to_integer(value):
+    """The int that "12" or 12.0 stands for; any other value unchanged."""
+    if isinstance(value, str) and re.fullmatch("-?[0-9]{1,18}", value):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def entry_error(path, kind, index, entry, problem):
+    """InputError that names the file and the entry by its id, a result by its image's."""
+    name = f"{kind} {entry.get('id')!r:.60}"
+    if kind == "result":
+        name = f"result {index}, image {entry.get('image_id')!r:.60}"
+    elif entry.get("id") is None:
+        name = f"{kind} without id at index {index}"
+    return InputError(f"{path}: {name}: {problem}")
+
+
+def check_entries(path, kind, entries, known_ids):
+    """Check dicts of a COCO file by RULES and turn whole numbers that are no ints into ints.
+
+    kind: a key of CHECKED_FIELDS. known_ids: {field: set of the ids that it may hold}.
+    Raises: InputError that names file, entry, field and value.
+    """
+    taken = set()
+    for index, entry in enumerate(entries):
+        for field in CHECKED_FIELDS[kind]:
+            value = entry.get(field)
+            if value is None and (kind, field) in OPTIONAL_FIELDS:
+                continue
+            if field in INTEGER_FIELDS:
+                value = to_integer(value)
+            entry[field] = value
+            is_valid, expected = RULES[field]
+            problem = None
+            if not is_valid(value):
+                problem = f"{field} {value!r:.60}, expected {expected}"
+            elif field in known_ids and value not in known_ids[field]:
+                problem = f"unknown {field.replace('_', ' ')} {value}"
+            elif field == "id" and value in taken:
+                problem = f"another {kind} has the same id"
+            if problem:
+                raise entry_error(path, kind, index, entry, problem)
+            if field == "id":
+                taken.add(value)
+
+
+@contextmanager
+def reading(path, what):
+    """Turn whatever goes wrong while a file is read into an InputError that names the file."""
+    try:
+        yield
+    except InputError:
+        raise
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except RecursionError:
+        raise InputError(f"{path} is no {what}: it is nested too deeply") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        words = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is no {what} ({words})") from None
+
+
+def read_annotations(path):
+    """A COCO annotation file, checked: a dict with lists of images, categories and annotations.
+
+    Ids are ints, even where the file has them in quotes; a missing iscrowd becomes 0.
+    Raises: InputError that names the file and the id of the offending entry.
+    """
+    with reading(path, "COCO annotation file"):
+        data = json.loads(Path(path).read_bytes())
+        check_entries(path, "image", data["images"], {})
+        check_entries(path, "category", data["categories"], {})
+        known_ids = {
+            "image_id": {image["id"] for image in data["images"]},
+            "category_id": {category["id"] for category in data["categories"]},
+        }
+        check_entries(path, "annotation", data["annotations"], known_ids)
+        for annotation in data["annotations"]:
+            if annotation.get("iscrowd") is None:
+                annotation["iscrowd"] = 0
+    return data
+
+
+def read_results(path, image_ids=None, category_ids=None):
+    """A COCO results file, checked: a list of dicts with image_id, category_id and score.
+
+    image_ids, category_ids: sets that the results' ids must be in, if given.
+    Raises: InputError that names the file and the image id of the offending result.
+    """
+    what = "COCO results file"
+    known_ids = {"image_id": image_ids, "category_id": category_ids}
+    known_ids = {field: ids for field, ids in known_ids.items() if ids is not None}
+    with reading(path, what):
+        results = json.loads(Path(path).read_bytes())
+        if not isinstance(results, list):
+            raise InputError(f"{path} is no {what}: expected a list of results")
+        check_entries(path, "result", results, known_ids)
+        for index, result in enumerate(results):
+            if all(result.get(key) is None for key in ("bbox", "segmentation", "keypoints")):
+                problem = "expected a bbox, segmentation or keypoints"
+                raise entry_error(path, "result", index, result, problem)
+    return results
+
+
+# Run-length masks: pixels are scanned down each column, columns from left to right. Runs of unset
+# and set pixels alternate, unset ones first.
 
 
 def mask_runs(mask):
     """Boolean mask (H, W) -> run lengths (n,); the first is 0 if the first pixel is set."""
-    flips = np.flatnonzero(np.diff(mask.ravel("F"), prepend=False))
-    return np.diff(flips, prepend=0, append=mask.size)
+    changes = np.flatnonzero(np.diff(mask.ravel("F"), prepend=False))
+    return np.diff(changes, prepend=0, append=mask.size)
 
 
 def compress_runs(runs):
-    """Run lengths -> COCO's string: from the fourth on as difference to the last but one, 5 bits a character, lowest first."""
+    """Run lengths (n,) -> COCO's string: 5 bits per character, the lowest first.
+
+    From the fourth on, a run is written as its difference from the run two before.
+    """
     values = runs.copy()
     values[3:] -= runs[1:-2]
-    groups = values[:, None] >> 5 * np.arange(7)            # (n, 7): 35 bits, more than any image's pixels need
-    more = ~np.isin(groups >> 4, (0, -1))                   # what follows is not just the group's sign bit repeated
+    groups = values[:, None] >> 5 * np.arange(7)            # (n, 7): 35 bits hold any image's runs
+    more = ~np.isin(groups >> 4, (0, -1))                   # not just the sign bit from here on
     written = np.pad(more[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return bytes(((groups & 31) + 32 * more + 48)[written].astype(np.uint8)).decode()
+    codes = (groups & 31) + 32 * more + 48
+    return bytes(codes[written].astype(np.uint8)).decode()
 
 
 def decompress_runs(text):
-    """COCO's string or bytes -> run lengths (n,). Raises: ValueError for a character that is none of its 64, or a cut-off end."""
-    codes = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(np.int64) - 48
+    """COCO's string or bytes -> run lengths (n,).
+
+    Raises: ValueError for a character outside the 64 allowed ones or a truncated last value.
+    """
+    encoded = text.encode() if isinstance(text, str) else text
+    codes = np.frombuffer(encoded, np.uint8).astype(np.int64) - 48
     if ((codes < 0) | (codes > 63)).any():
         raise ValueError("RLE string holds a character outside '0' to 'o'")
-    last = codes < 32                                       # bit 32: another group of the same value follows
+    last = codes < 32                                       # bit 32: the value goes on
     if not last[-1:].any():
         raise ValueError("RLE string is cut off: its last value is not complete")
     start = np.flatnonzero(np.append(True, last[:-1]))
     length = np.diff(start, append=codes.size)
     if length.max() > 7:
-        raise ValueError(f"RLE string holds a value of {length.max()} characters, expected at most 7")
+        raise ValueError(f"RLE string holds a value of {length.max()} characters, at most 7 fit")
     shift = 5 * (np.arange(codes.size) - start.repeat(length))
     values = np.add.reduceat((codes & 31) << shift, start)
     values -= (codes[last] & 16) << shift[last] + 1         # highest bit set: negative
     values[1::2] = values[1::2].cumsum()
-    values[2::2] = values[2::2].cumsum()                    # the first value belongs to no chain of differences
+    values[2::2] = values[2::2].cumsum()                    # the first value is no difference
     return values
 
 
 def rle_runs(rle):
-    """RLE dict (size [H, W], counts a string, bytes or list) -> run lengths (n,).
+    """RLE dict (size [H, W]; counts a string, bytes or list) -> run lengths (n,).
 
     Raises: ValueError if the counts are malformed or do not fill the mask.
     """
-    (height, width), counts = rle["size"], rle["counts"]
+    height, width = rle["size"]
+    counts = rle["counts"]
     runs = decompress_runs(counts) if isinstance(counts, (str, bytes)) else np.asarray(counts)
     if runs.ndim != 1 or runs.dtype.kind not in "iu" or (runs < 0).any():
-        raise ValueError("RLE counts must be a list of whole numbers from 0 on")
-    if runs.sum() != height * width:
-        raise ValueError(f"RLE counts add up to {runs.sum()} pixels, a {height}x{width} mask has {height * width}")
+        raise ValueError("RLE counts must be a list of whole numbers >= 0")
+    pixels = height * width
+    total = sum(runs.tolist())                              # Python's ints do not overflow
+    if total != pixels:
+        raise ValueError(f"RLE counts add up to {total}, a {height}x{width} mask has {pixels}")
     return runs
 
 
 def rle_encode(mask):
-    """Boolean mask (H, W) -> dict(size=[H, W], counts=compressed string). Raises: ValueError for any other array."""
+    """Boolean mask (H, W) -> dict(size=[H, W], counts=compressed string).
+
+    Raises: ValueError for any other array.
+    """
     if mask.ndim != 2 or mask.dtype != bool:
         raise ValueError(f"expected a boolean mask (H, W), not {mask.dtype} {mask.shape}")
     return dict(size=list(mask.shape), counts=compress_runs(mask_runs(mask)))
 
 
 def rle_decode(rle):
-    """RLE dict, compressed or not -> boolean mask (H, W). Raises: ValueError if it is malformed."""
-    runs, (height, width) = rle_runs(rle), rle["size"]
-    return (np.arange(len(runs)) % 2 == 1).repeat(runs).reshape(width, height).T
+    """RLE dict, compressed or not -> boolean mask (H, W). Raises: ValueError if malformed."""
+    runs = rle_runs(rle)
+    height, width = rle["size"]
+    is_set = np.arange(len(runs)) % 2 == 1
+    return is_set.repeat(runs).reshape(width, height).T
 
 
 def polygon_outline(polygon):
-    """Polygon (x, y, x, y, ...) in pixels -> points u, v (P,) of its closed outline on a grid 5 times finer, in ring order.
+    """Polygon (x, y, x, y, ...) in pixels -> points u, v, each (P,), of its closed outline.
 
-    Each edge steps along its longer axis; the other coordinate is always rounded from the end that is lower on the longer axis.
+    The points lie on a grid 5 times finer, in ring order. Each edge steps along its longer axis;
+    the other coordinate is always rounded from the end that is lower on the longer axis.
     """
     points = np.trunc(5 * np.reshape(polygon, (-1, 2)) + 0.5).astype(np.int64)
-    edges = np.stack([points, np.roll(points, -1, 0)])                      # (2, E, 2): start and end; edge; x and y
+    edges = np.stack([points, np.roll(points, -1, 0)])      # (2, E, 2): both ends; edges; x and y
     dx, dy = abs(edges[1] - edges[0]).T
-    upright, length = dx < dy, np.maximum(dx, dy)                           # each (E,)
-    edges = np.where(upright[:, None], edges[..., ::-1], edges)             # last axis: longer and other coordinate
-    back = edges[0, :, 0] > edges[1, :, 0]
-    low, high = np.where(back[:, None], edges[::-1], edges)                 # each (E, 2)
+    upright = dx < dy                                       # (E,)
+    length = np.maximum(dx, dy)                             # (E,)
+    edges = np.where(upright[:, None], edges[..., ::-1], edges)  # last axis: longer, other
+    reverse = edges[0, :, 0] > edges[1, :, 0]
+    low, high = np.where(reverse[:, None], edges[::-1], edges)  # each (E, 2)
     slope = (high - low)[:, 1] / np.maximum(length, 1)
-    edge = np.arange(len(points)).repeat(length + 1)                        # (P,): every edge has both its ends
-    t = np.arange(len(edge)) - (np.cumsum(length + 1) - length - 1)[edge]
-    t = np.where(back[edge], length[edge] - t, t)
-    longer, other = low[edge, 0] + t, np.trunc(low[edge, 1] + slope[edge] * t + 0.5).astype(np.int64)
+    edge = np.arange(len(points)).repeat(length + 1)        # (P,): each edge has both its ends
+    first = np.cumsum(length + 1) - length - 1
+    t = np.arange(len(edge)) - first[edge]
+    t = np.where(reverse[edge], length[edge] - t, t)
+    longer = low[edge, 0] + t
+    other = np.trunc(low[edge, 1] + slope[edge] * t + 0.5).astype(np.int64)
     return np.where(upright[edge], (other, longer), (longer, other))
 
 
-def polygon_flips(polygon, height, width):
-    """Positions in the column-major scan (n,), unsorted, where the outline of a polygon is crossed; those met twice cancel."""
+def polygon_crossings(polygon, height, width):
+    """Positions (n,), unsorted, in the column-major scan at which a polygon's outline is crossed.
+
+    A position that occurs twice is no crossing.
+    """
     u, v = polygon_outline(polygon)
     step = np.flatnonzero(np.diff(u)) + 1
-    left, top = np.where(u[step] < u[step - 1], u[step], u[step] - 1), np.minimum(v[step], v[step - 1])
-    x, y = left // 5, ((top + 2) // 5).clip(0, height)                      # (top + 0.5) / 5 - 0.5, rounded up
-    return (x * height + y)[(left % 5 == 2) & (x >= 0) & (x < width)]       # the middle of a pixel: fine column 2 of its 5
+    previous = step - 1
+    left = np.where(u[step] < u[previous], u[step], u[step] - 1)
+    top = np.minimum(v[step], v[previous])
+    x = left // 5
+    y = ((top + 2) // 5).clip(0, height)                    # (top + 0.5) / 5 - 0.5, rounded up
+    at_centre = left % 5 == 2                               # of a pixel: its third fine column
+    return (x * height + y)[at_centre & (x >= 0) & (x < width)]
+
+
+def box_corners(box):
+    x, y, w, h = box
+    return x, y, x, y + h, x + w, y + h, x + w, y
 
 
 def polygons_to_mask(polygons, height, width):
-    """COCO polygons, lists (x, y, x, y, ...) in pixels -> union of their rasters (H, W) bool, exactly the one of COCO's tools.
+    """COCO polygons, lists (x, y, x, y, ...) in pixels -> union of their areas (H, W) bool.
 
-    If the first list holds four numbers, all are boxes (x, y, w, h). Polygons of fewer than 3 points cover nothing. Raises: ValueError
-    for an odd length, a number that is not finite, or boxes among polygons.
+    Exactly the mask of COCO's tools. If the first list holds four numbers, all are boxes
+    (x, y, w, h). Polygons of fewer than 3 points cover nothing.
+    Raises: ValueError for an odd length, a coordinate beyond 2 ** 20 or not finite, or boxes
+    among polygons.
     """
     if polygons and len(polygons[0]) == 4:
-        polygons = [(x, y, x, y + h, x + w, y + h, x + w, y) for x, y, w, h in polygons]
+        polygons = [box_corners(box) for box in polygons]
     mask = np.zeros(height * width, bool)
     for polygon in polygons:
-        if not np.isfinite(polygon).all():
-            raise ValueError(f"polygon {polygon} is not finite")
-        flips = np.zeros(height * width + 1, bool)                          # an outline may be crossed behind the last pixel
-        np.logical_xor.at(flips, polygon_flips(polygon, height, width), True)
-        mask |= np.logical_xor.accumulate(flips)[:-1]
+        if not (np.abs(polygon) <= 2 ** 20).all():          # False for NaN, too
+            raise ValueError(f"polygon {polygon!r:.60} has a coordinate beyond 2 ** 20")
+        crossed = np.zeros(height * width + 1, bool)        # one more: after the last pixel
+        np.logical_xor.at(crossed, polygon_crossings(polygon, height, width), True)
+        mask |= np.logical_xor.accumulate(crossed)[:-1]
     return mask.reshape(width, height).T
 
 
 def segmentation_runs(entry, image):
-    """Run lengths (n,) of the segmentation, polygons or RLE, of an annotation or result of an image, both COCO dicts.
+    """Run lengths (n,) of the segmentation, polygons or RLE, of an annotation or result.
 
-    Raises: ValueError that names the entry if it is malformed or of another size.
+    entry, image: COCO dicts. Raises: ValueError that names image and entry if the segmentation is
+    malformed or has another size.
     """
     size = [image["height"], image["width"]]
     try:
@@ -1973,724 +3231,520 @@ def segmentation_runs(entry, image):
             raise ValueError(f"RLE of size {segmentation['size']} in an image of size {size}")
         return rle_runs(segmentation)
     except (ValueError, KeyError, TypeError) as error:
-        name = f"annotation {entry['id']}" if "id" in entry else "a result"
-        raise ValueError(f"image {image['id']}, {name}: segmentation: {type(error).__name__} {error}") from None
+        name = "a result"
+        if entry.get("id") is not None:
+            name = f"annotation {entry['id']}"
+        words = f"{type(error).__name__} {error}"
+        raise ValueError(f"image {image['id']}, {name}: segmentation: {words}") from None
 
 
-# ------------------------------------------------------------------------------------------------------ COCO evaluation
-# Every rule and tie as in pycocotools 2.0.11, except for one bug: there an object whose id is 0 never counts as matched. Here
-# it does, as in xtcocotools. Letters: D detections, G objects (annotations), A area ranges, T thresholds, K categories.
-THRESHOLDS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
-AT_50, AT_75 = 0, 5                                                         # places in THRESHOLDS
-AREAS = {"": (0, 1e10), "s": (0, 32 ** 2), "m": (32 ** 2, 96 ** 2), "l": (96 ** 2, 1e10)}   # in pixels, both ends inclusive
-SETTINGS = {"bbox": ("sml", (1, 10, 100)), "segm": ("sml", (1, 10, 100)), "keypoints": ("ml", (20,))}  # AREAS, detections counted
+# Metrics: match_image per image, on any process; accumulate over all images.
+
+THRESHOLDS = np.linspace(0.5, 0.95, 10)                     # (T,), IoU or OKS of a match
+RECALLS = np.linspace(0, 1, 101)                            # (R,)
+AT_50 = 0                                                   # index in THRESHOLDS
+AT_75 = 5
+AREA_RANGES = {  # pixels, both ends included
+    "": (0, 1e10),
+    "s": (0, 32 ** 2),
+    "m": (32 ** 2, 96 ** 2),
+    "l": (96 ** 2, 1e10),
+}
+AREAS = {"bbox": "sml", "segm": "sml", "keypoints": "ml"}   # AREA_RANGES that have metrics
+MAX_DETECTIONS = {  # per image and category
+    "bbox": (1, 10, 100),
+    "segm": (1, 10, 100),
+    "keypoints": (20,),
+}
 
 
-def crowd_iou(inter, dt_area, gt_area, crowd):
-    """Intersections (D, G) and areas (D,), (G,) -> IoU (D, G); of a crowd region (G,) any part may be found: divided by (D,)."""
-    union = np.where(crowd, dt_area[:, None], dt_area[:, None] + gt_area - inter)
-    return np.divide(inter, union, out=np.zeros(inter.shape), where=inter > 0)
+def crowd_iou(intersection, dt_area, gt_area, crowd):
+    """Intersections (D, G), areas (D,) and (G,), crowd (G,) bool -> IoU (D, G).
+
+    For crowd regions the divisor is the detection's area instead of the union.
+    """
+    union = dt_area[:, None] + gt_area - intersection
+    union = np.where(crowd, dt_area[:, None], union)
+    zeros = np.zeros(intersection.shape)
+    return np.divide(intersection, union, out=zeros, where=intersection > 0)
 
 
 def box_overlaps(dt, gt, crowd):
     """IoU (D, G) of boxes (D, 4), (G, 4) given as x, y, w, h in pixels; crowd (G,) bool."""
-    low = np.maximum(dt[:, None, :2], gt[:, :2])
-    high = np.minimum(dt[:, None, :2] + dt[:, None, 2:], gt[:, :2] + gt[:, 2:])
-    return crowd_iou((high - low).clip(0).prod(-1), dt[:, 2:].prod(-1), gt[:, 2:].prod(-1), crowd)
+    dt_start = dt[:, :2]
+    dt_size = dt[:, 2:]
+    gt_start = gt[:, :2]
+    gt_size = gt[:, 2:]
+    top_left = np.maximum(dt_start[:, None], gt_start)      # (D, G, 2)
+    bottom_right = np.minimum((dt_start + dt_size)[:, None], gt_start + gt_size)
+    intersection = (bottom_right - top_left).clip(0).prod(-1)
+    return crowd_iou(intersection, dt_size.prod(-1), gt_size.prod(-1), crowd)
 
 
 def runs_area(runs):
-    """Set pixels of a mask given by its run lengths."""
+    """Number of set pixels of a mask given by its run lengths."""
     return int(runs[1::2].sum())
 
 
 def runs_intersection(a, b):
-    """Pixels set in both masks of one image, given by their run lengths."""
-    set_in_b = (b * (np.arange(len(b)) % 2)).cumsum()                       # up to the end of each run of b
-    before = np.interp(a.cumsum(), b.cumsum(), set_in_b)                    # of a: exact, all slopes are 0 or 1
-    return np.diff(before)[::2].sum()                                       # what the set runs of a, 1, 3, ..., add
+    """Number of pixels set in both masks of one image, given by their run lengths."""
+    set_in_b = (b * (np.arange(len(b)) % 2)).cumsum()       # up to the end of each run of b
+    at_ends_of_a = np.interp(a.cumsum(), b.cumsum(), set_in_b)  # exact: all slopes are 0 or 1
+    return np.diff(at_ends_of_a)[::2].sum()                 # gained over the set runs of a
 
 
 def mask_overlaps(dt, gt, crowd):
     """IoU (D, G) of masks, lists of run lengths; crowd (G,) bool."""
-    inter = np.array([[runs_intersection(d, g) for g in gt] for d in dt], float).reshape(len(dt), len(gt))
-    return crowd_iou(inter, np.array([runs_area(d) for d in dt]), np.array([runs_area(g) for g in gt]), crowd)
+    intersection = np.zeros((len(dt), len(gt)))
+    for i, dt_runs in enumerate(dt):
+        for j, gt_runs in enumerate(gt):
+            intersection[i, j] = runs_intersection(dt_runs, gt_runs)
+    dt_area = np.array([runs_area(runs) for runs in dt])
+    gt_area = np.array([runs_area(runs) for runs in gt])
+    return crowd_iou(intersection, dt_area, gt_area, crowd)
 
 
 def oks(dt, gt, boxes, areas, sigmas):
-    """Object keypoint similarity (D, G) of points dt (D, P, 3), gt (G, P, 3): x, y in pixels, gt's third > 0 if labelled.
+    """Object keypoint similarity (D, G) of points dt (D, P, 3) and gt (G, P, 3).
 
-    boxes (G, 4) as x, y, w, h, areas (G,) of the objects; sigmas (P,), deviation of each point relative to the object's size.
+    Points are x, y in pixels; gt's third value is > 0 if labelled. boxes (G, 4) as x, y, w, h and
+    areas (G,) of the objects; sigmas (P,): each point's deviation relative to the object's size.
     Without a labelled point, distance counts from the box enlarged by its size on every side.
     """
-    result, variances = np.zeros((len(dt), len(gt))), (2 * np.asarray(sigmas)) ** 2
+    result = np.zeros((len(dt), len(gt)))
+    variances = (2 * np.asarray(sigmas)) ** 2
+    detected = dt[..., :2]                                  # (D, P, 2)
     for j, (points, box, area) in enumerate(zip(gt, boxes, areas)):
         used = points[:, 2] > 0
         if used.any():
-            offset = dt[..., :2] - points[:, :2]                            # (D, P, 2)
+            offset = detected - points[:, :2]
         else:
-            low, high = box[:2] - box[2:], box[:2] + 2 * box[2:]
-            offset = np.maximum(low - dt[..., :2], 0) + np.maximum(dt[..., :2] - high, 0)
+            low = box[:2] - box[2:]
+            high = box[:2] + 2 * box[2:]
+            offset = np.maximum(low - detected, 0) + np.maximum(detected - high, 0)
             used = ~used
-        e = (offset ** 2).sum(-1) / variances / (area + np.spacing(1)) / 2  # (D, P)
+        distance = (offset ** 2).sum(-1)                    # (D, P), squared
+        e = distance / variances / (area + np.spacing(1)) / 2
         result[:, j] = np.exp(-e[:, used]).mean(-1)
     return result
 
 
+def stack_field(entries, field, *shape):
+    """A field of all entries as one array (len(entries), *shape)."""
+    return np.array([entry[field] for entry in entries], float).reshape(len(entries), *shape)
+
+
 def overlaps(dt, gt, crowd, kind, image, sigmas):
-    """Result and annotation dicts of one image and category -> IoU or OKS (D, G), areas of the detections (D,)."""
+    """Result and annotation dicts of one image and category -> IoU or OKS (D, G), dt areas (D,)."""
     if kind == "bbox":
-        dt_boxes, gt_boxes = (np.array([x["bbox"] for x in xs], float).reshape(len(xs), 4) for xs in (dt, gt))
+        dt_boxes = stack_field(dt, "bbox", 4)
+        gt_boxes = stack_field(gt, "bbox", 4)
         return box_overlaps(dt_boxes, gt_boxes, crowd), dt_boxes[:, 2:].prod(-1)
     if kind == "segm":
-        dt_runs, gt_runs = ([segmentation_runs(x, image) for x in xs] for xs in (dt, gt))
-        return mask_overlaps(dt_runs, gt_runs, crowd), np.array([runs_area(runs) for runs in dt_runs])
-    dt_points, gt_points = (np.array([x["keypoints"] for x in xs], float).reshape(len(xs), len(sigmas), 3) for xs in (dt, gt))
-    extent = np.ptp(dt_points[..., :2], axis=1).prod(-1)
-    areas = np.array([d.get("area", e) for d, e in zip(dt, extent)])        # parts of a body are ranked by the whole body's area
-    return oks(dt_points, gt_points, np.array([g["bbox"] for g in gt], float), np.array([g["area"] for g in gt]), sigmas), areas
+        dt_runs = [segmentation_runs(d, image) for d in dt]
+        gt_runs = [segmentation_runs(g, image) for g in gt]
+        dt_areas = np.array([runs_area(runs) for runs in dt_runs])
+        return mask_overlaps(dt_runs, gt_runs, crowd), dt_areas
+    dt_points = stack_field(dt, "keypoints", len(sigmas), 3)
+    gt_points = stack_field(gt, "keypoints", len(sigmas), 3)
+    extents = np.ptp(dt_points[..., :2], axis=1).prod(-1)
+    dt_areas = np.array([d.get("area", extent) for d, extent in zip(dt, extents)])
+    gt_areas = np.array([g["area"] for g in gt])
+    gt_boxes = stack_field(gt, "bbox", 4)
+    return oks(dt_points, gt_points, gt_boxes, gt_areas, sigmas), dt_areas
 
 
 def match_detections(iou, ignored, crowd, gt_area, dt_area, ranges):
-    """Greedy matching of one image and category, for all area ranges and thresholds at once.
+    """Greedy matching in one image and category, for all area ranges and thresholds at once.
 
-    iou (D, G), detections by descending score; ignored, crowd (G,) bool; gt_area (G,), dt_area (D,); ranges (A, 2).
-    Returns outcome (A, T, D) int8: 1 true positive, 0 false positive, -1 counted as neither; positives (A,): objects to find.
+    Args: iou (D, G), detections by descending score; ignored and crowd (G,) bool; gt_area (G,),
+    dt_area (D,) and ranges (A, 2), all in pixels.
+    Returns: outcome (A, T, D) int8: 1 true positive, 0 false positive, -1 counted as neither;
+    positives (A,): the number of objects to detect.
     """
-    low, high = np.array(ranges, float).T[..., None]                        # each (A, 1)
-    out = ignored | (gt_area < low) | (gt_area > high)                      # (A, G)
-    outside = (dt_area < low) | (dt_area > high)                            # (A, D)
-    outcome = np.repeat(-outside[:, None].astype(np.int8), len(THRESHOLDS), 1)              # as long as nothing matches
-    free = np.ones((len(low), len(THRESHOLDS), len(crowd)), bool)           # (A, T, G)
+    low, high = np.array(ranges, float).T[..., None]        # each (A, 1)
+    excluded = ignored | (gt_area < low) | (gt_area > high)  # (A, G)
+    outside = (dt_area < low) | (dt_area > high)            # (A, D)
+    unmatched = -outside[:, None].astype(np.int8)
+    outcome = np.repeat(unmatched, len(THRESHOLDS), 1)      # (A, T, D)
+    free = np.ones((len(low), len(THRESHOLDS), len(crowd)), bool)  # (A, T, G)
     for d in np.flatnonzero((iou >= THRESHOLDS[0]).any(1)):
-        possible = (free | crowd) & (iou[d] >= THRESHOLDS[:, None])         # crowd regions match again and again
-        counted = possible & ~out[:, None]
-        possible = np.where(counted.any(-1, keepdims=True), counted, possible)              # any counted object goes first
-        best = len(crowd) - 1 - np.where(possible, iou[d], -1)[..., ::-1].argmax(-1)        # (A, T), the last of equal ones
+        possible = (free | crowd) & (iou[d] >= THRESHOLDS[:, None])  # crowds match repeatedly
+        counted = possible & ~excluded[:, None]
+        possible = np.where(counted.any(-1, keepdims=True), counted, possible)
+        reversed_iou = np.where(possible, iou[d], -1)[..., ::-1]
+        best = len(crowd) - 1 - reversed_iou.argmax(-1)     # (A, T), the last one on ties
         a, t = possible.any(-1).nonzero()
-        free[a, t, best[a, t]] = False
-        outcome[a, t, d] = np.where(out[a, best[a, t]], -1, 1)
-    return outcome, (~out).sum(1)
+        matched = best[a, t]
+        free[a, t, matched] = False
+        outcome[a, t, d] = np.where(excluded[a, matched], -1, 1)
+    return outcome, (~excluded).sum(1)
 
 
-def match_image(image, truth, results, kind, sigmas=BODY_SIGMAS):
-    """Match one image's results to its annotations, both COCO dicts: (image id, {category: (scores (D,), outcome, positives)}).
+def match_category(image, annotations, results, kind, sigmas):
+    """Match results to annotations of one category: scores (D,), outcome, positives."""
+    results = sorted(results, key=lambda r: -r["score"])    # stable: equal scores stay in order
+    results = results[:MAX_DETECTIONS[kind][-1]]
+    crowd = np.array([a["iscrowd"] for a in annotations], bool)
+    ignored = crowd
+    if kind == "keypoints":
+        ignored = crowd | np.array([a["num_keypoints"] == 0 for a in annotations], bool)
+    iou, dt_area = overlaps(results, annotations, crowd, kind, image, sigmas)
+    gt_area = np.array([a["area"] for a in annotations])
+    ranges = [AREA_RANGES[name] for name in ("", *AREAS[kind])]
+    outcome, positives = match_detections(iou, ignored, crowd, gt_area, dt_area, ranges)
+    return np.array([r["score"] for r in results], float), outcome, positives
 
-    kind: bbox, segm or keypoints; image: COCO dict, `height` and `width` are read for segm only. A keypoint result may hold an
-    `area` in pixels, else that of the box around its points is taken. See `match_detections` for outcome and positives.
-    Raises: ValueError for a score that is not finite, for a malformed mask.
+
+def match_image(image, annotations, results, kind, sigmas=BODY_SIGMAS):
+    """Match one image's results to its annotations, both lists of COCO dicts.
+
+    Args: kind: bbox, segm or keypoints; image: COCO dict (height and width are read for segm only).
+    A keypoint result may hold an `area` in pixels, else that of the box around its points counts.
+    Returns: (image id, {category: (scores (D,), outcome, positives)}), see match_detections.
+    Raises: ValueError for a score that is not finite or a malformed mask.
     """
-    names, limits = SETTINGS[kind]
-    ranges, matches = [AREAS[name] for name in ("", *names)], {}
     if not all(math.isfinite(r["score"]) for r in results):
         raise ValueError(f"a result in image {image['id']} has a score that is not finite")
-    for category in {x["category_id"] for x in (*truth, *results)}:
-        gt = [g for g in truth if g["category_id"] == category]
+    matches = {}
+    for category in {x["category_id"] for x in (*annotations, *results)}:
+        gt = [a for a in annotations if a["category_id"] == category]
         dt = [r for r in results if r["category_id"] == category]
-        dt = sorted(dt, key=lambda r: -r["score"])[:limits[-1]]             # stable: equal scores stay in order
-        crowd = np.array([g["iscrowd"] for g in gt], bool)
-        empty = np.array([kind == "keypoints" and g["num_keypoints"] == 0 for g in gt], bool)
-        iou, dt_area = overlaps(dt, gt, crowd, kind, image, sigmas)
-        outcome, positives = match_detections(iou, crowd | empty, crowd, np.array([g["area"] for g in gt]), dt_area, ranges)
-        matches[category] = np.array([r["score"] for r in dt], float), outcome, positives
+        matches[category] = match_category(image, gt, dt, kind, sigmas)
     return image["id"], matches
 
 
 def interpolated_precision(outcome, positives):
-    """Precision at RECALLS (101,) of a ranking, outcome (D,) as from `match_detections`, that should find `positives` objects."""
-    tp, fp = np.cumsum(outcome == 1), np.cumsum(outcome == 0)
+    """Precision (R,) at RECALLS of ranked detections, outcome (D,), of `positives` objects."""
+    tp = np.cumsum(outcome == 1)
+    fp = np.cumsum(outcome == 0)
     precision = tp / (tp + fp + np.spacing(1))
     best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
-    return np.append(best_from_here, 0)[np.searchsorted(tp / positives, RECALLS)]            # 0 where recall is not reached
+    reached = np.searchsorted(tp / positives, RECALLS)
+    return np.append(best_from_here, 0)[reached]            # 0 where a recall is not reached
 
 
 def mean_of_valid(cells):
     """Mean of the cells that are not -1, or -1 if all are."""
-    return float(cells[cells > -1].mean()) if (cells > -1).any() else -1.0
+    valid = cells[cells > -1]
+    return float(valid.mean()) if valid.size else -1.0
+
+
+def category_curves(matches, limits):
+    """Precision (A, T, R) and recall (A, len(limits), T) of one category, -1 without an object.
+
+    matches: (scores, outcome, positives) of the images, ordered by image id.
+    """
+    scores, outcomes, positives = zip(*matches)
+    positives = sum(positives)                              # (A,)
+    rank = np.concatenate([np.arange(len(s)) for s in scores])  # within the image
+    order = np.argsort(-np.concatenate(scores), kind="stable")  # equal scores: by image
+    outcome = np.concatenate(outcomes, -1)                  # (A, T, D of all images)
+    precision = np.full((len(positives), len(THRESHOLDS), len(RECALLS)), -1.0)
+    recall = np.full((len(positives), len(limits), len(THRESHOLDS)), -1.0)
+    for a in np.flatnonzero(positives):
+        for i, limit in enumerate(limits):
+            tp = outcome[a][:, rank < limit] == 1
+            recall[a, i] = tp.sum(-1) / positives[a]
+        for t in range(len(THRESHOLDS)):
+            precision[a, t] = interpolated_precision(outcome[a, t, order], positives[a])
+    return precision, recall
 
 
 def accumulate(matches, kind, categories):
-    """All images' results of `match_image`, in any order, -> {AP, AP50, ...: fraction, or -1 without any object}.
+    """Results of match_image for all images, in any order -> {AP, AP50, ...: fraction}.
 
-    categories: ids to average over. APs, APm, APl: by area; ARn: with n detections an image and category; keypoints' AR: with 20.
+    A metric without any object to detect is -1. categories: ids to average over. APs, APm, APl: by
+    area; ARn: with n detections per image and category; AR of keypoints: with 20.
     """
-    names, limits = SETTINGS[kind]
-    A, T, K = 1 + len(names), len(THRESHOLDS), len(set(categories))
-    precision, recall = np.full((A, T, len(RECALLS), K), -1.0), np.full((A, len(limits), T, K), -1.0)
-    images = [m for _, m in sorted(matches, key=lambda pair: pair[0])]      # equal scores are ranked by image
-    for k, category in enumerate(sorted(set(categories))):
-        found = [m[category] for m in images if category in m]
-        if not found:
-            continue
-        scores, outcomes, positives = zip(*found)
-        positives = sum(positives)                                          # (A,)
-        place = np.concatenate([np.arange(len(s)) for s in scores])         # in the own image's ranking
-        order = np.argsort(-np.concatenate(scores), kind="stable")
-        outcome = np.concatenate(outcomes, -1)                              # (A, T, D of all images)
-        for a in np.flatnonzero(positives):
-            recall[a, :, :, k] = [(outcome[a][:, place < n] == 1).sum(-1) / positives[a] for n in limits]
-            precision[a, :, :, k] = [interpolated_precision(o[order], positives[a]) for o in outcome[a]]
+    names = AREAS[kind]
+    limits = MAX_DETECTIONS[kind]
+    categories = sorted(set(categories))
+    A = 1 + len(names)
+    precision = np.full((A, len(THRESHOLDS), len(RECALLS), len(categories)), -1.0)
+    recall = np.full((A, len(limits), len(THRESHOLDS), len(categories)), -1.0)
+    images = [by_category for _, by_category in sorted(matches, key=lambda pair: pair[0])]
+    for k, category in enumerate(categories):
+        of_category = [by_category[category] for by_category in images if category in by_category]
+        if of_category:
+            precision[..., k], recall[..., k] = category_curves(of_category, limits)
     cells = {"AP": precision[0], "AP50": precision[0, AT_50], "AP75": precision[0, AT_75]}
-    cells |= {f"AP{name}": precision[a] for a, name in enumerate(names, 1)}
+    for a, name in enumerate(names, 1):
+        cells[f"AP{name}"] = precision[a]
     if kind == "keypoints":
-        cells |= {"AR": recall[0, -1], "AR50": recall[0, -1, AT_50], "AR75": recall[0, -1, AT_75]}
+        cells["AR"] = recall[0, -1]
+        cells["AR50"] = recall[0, -1, AT_50]
+        cells["AR75"] = recall[0, -1, AT_75]
     else:
-        cells |= {f"AR{n}": recall[0, i] for i, n in enumerate(limits)}
-    cells |= {f"AR{name}": recall[a, -1] for a, name in enumerate(names, 1)}
+        for i, limit in enumerate(limits):
+            cells[f"AR{limit}"] = recall[0, i]
+    for a, name in enumerate(names, 1):
+        cells[f"AR{name}"] = recall[a, -1]
     return {name: mean_of_valid(values) for name, values in cells.items()}
 
 
-def evaluate_coco(images, truth, results, kind, categories, sigmas=BODY_SIGMAS):
-    """COCO's metrics of `results` in `images`, in one process; see `match_image` and `accumulate`, which share the work.
+def evaluate_coco(images, annotations, results, kind, categories, sigmas=BODY_SIGMAS):
+    """COCO's metrics of `results` in one process, by match_image and accumulate.
 
-    images, truth, results: lists of COCO dicts of images, annotations, results; those of other images or categories are left out.
+    images, annotations, results: lists of COCO dicts; those of other images or categories are
+    left out. Returns: {AP, AP50, ...: fraction, -1 without any object}.
     """
-    by_image = {image["id"]: ([], []) for image in images}
-    for i, xs in enumerate((truth, results)):
-        for x in xs:
-            if x["image_id"] in by_image:
-                by_image[x["image_id"]][i].append(x)
-    matches = [match_image(image, *by_image[image["id"]], kind, sigmas) for image in images]
+    gt = {image["id"]: [] for image in images}
+    dt = {image["id"]: [] for image in images}
+    for entries, by_image in ((annotations, gt), (results, dt)):
+        for entry in entries:
+            if entry["image_id"] in by_image:
+                by_image[entry["image_id"]].append(entry)
+    matches = []
+    for image in images:
+        image_id = image["id"]
+        matches.append(match_image(image, gt[image_id], dt[image_id], kind, sigmas))
     return accumulate(matches, kind, categories)
 
-
-def match_people(image_id, truth, results, keypoints):
-    """Match one image's poses, annotation and result dicts: {run: see `match_image`}, of all parts and "whole" or of COCO's 17 points.
-
-    Each run sees its own points and sigmas and, if a result has one, its own score ("foot_score", ..., "wholebody_score"). Detections
-    without a point of confidence > 0 are left out, but not of plain COCO. The body's extent is the area in all.
-    Raises: InputError for malformed points.
-    """
-    gt, dt = ([read_points(x, keypoints, f"image {image_id}") for x in xs] for xs in (truth, results))
-    matches = {}
-    for run, part in {**PARTS, "whole": slice(0, 133)}.items() if keypoints == 133 else [("body", PARTS["body"])]:
-        score = "wholebody_score" if run == "whole" else f"{run}_score"
-        own = [dict(a, keypoints=points[part], num_keypoints=(points[part, 2] > 0).sum()) for a, points in zip(truth, gt)]
-        found = [dict(category_id=PERSON, keypoints=points[part], score=r["score"] if run == "body" else r.get(score, r["score"]),
-                      area=np.ptp(points[PARTS["body"], :2], axis=0).prod())
-                 for r, points in zip(results, dt) if keypoints == 17 or (points[part, 2] > 0).any()]
-        matches[run] = match_image(dict(id=image_id), own, found, "keypoints", SIGMAS[part])
-    return matches
-
-
-def people_figures(records):
-    """All images' results of `match_people` -> COCO's ten figures; of the whole body AP and AR, those of the parts, hands' means."""
-    runs = {run: accumulate([record[run] for record in records], "keypoints", [PERSON]) for run in records[0]}
-    if "whole" not in runs:
-        return runs["body"]
-    runs["hand"] = {name: mean_of_valid(np.array([runs[f"{side}hand"][name] for side in ("left", "right")])) for name in ("AP", "AR")}
-    whole = runs.pop("whole")
-    return {name: whole[name] for name in ("AP", "AR")} | {f"{run}_{name}": runs[run][name] for run in runs for name in ("AP", "AR")}
-
-
-# --------------------------------------------------------------------------------------------------------------- tasks
-class Segmentation:
-    """Semantic FPN and UPerNet on ADE20K's layout."""
-
-    metric = "mIoU"
-
-    def __init__(self, args):
-        self.args, self.data = args, Ade20k
-        self.transform = partial(augment_segmentation, size=args.img_size)
-
-    def sampler(self, source, **schedule):
-        return StepSampler(images=len(source), repeats=1, **schedule)
-
-    def collate(self, samples):
-        """[(image, labels), ...] -> images (B, S, S, 3), label maps (B, S, S) padded with 255, sizes (B, 2)."""
-        images, labels = zip(*samples)
-        batch, sizes = pad_images(images, 1, least=self.args.img_size)
-        maps = torch.full(batch.shape[:3], IGNORED, dtype=torch.uint8)
-        for place, label in zip(maps, labels):
-            place[:label.shape[0], :label.shape[1]] = torch.from_numpy(np.array(label))
-        return batch, maps, sizes
-
-    def loss(self, net, images, labels, sizes):
-        return segmentation_loss(net(normalize_padded(images, sizes)), labels)
-
-    def predict(self, model, device, image):
-        return segment(model, image, self.args, device)
-
-    def draw(self, image, prediction, names):
-        return draw_labels(image, prediction, names)
-
-    def record(self, source, _index, raw, predict):
-        """What the score needs of one image, as read: pixels of each class that are right, predicted, true."""
-        image, labels = raw
-        return count_pixels(predict(image), labels, len(source.names))
-
-    def summary(self, _source, records):
-        return mean_iou(sum(records))
-
-    def score_results(self, source, path):
-        """The scores of a folder of label PNGs named like the images."""
-        records = []
-        for index, file in enumerate(source.files):
-            if not (Path(path) / f"{file.stem}.png").is_file():
-                raise InputError(f"{path} lacks {file.stem}.png; expected a folder with a label map of every validation image")
-            prediction, labels = source.read_labels(Path(path) / f"{file.stem}.png"), source.truth(index)
-            if prediction.shape != labels.shape:
-                raise InputError(f"{path}/{file.stem}.png: {prediction.shape[1]} x {prediction.shape[0]}, its image "
-                                 f"{labels.shape[1]} x {labels.shape[0]}")
-            records.append(count_pixels(prediction, labels, len(source.names)))
-        return self.summary(source, records)
-
-
-class Detection:
-    """RetinaNet on COCO's layout."""
-
-    metric = "AP"
-    kinds = {"": "bbox"}  # what is evaluated, by the prefix of its figures
-
-    def __init__(self, args):
-        self.args, self.data = args, Coco
-        self.transform = partial(augment_detection, size=args.img_size, multi_scale=args.schedule == "3x")
-
-    def sampler(self, source, **schedule):
-        return GroupSampler(wide=source.wide, repeats=1, **schedule)
-
-    def collate(self, samples):
-        """[(image, boxes, labels), ...] -> images (B, H, W, 3), boxes (B, G, 4), labels (B, G) padded with -1, sizes (B, 2)."""
-        images, boxes, labels = zip(*samples)
-        batch, sizes = pad_images(images, 32)
-        most = max([1, *map(len, labels)])
-        padded, numbers = torch.zeros(len(images), most, 4), torch.full((len(images), most), -1)
-        for i, (box, label) in enumerate(zip(boxes, labels)):
-            padded[i, :len(box)], numbers[i, :len(label)] = torch.from_numpy(box), torch.from_numpy(label)
-        return batch, padded, numbers, sizes
-
-    def loss(self, net, images, boxes, labels, sizes):
-        model = getattr(net, "module", net)
-        return retinanet_loss(net(normalize_padded(images, sizes)), boxes, labels, sizes, model.base, model.strides)
-
-    def predict(self, model, device, image):
-        return detect(model, image, self.args, device)
-
-    def draw(self, image, prediction, names):
-        return draw_objects(image, prediction, names)
-
-    def record(self, source, index, raw, predict):
-        """What the score needs of one image, as read: its detections matched with its objects."""
-        boxes, scores, labels, *masks = predict(raw[0])
-        boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
-        results = [dict(category_id=source.categories[label], bbox=box, score=float(score))
-                   for box, score, label in zip(boxes, scores, labels)]
-        for result, mask in zip(results, masks[0] if masks else ()):
-            result["segmentation"] = dict(size=mask.shape, counts=mask_runs(mask))
-        image = source.entries[index]["image"]
-        try:
-            return [match_image(image, source.annotations[image["id"]], results, kind) for kind in self.kinds.values()]
-        except ValueError as error:
-            raise InputError(f"{source.path}: {error}") from None
-
-    def summary(self, source, records):
-        return {prefix + name: value for (prefix, kind), matches in zip(self.kinds.items(), zip(*records))
-                for name, value in accumulate(matches, kind, source.categories).items()}
-
-    def score_results(self, source, path):
-        """The scores of a COCO results file: of its masks if it holds any, else of its boxes."""
-        images = [entry["image"] for entry in source.entries]
-        results = read_results(path, {image["id"] for image in images}, set(source.categories))
-        kind = "segm" if any("segmentation" in result for result in results) else "bbox"
-        truth = [annotation for annotations in source.annotations.values() for annotation in annotations]
-        try:
-            return evaluate_coco(images, truth, results, kind, source.categories)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}, scored as {kind}: {type(error).__name__} {error}") from None
-
-
-class InstanceSegmentation(Detection):
-    """Mask R-CNN and Cascade Mask R-CNN on COCO's layout."""
-
-    metric = "mask_AP"
-    kinds = {"box_": "bbox", "mask_": "segm"}
-
-    def __init__(self, args):
-        super().__init__(args)
-        self.data = partial(Coco, masks=True)
-
-    def collate(self, samples):
-        """As for detection, and the masks of all objects, image after image: (objects, H, W) bool."""
-        batch, *others = super().collate([sample[:3] for sample in samples])
-        masks = [mask for *_, group in samples for mask in group]
-        padded = torch.zeros(len(masks), *batch.shape[1:3], dtype=torch.bool)
-        for place, mask in zip(padded, masks):
-            place[:mask.shape[0], :mask.shape[1]] = torch.from_numpy(np.array(mask))
-        return batch, *others, padded
-
-    def loss(self, net, images, boxes, labels, sizes, masks):
-        return net(normalize_padded(images, sizes), sizes, boxes, labels, masks)
-
-
-class Pose:
-    """Keypoints of persons on COCO's layout, top-down: each one is a crop of its own."""
-
-    metric = "AP"
-
-    def __init__(self, args):
-        self.args, self.data = args, partial(Persons, keypoints=args.keypoints, boxes=args.boxes)
-        self.transform = partial(augment_person, height=args.img_size, jitter=args.jitter)
-
-    def sampler(self, source, **schedule):
-        return StepSampler(images=len(source), repeats=1, **schedule)
-
-    def collate(self, samples):
-        """[(crop, points), ...] -> crops (B, H, W, 3), points (B, K, 3)."""
-        return tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
-
-    def loss(self, net, crops, points):
-        return pose_loss(net(normalize(crops)), points)
-
-    def predict(self, model, device, image, boxes=None):
-        """Without boxes (P, 5) the whole image is one person."""
-        whole = np.array([[0, 0, image.width, image.height, 1.0]])
-        return estimate_pose(model, image, whole if boxes is None else boxes, self.args, device)
-
-    def boxes_in(self, path, found):
-        """Persons (P, 5) of those `read_boxes` found that are in the image whose id is the number in its name."""
-        numbers = re.findall("[0-9]+", Path(path).stem)
-        if not numbers:
-            raise InputError(f"{path}: with --boxes the last number in an image's name must be its id")
-        return found.get(int(numbers[-1]), np.zeros((0, 5)))
-
-    def draw(self, image, prediction, _names):
-        return draw_people(image, prediction[0])
-
-    def record(self, source, index, raw, predict):
-        """What the score needs of one image, as read: its poses matched with its persons."""
-        results = [{field: person[PARTS[part]].ravel().tolist() for part, field in FIELDS.items()} | dict(score=float(score))
-                   for person, score in zip(*predict(raw[0], raw[1]))]
-        image_id = source.ids[index]
-        return match_people(image_id, source.annotations[image_id], results, self.args.keypoints)
-
-    def summary(self, _source, records):
-        return people_figures(records)
-
-    def score_results(self, source, path):
-        """The scores of a COCO or COCO-WholeBody keypoint results file."""
-        by_image = {i: [] for i in source.ids}
-        for result in read_results(path, set(source.ids), {PERSON}):
-            by_image[result["image_id"]].append(result)
-        try:
-            return people_figures([match_people(i, source.annotations[i], by_image[i], self.args.keypoints) for i in source.ids])
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path}: {error}") from None
-
-
-TASKS = {"semfpn": Segmentation, "upernet": Segmentation, "retinanet": Detection, "mask_rcnn": InstanceSegmentation,
-         "cascade_mask_rcnn": InstanceSegmentation, "pose": Pose}
-
-
-# ---------------------------------------------------------------------------------------------------------------- loop
-def open_data(task, args, procs, *splits):
-    """The splits ("train", "val") of --data, or of scenes drawn into a folder beside --output's."""
-    folder = args.data
-    if folder is None:
-        folder = Path(args.output).parent / "scenes"
-        if procs.rank == 0:
-            print(f"no --data given: scenes drawn here are in {folder}", file=sys.stderr)
-            write_scenes(folder)
-        procs.wait()
-    return [task.data(folder, split) for split in splits]
-
-
-@torch.no_grad()
-def evaluate(task, model, source, args, procs):
-    """The task's metrics over all images of `source`, each counted once on any number of processes.
-
-    Raises: InputError for an unreadable image; testing never substitutes.
-    """
-    model.eval()
-    share = [[(0, i, 0)] for i in range(procs.rank, len(source), procs.world)]
-    samples, records = Samples(source, as_read, args.seed, replace=0), []
-    for raw, index, unreadable in loader(samples, share, args.workers, procs.device, collate=only_item):
-        if unreadable:
-            raise InputError(f"validation image cannot be read: {unreadable[0]}")
-        records.append(task.record(source, index, raw, partial(task.predict, model, procs.device)))
-    return task.summary(source, procs.gather(records))
-
-
-def require_images(source):
-    """Raise InputError now rather than at the first test if an image of `source` is missing."""
-    for index in range(len(source)):
-        if not os.path.isfile(source.name(index)):
-            raise InputError(f"validation image {source.name(index)} is missing")
-
-
-def as_read(raw, _rng):
-    """Transform of a validation sample: none."""
-    return raw
-
-
-def only_item(items):
-    """Collate function of batches of one."""
-    return items[0]
-
-
-def make_model(args, classes, frozen_bn):
-    """The model that the flags name."""
-    overrides = {} if args.drop_path is None else {"drop_path_rate": args.drop_path}
-    options = {name: value for name, value in (("samples", args.rois), ("box_head", args.box_head)) if value}
-    return build_model(args.task, args.backbone, classes, frozen_bn, options, **overrides, **({"released": True} if args.released else {}))
-
-
-def train(args, procs, checkpoint):
-    """The run: data, model, optimizer, then update after update until the last one, --max-steps or a signal."""
-    task = TASKS[args.task](args)
-    train_set, val_set = open_data(task, args, procs, "train", "val")
-    most = 64 if args.task == "pose" else 2 if args.schedule and args.data else 16      # detection: the papers' divisors are of two images
-    train_imagenet.split_batch(args, procs.world, most)
-    shared_bn = args.sync_bn and procs.world > 1 and procs.device.type == "cuda"
-    if args.task == "upernet" and args.micro_batch == 1 and not shared_bn:
-        raise InputError("--micro-batch 1 leaves batch norm a single value a channel of UPerNet's coarsest pool; use 2 or more")
-    if args.task == "upernet" and args.deterministic and procs.device.type == "cuda":
-        raise InputError("--deterministic: UPerNet's adaptive pooling has no deterministic gradient on a GPU")
-    require_images(val_set)
-    schedule = dict(batch=args.batch_size, micro=args.micro_batch, rank=procs.rank, world=procs.world, seed=args.seed)
-    per_epoch = task.sampler(train_set, **schedule).per_epoch
-    if per_epoch == 0:
-        raise InputError(f"--batch-size {args.batch_size} is larger than the {len(train_set)} training images")
-    total = args.iters or args.epochs * per_epoch
-    last = min(total, args.max_steps or total)
-    every = args.eval_every = args.eval_every or (per_epoch if args.epochs else -(-total // 10))
-
-    torch.manual_seed(args.seed)
-    model = make_model(args, len(train_set.names), args.frozen_bn)
-    if args.backbone_weights and not checkpoint:
-        left = load_backbone(model.backbone, args)
-        if procs.rank == 0:
-            print(f"{args.backbone_weights}: loaded, without {' and '.join(left)}")
-    if shared_bn:
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model.to(procs.device)
-    groups = decay_groups(model, args.weight_decay, norms=args.task == "pose")
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    scaler = torch.amp.GradScaler(procs.device.type, enabled=args.amp == "fp16")
-    step, tested, best, period_loss, unreadable = 0, 0, -math.inf, 0.0, 0
-    resumed = bool(checkpoint)                                              # restore() empties it
-    if resumed:
-        if checkpoint["names"] != train_set.names:
-            raise InputError(f"the checkpoint is of a run with {len(checkpoint['names'])} other classes, not of this data")
-        before = checkpoint["args"]["eval_every"]
-        step, tested, best, period_loss, unreadable = train_imagenet.restore(checkpoint, model, None, optimizer, scaler, args, per_epoch)
-        tested = tested * before // every                                   # --eval-every may be another now
-    procs.agree(step)
-    net = torch.compile(model) if args.compile else model
-    if procs.world > 1 and args.compile:
-        torch._dynamo.config.optimize_ddp = False                           # torch 2.6 cannot split graphs around our gradients
-    if procs.world > 1:
-        net = DistributedDataParallel(net, device_ids=[procs.device.index] if procs.device.type == "cuda" else None)
-
-    output = Path(args.output)
-    log = partial(append, output / "log.jsonl") if procs.rank == 0 else lambda **record: None
-    if procs.rank == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        if not resumed:
-            (output / "log.jsonl").unlink(missing_ok=True)
-        log(**train_imagenet.describe_run(args, procs, model), resumed_at=step)
-        print(f"{args.task} with {args.backbone}: batch {args.batch_size}, {args.micro_batch} at once on each of {procs.world} processes, "
-              f"peak rate {args.lr:g}, {total} updates, {per_epoch} an epoch, on {procs.device.type}, amp {args.amp}")
-    saved_at = step if resumed else None
-
-    def save(name):
-        nonlocal saved_at
-        if not math.isfinite(sum(p.detach().double().sum() for p in model.parameters())):
-            raise InputError(train_imagenet.not_finite("weights", step, lr, output, saved_at))
-        procs.share_buffers(model)
-        if procs.rank == 0:
-            train_imagenet.save_checkpoint(output / name, dict(
-                model=model.state_dict(), optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), step=step, evaluated=tested,
-                best=best, epoch_loss=period_loss, unreadable=unreadable, per_epoch=per_epoch, names=train_set.names, args=vars(args)))
-        procs.wait()
-        saved_at = step
-
-    samples = Samples(train_set, task.transform, args.seed, replace=9)
-    batches = iter(loader(samples, task.sampler(train_set, **schedule, first=step, last=last), args.workers, procs.device,
-                          collate=partial(collate, task)))
-    stop, scores, named = StopSignal(), {}, set()                           # named: unreadable files reported so far
-    lr, losses, broken, clock, seconds = 0.0, [], [], 0.0, 0.0              # losses, broken, clock: since the last log line
-    with tqdm(total=last * args.batch_size, initial=step * args.batch_size, unit="img", disable=procs.rank > 0) as bar:
-        while True:
-            stopping = procs.any(stop.caught)
-            test_due = step // every > tested or (step == total and step > tested * every)
-            if losses and (len(losses) >= args.log_every or test_due or stopping or step == last):
-                values = [v / procs.world for v in procs.reduce(torch.stack(losses).double())]
-                for i, value in enumerate(values):
-                    if not math.isfinite(value):
-                        failed = step - len(values) + i
-                        rate = rate_at(failed, args, total)
-                        raise InputError(train_imagenet.not_finite(f"loss {value}", failed + 1, rate, output, saved_at))
-                elapsed = time.perf_counter() - clock
-                seconds, period_loss = seconds + elapsed, period_loss + sum(values)
-                files = procs.gather(broken)
-                unreadable += len(files)
-                for file in sorted(set(files) - named) if procs.rank == 0 else ():
-                    log(unreadable_file=file)
-                    tqdm.write(f"cannot read {file}; using the next file", file=sys.stderr)
-                named.update(files)
-                log(step=step, epoch=step / per_epoch, loss=sum(values) / len(values), lr=lr, time=time.time(),
-                    images_per_s=len(values) * args.batch_size / elapsed)
-                bar.set_postfix(loss=f"{values[-1]:.3f}", lr=f"{lr:.1e}", **({task.metric: f"{scores[task.metric]:.3f}"} if scores else {}))
-                losses, broken = [], []
-            if test_due and not stopping:
-                save("last.pt")                                             # first of all: testing takes a while and may be killed
-                scores = evaluate(task, model, val_set, args, procs)
-                period, tested = step - tested * every, -(-step // every)
-                improved, best = scores[task.metric] > best, max(best, scores[task.metric])
-                state = optimizer.state[next(model.parameters())]           # fp16: an overflow skips an update and halves the scale
-                log(step=step, epoch=step / per_epoch, train_loss=period_loss / period, **scores, best=best, unreadable=unreadable,
-                    scaler_skips=step - int(state["step"]), train_seconds=seconds, time=time.time())
-                period_loss, unreadable, seconds = 0.0, 0, 0.0
-                for name in ("best.pt", "last.pt") if improved else ("last.pt",):
-                    save(name)
-                if procs.rank == 0:
-                    train_imagenet.draw_curves(output, [task.metric])
-                continue
-            if step >= last or stopping:
-                break
-            if not losses:
-                clock = time.perf_counter()
-            lr = rate_at(step, args, total)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            loss, files = update(task, net, optimizer, scaler, batches, step, args, procs)
-            losses.append(loss)
-            broken += files
-            step += 1
-            bar.update(args.batch_size)
-            bar.set_description(f"update {step}/{total}")
-    if saved_at != step:
-        save("last.pt")
-    if procs.rank == 0:
-        if stopping and (step < total or test_due):                         # the last update may be untested
-            print(f"stopped after update {step}; resume with --resume {output / 'last.pt'}")
+# ------------------------------------------------------------------------------------- drawn scenes
+# Shapes and people, written in the layouts of ADE20K and COCO, so that each task runs without data.
+# Points are complex numbers x + iy, y downwards; a factor exp(ia) turns them clockwise.
+SHAPES = ("disc", "square", "triangle", "cross", "ring")
+SCENE_CLASSES = ("background", *SHAPES, "person")  # labels 1 to 7; label 0 is "other"
+SCENE_CATEGORIES = {"person": 1, "disc": 3, "square": 4, "triangle": 7, "cross": 9, "ring": 10}
+SCENE_VERSION = 3  # scenes of another version are replaced
+
+
+def arc(count, centre, radius_x, radius_y, turns):
+    """`count` points of an ellipse from its left end on, over the top first if turns > 0."""
+    angle = np.pi + 2 * np.pi * np.linspace(0, turns, count)
+    return centre + radius_x * np.cos(angle) + 1j * radius_y * np.sin(angle)
+
+
+DISC = arc(33, 0, 1, 1, 1)
+CROSS = np.outer((1, 1j, -1, -1j), (0.95 + 0.28j, 0.28 + 0.28j, 0.28 + 0.95j)).ravel()
+RING = np.append(DISC, DISC[::-1] / 2)  # one line around the ring and around its hole
+OUTLINES = dict(zip(SHAPES, (DISC, DISC[::8], arc(4, 0, 1, 1, 1), CROSS, RING)))
+FACE = np.concatenate([  # (68,), of radius 1, each line from the image's left
+    arc(17, 0, 1, 1, -0.5),                                                         # ear, chin, ear
+    arc(5, -0.42 - 0.35j, 0.26, 0.12, 0.5), arc(5, 0.42 - 0.35j, 0.26, 0.12, 0.5),  # brows
+    np.linspace(-0.1j, 0.3j, 4), arc(5, 0.35j, 0.17, 0.07, -0.5),                   # nose
+    arc(6, -0.42 - 0.1j, 0.2, 0.13, 5 / 6), arc(6, 0.42 - 0.1j, 0.2, 0.13, 5 / 6),  # eyes
+    arc(12, 0.63j, 0.4, 0.17, 11 / 12), arc(8, 0.63j, 0.26, 0.06, 7 / 8)])          # mouth
+
+
+def person_points(rng):
+    """The 133 keypoints, of height 1, of a person who faces the viewer; 0 is between the hips."""
+    low, high = ((0.25, -0.9), (-0.05, -0.5)), ((2.4, 0.9), (0.5, 0.1))  # arm, leg; 0 is downwards
+    angles = rng.uniform(low, high, (2, 2, 2)).cumsum(2)            # sides, limbs, bones
+    bones = 1j * np.exp(-1j * angles) * ((0.15,), (0.19,))
+    limbs = np.insert(bones, 0, (0.115 - 0.28j, 0.065), 2).cumsum(2).reshape(2, 6)
+    feet = limbs[:, 5:] + np.array((0.045 + 0.055j, 0.085 + 0.035j, -0.01 + 0.045j))
+    rays = 1j * np.exp(-1j * (angles[:, 0, 1:] + (1.15, 0.45, 0.05, -0.35, -0.75)))
+    fingers = rays[..., None] * (0.055, 0.08, 0.1, 0.12)            # (2, 5, 4)
+    hands = limbs[:, 2:3] + np.insert(fingers.reshape(2, 20), 0, 0, 1)
+    for sides in (limbs, feet, hands):
+        sides[1] = -sides[1].conj()                                 # the person's right
+    head = np.append((FACE[30], FACE[42:48].mean(), FACE[36:42].mean(), 1, -1), FACE)
+    head = 0.115 * head * np.exp(1j * rng.uniform(-0.3, 0.3)) - 0.43j
+    return np.concatenate([head[:5], limbs.T.ravel(), feet.ravel(), head[5:], hands.ravel()])
+
+
+def render_person(rng, width, height):
+    """Colours (H, W, 3), 0 outside, and keypoints, complex (133,), of a random person."""
+    size = rng.uniform(60, 100)
+    x, y = rng.uniform((0.2 * width, 0.5 * size), (0.8 * width, height - 0.4 * size))
+    body = size * person_points(rng) * np.exp(1j * rng.uniform(-0.3, 0.3))
+    points = np.round(x + 1j * y + body)
+    xy = list(zip(points.real, points.imag))
+    image = Image.new("RGB", (width, height))
+    draw = ImageDraw.Draw(image)
+    draw.polygon([xy[i] for i in (5, 31, 6, 12, 11)], "grey")       # shoulders, chin, hips
+    draw.polygon(xy[23:40] + [xy[i] for i in (49, 47, 42, 40)], "tan")
+    for path, colour in zip(LINES, palette(len(LINES)).tolist()):
+        thickness = round(0.06 * size) if 4 < max(path) < 17 else 2
+        r = thickness // 2
+        draw.line([xy[i] for i in path], tuple(colour), thickness)
+        for x, y in [xy[i] for i in path]:                          # round joints
+            draw.ellipse((x - r, y - r, x + r, y + r), tuple(colour))
+    draw.point(xy[23:91], "navy")
+    return np.array(image), points
+
+
+def render_shape(rng, name, crowd, width, height):
+    """Colours (H, W, 3), 0 outside, and COCO polygons of a shape or of a crowd of small shapes."""
+    radius = rng.uniform(12, 32)
+    centres = rng.uniform(0.5 * radius, np.subtract((width, height), 0.5 * radius)).view(complex)
+    if crowd:
+        radius = 4
+        centres = centres + rng.uniform(-28, 28, (20, 2)).view(complex)
+    outline = radius * np.exp(1j * rng.uniform(0, 2 * np.pi)) * OUTLINES[name]
+    polygons = np.round(centres.reshape(-1, 1) + outline, 2).view(float).tolist()
+    colour = palette(len(SHAPES))[SHAPES.index(name)] * rng.uniform(0.5, 1)
+    return polygons_to_mask(polygons, height, width)[..., None] * colour, polygons
+
+
+def annotate(name, crowd, geometry, visible):
+    """COCO annotation, without ids, of a person or shape with `visible` pixels (H, W)."""
+    y, x = visible.nonzero()
+    left, top, right, bottom = (int(v) for v in (x.min(), y.min(), x.max() + 1, y.max() + 1))
+    entry = {"category_id": SCENE_CATEGORIES[name], "iscrowd": int(crowd), "area": len(x)}
+    entry["bbox"] = [left, top, right - left, bottom - top]
+    entry["segmentation"] = {"size": list(visible.shape), "counts": mask_runs(visible).tolist()}
+    if name == "person":
+        x, y = np.array((geometry.real, geometry.imag), int)
+        valid = (left <= x) & (x < right) & (top <= y) & (y < bottom)   # others are unlabelled
+        table = np.stack([x, y, 1 + visible[y * valid, x * valid]], 1) * valid[:, None]
+        entry["num_keypoints"] = int(valid[PARTS["body"]].sum())
+        for part, indices in PARTS.items():
+            entry[FIELDS[part]] = table[indices].ravel().tolist()
+            entry[f"{part}_valid"] = bool(valid[indices].any())
+    elif not crowd and np.array_equal(polygons_to_mask(geometry, *visible.shape), visible):
+        entry["segmentation"] = geometry
+    return entry
+
+
+def render_scene(rng, empty, with_crowd):
+    """Image (H, W, 3) and labels (H, W), both uint8, and COCO annotations without ids."""
+    width, height = rng.integers((144, 112), (177, 145)).tolist()
+    blobs = Image.fromarray(rng.integers(0, 256, (6, 8, 3)).astype(np.uint8))
+    image = np.array(blobs.resize((width, height)), float)
+    labels = np.zeros((height, width), np.uint8)
+    kinds = [*rng.choice(SHAPES, rng.integers(2, 7)), *["person"] * rng.integers(3)]
+    kinds = [] if empty else rng.permutation(kinds + ["crowd"] * with_crowd).tolist()
+    annotations = []
+    for kind in kinds:                                              # from front to back
+        crowd = kind == "crowd"
+        name = "disc" if crowd else kind
+        if name == "person":
+            colours, geometry = render_person(rng, width, height)
         else:
-            print(f"update {step}: " + "".join(f"{k} {v:.3f}, " for k, v in scores.items())
-                  + (f"best {task.metric} {best:.3f}; see {output}/log.jsonl, last.pt, best.pt, curves.png" if best > -math.inf
-                     else f"not tested yet; see {output}/log.jsonl, last.pt"))
+            colours, geometry = render_shape(rng, name, crowd, width, height)
+        visible = (labels == 0) & colours.any(2)
+        if visible.sum() >= 30:                                     # else it is left out
+            image[visible] = colours[visible]
+            labels[visible] = 1 + SCENE_CLASSES.index(name)
+            annotations.append(annotate(name, crowd, geometry, visible))
+    inside = labels[2:-2, 2:-2]
+    inside[inside == 0] = 1                                         # a frame remains unlabelled
+    image += rng.normal(0, 8, image.shape)
+    return image.clip(0, 255).astype(np.uint8), labels, annotations
 
 
-def collate(task, items):
-    """List of samples -> the task's batch or None if one is missing, and all unreadable files."""
-    samples, _, unreadable = zip(*items)
-    unreadable = [file for files in unreadable for file in files]
-    return None if any(sample is None for sample in samples) else task.collate(samples), unreadable
+def write_split(root, split, seed, count):
+    """Write split "train" or "val"; each 20th scene is empty, each 8th has a crowd."""
+    ade = {"train": "training", "val": "validation"}[split]
+    for folder in (f"images/{ade}", f"annotations/{ade}", f"{split}2017"):
+        (root / folder).mkdir(parents=True)
+    images, annotations = [], []
+    for image_id in range(1, count + 1):
+        rng = np.random.default_rng((seed, split == "val", image_id))
+        image, labels, entries = render_scene(rng, image_id % 20 == 7, image_id % 8 == 4)
+        name = f"{image_id:012}.jpg"
+        stem = f"{ade}/ADE_{split}_{image_id:08}"
+        Image.fromarray(image).save(root / f"{split}2017" / name, quality=90)
+        shutil.copyfile(root / f"{split}2017" / name, root / f"images/{stem}.jpg")
+        Image.fromarray(labels).save(root / f"annotations/{stem}.png")
+        height, width = labels.shape
+        images.append({"id": image_id, "file_name": name, "width": width, "height": height})
+        for entry in entries:
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id} | entry)
+    people = [entry for entry in annotations if entry["category_id"] == PERSON]
+    categories = [{"id": key, "name": name} for name, key in SCENE_CATEGORIES.items()]
+    for name, entries in (("instances_{}2017", annotations), ("coco_wholebody_{}_v1.0", people)):
+        data = {"images": images, "annotations": entries, "categories": categories}
+        (root / f"annotations/{name.format(split)}.json").write_text(json.dumps(data))
 
 
-def update(task, net, optimizer, scaler, batches, step, args, procs):
-    """One update of the weights from this process's micro-batches.
+def write_scenes(folder, images=(400, 80), seed=0):
+    """Write scenes into `folder`, all or none. Raises: InputError if it holds other files."""
+    folder = Path(folder)
+    scenes = {"version": SCENE_VERSION, "images": list(images), "seed": seed}
+    record = folder / "scenes.json"
+    if record.exists() and json.loads(record.read_text()) == scenes:
+        return
+    if folder.exists() and not record.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} contains other files; name another folder for drawn scenes")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        new = Path(temporary) / "new"
+        write_split(new, "train", seed, images[0])
+        write_split(new, "val", seed, images[1])
+        rows = [f"{label}\t{name}" for label, name in enumerate(SCENE_CLASSES, 1)]
+        (new / "objectInfo.txt").write_text("\n".join(["Idx\tName", *rows]))
+        (new / record.name).write_text(json.dumps(scenes))
+        if folder.exists():
+            os.rename(folder, Path(temporary) / "old")              # deleted with `temporary`
+        os.rename(new, folder)
 
-    Returns: mean loss (a tensor, so that nothing waits for the device) and the files that could not be read.
-    """
-    net.train()
-    accumulate = args.batch_size // (args.micro_batch * procs.world)
-    total, unreadable = torch.zeros((), device=procs.device), []
-    for i in range(accumulate):
-        batch, broken = next(batches)
-        unreadable += broken
-        if batch is None:
-            raise InputError(f"ten files in a row cannot be read, the last one {broken[-1]}")
-        rng = random.Random(repr((train_imagenet.BATCH, args.seed, step, i * procs.world + procs.rank)))
-        torch.manual_seed(rng.getrandbits(63))                              # for dropout and drop path
-        if procs.world > 1:
-            net.require_backward_grad_sync = i == accumulate - 1            # DDP exchanges gradients once an update
-        with autocast(args, procs.device):
-            loss = task.loss(net, *(t.to(procs.device, non_blocking=True) for t in batch)) / accumulate
-        scaler.scale(loss).backward()
-        total += loss.detach()
-    if args.clip_grad:
-        scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-    return total, unreadable
-
-
-def load_model(args, procs, checkpoint):
-    """The model of a checkpoint of this script, ready to test, and its class names. Raises: InputError if it is none."""
-    names = checkpoint["names"]
-    model = make_model(args, len(names), args.frozen_bn)
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise InputError(f"{args.weights} does not fit {args.task} with {args.backbone}: {' '.join(str(error).split())[:200]}") from None
-    return model.to(procs.device).eval(), names
-
-
-def test(args, procs, checkpoint):
-    """--eval: print one JSON line with the scores of the weights."""
-    task = TASKS[args.task](args)
-    val_set, = open_data(task, args, procs, "val")
-    require_images(val_set)
-    model, names = load_model(args, procs, checkpoint)
-    if names != val_set.names:
-        known, asked = (f"{len(x)} ({', '.join(x[:5])}, ...)" for x in (names, val_set.names))
-        raise InputError(f"{args.weights} knows the classes {known}, the data has {asked}")
-    scores = evaluate(task, model, val_set, args, procs)
-    if procs.rank == 0:
-        print(json.dumps(scores))
+# ------------------------------------------------------------------------------------- command line
+TASKS = {
+    "semfpn": Segmentation,
+    "upernet": Segmentation,
+    "retinanet": Detection,
+    "mask_rcnn": InstanceSegmentation,
+    "cascade_mask_rcnn": InstanceSegmentation,
+    "pose": Pose,
+}
+ARCHITECTURES = {  # the model and the backbone's stages that it reads
+    "semfpn": (SemanticFPN, (0, 1, 2, 3)),
+    "upernet": (UPerNet, (0, 1, 2, 3)),
+    "retinanet": (RetinaNet, (1, 2, 3)),
+    "mask_rcnn": (MaskRCNN, (0, 1, 2, 3)),
+    "cascade_mask_rcnn": (partial(MaskRCNN, cascade=True, box_head="4conv1fc"), (0, 1, 2, 3)),
+    "pose": (SimpleBaseline, (3,)),
+}
 
 
-def predict(args, procs, checkpoint):
+def predict(task, args, procs, checkpoint):
     """--predict: write an overlay of every image to --output."""
-    task, output, found = TASKS[args.task](args), Path(args.output), read_boxes(args.boxes) if args.boxes else None
-    model, names = load_model(args, procs, checkpoint)
+    output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    for i, path in list(enumerate(args.predict))[procs.rank::procs.world]:
-        twin = any(Path(other).stem == Path(path).stem for other in args.predict[:i])
+    persons = read_person_boxes(args.boxes) if args.boxes else None
+    classes = checkpoint["classes"]
+    model = task.build_model(classes)
+    train_imagenet.load_weights(model, checkpoint)
+    model.to(procs.device).eval()
+    targets = overlay_names(args)
+    for path in args.predict[procs.rank::procs.world]:
         try:
-            image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:   # SyntaxError: Pillow on broken files
-            raise InputError(f"{path}: {error}") from None
-        target = output / (f"{Path(path).stem}_{i}" * twin or Path(path).stem)
-        target = target.with_name(f"{target.name}_{args.task}.png")
-        known = [task.boxes_in(path, found)] if args.boxes else []
-        task.draw(image, task.predict(model, procs.device, image, *known), names).save(target)
-        print(f"wrote {target}")
+            image = read_image(path, upright=True)
+        except UnreadableImage as error:
+            raise InputError(str(error)) from None
+        if persons is None:
+            prediction = task.predict(model, image)
+        else:
+            prediction = task.predict(model, image, task.boxes_in(path, persons))
+        task.overlay(image, prediction, classes).save(output / targets[path])
+        print(f"wrote {output / targets[path]}")
 
 
-def score(args, procs):
-    """--score: print one JSON line with the scores of a results file or folder."""
-    task = TASKS[args.task](args)
-    val_set, = open_data(task, args, procs, "val")
+def overlay_names(args):
+    """{image: file name of its overlay}; a stem that occurred before gets a number."""
+    names = {}
+    stems = set()
+    for i, path in enumerate(args.predict):
+        stem = Path(path).stem
+        number = f"_{i}" if stem in stems else ""
+        names.setdefault(path, f"{stem}{number}_{args.task}.png")
+        stems.add(stem)
+    return names
+
+
+def score(task, args, procs, _checkpoint):
+    """--score: print one JSON line with the metrics of a results file or folder."""
+    val_set, = task.open_data(procs, "val")
     if procs.rank == 0:
         print(json.dumps(task.score_results(val_set, args.score)))
 
 
 def main(argv=None):
-    """Settle the arguments, start the processes, train, test, predict or score."""
-    args = parse_args(argv)
-    checkpoint = None
-    if sum(map(bool, (args.eval, args.predict, args.score, args.resume))) > 1:
-        raise InputError("--eval, --predict, --score and --resume do different things, give one")
-    if args.weights and not (args.eval or args.predict):
-        raise InputError("--weights is for --eval and --predict; training starts from --backbone-weights or goes on with --resume")
-    if args.eval or args.predict:
-        if not args.weights:
-            raise InputError(f"--{'eval' if args.eval else 'predict'} needs --weights FILE")
-        checkpoint = train_imagenet.read_checkpoint(args.weights)
-    elif args.resume:
-        usual = f"runs/{args.task or 'semfpn'}_{args.backbone or ('secvit_s' if args.data else 'linglo_b0')}"
-        checkpoint = train_imagenet.find_checkpoint(args.resume, args.output or usual)
-    if checkpoint and not ({"step", "model", "per_epoch", "names"} <= checkpoint.keys() and isinstance(checkpoint.get("args"), dict)):
-        raise InputError(f"{args.weights or args.resume} is no checkpoint of this script")
-    settle(args, checkpoint)
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(args.deterministic)
-    procs = Processes(patience=600 if args.compile else 60)
-    if args.score:
-        score(args, procs)
-    else:
-        (test if args.eval else predict if args.predict else train)(args, procs, checkpoint)
-    procs.close()
+    """Resolve the arguments, then train, evaluate, predict or score."""
+    args, checkpoint = resolve_args(argv)
+    command = train_imagenet.train
+    if args.eval:
+        command = train_imagenet.test
+    elif args.predict:
+        command = predict
+    elif args.score:
+        command = score
+    train_imagenet.launch(command, TASKS[args.task], args, checkpoint)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as error:
-        message = str(error).split("InputError: ")[-1]                      # a loader process wraps it in its traceback
-        print(f"train_dense.py: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+    train_imagenet.run_main(main, "train_dense.py")

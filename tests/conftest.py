@@ -1,4 +1,4 @@
-"""Fixtures of all tests: the devices at hand, a fixed seed before each test, and a shrunk backbone for whole runs."""
+"""Fixtures of all tests: devices at hand, a fixed seed before each test, shrunk models, scenes."""
 import signal
 from functools import partial
 
@@ -8,7 +8,15 @@ import torch
 import secvit
 import train_dense
 
-torch.set_num_threads(1)    # tensors are tiny here; on two busy cores a second thread made the tests 20 times slower (116 s, 6 s)
+# Tensors are tiny here; on two busy cores a second thread made the tests 20 times slower.
+torch.set_num_threads(1)
+
+TINY = dict(depths=(1, 1, 1, 2), dims=(16, 16, 32, 32), heads=(2, 2, 2, 2))
+
+
+def tiny_backbone(**options):
+    """SecViT shrunk to milliseconds per update."""
+    return secvit.SecViT(**{"num_classes": 7, "drop_path_rate": 0.1, **TINY, **options})
 
 
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
@@ -22,17 +30,43 @@ def seed():
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """train_dense.py with a shrunk secvit_t, UPerNet and box heads, and few RoIs; signal handlers put back afterwards."""
-    small = dict(num_classes=7, drop_path_rate=0.1, depths=(1, 1, 1, 2), dims=(16, 16, 32, 32), heads=(2, 2, 2, 2))
-    proposals, best_pairs = train_dense.proposals, train_dense.best_pairs
-    monkeypatch.setitem(train_dense.MODELS, "secvit_t", lambda **options: secvit.SecViT(**{**small, **options}))
-    monkeypatch.setitem(train_dense.ARCHITECTURES, "upernet", (partial(train_dense.UPerNet, dim=32), (0, 1, 2, 3)))
-    monkeypatch.setattr(train_dense, "BoxHead", partial(train_dense.BoxHead, hidden=16))
-    monkeypatch.setattr(train_dense, "proposals", lambda *one, **limits: proposals(*one, **{**limits, "most": 20}))
-    monkeypatch.setattr(train_dense, "best_pairs", lambda boxes, scores, *_: best_pairs(boxes, scores, 0.05, 10))
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+def handlers():
+    """Signal handlers and deterministic mode are put back after a run in this process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
-    signal.signal(signal.SIGTERM, before[0])
-    signal.signal(signal.SIGINT, before[1])
+    for number, handler in before.items():
+        signal.signal(number, handler)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def tiny(monkeypatch, handlers):
+    """train_dense.py with a tiny secvit_t, UPerNet and box heads, and few regions."""
+    shrink_dense(monkeypatch.setitem, monkeypatch.setattr)
+
+
+def shrink_dense(set_item, set_attribute):
+    """Shrink train_dense.py's models with the given setters of dict items and attributes."""
+    proposals = train_dense.select_proposals
+    detections = train_dense.multiclass_nms
+
+    def few_proposals(*args, **limits):
+        return proposals(*args, **{**limits, "max_keep": 20})
+
+    def few_detections(boxes, scores):
+        return detections(boxes, scores, 0.05, 10)
+
+    set_item(train_dense.MODELS, "secvit_t", tiny_backbone)
+    upernet = partial(train_dense.UPerNet, dim=32)
+    set_item(train_dense.ARCHITECTURES, "upernet", (upernet, (0, 1, 2, 3)))
+    set_attribute(train_dense, "BoxHead", partial(train_dense.BoxHead, hidden=16))
+    set_attribute(train_dense, "select_proposals", few_proposals)
+    set_attribute(train_dense, "multiclass_nms", few_detections)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """12 training and 5 validation scenes in both layouts."""
+    folder = tmp_path_factory.mktemp("data") / "scenes"
+    train_dense.write_scenes(folder, (12, 5))
+    return folder

@@ -1,685 +1,1130 @@
-"""Pose in train_dense.py: crops, heat maps, decoding, OKS and the part-wise evaluation against slow loops, whole runs, errors.
+"""Pose in train_dense.py: data, crops, heat maps, decoding, metrics against slow loops, errors.
 
-Order as in the script. Letters as there; loops are written from the definitions (COCO's, and mmpose's of the whole body).
+The order is the chapter's, and so are the letters. The loops are written from the definitions:
+COCO's, and mmpose's of the whole body.
 """
 import argparse
 import json
 import math
-import os
 import random
-import shutil
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_scenes import PAIRS
 from torch.testing import assert_close
 
-import train_dense as T
+import train_dense
 
-ROOT = Path(T.__file__).parent
 CPU = torch.device("cpu")
+KEYPOINTS_FILE = "coco_wholebody_{}_v1.0.json"
+
 # COCO-WholeBody's sigmas: body, feet, face, a hand
 SHEET = """
-.026 .025 .025 .035 .035 .079 .079 .072 .072 .062 .062 .107 .107 .087 .087 .089 .089 .068 .066 .066 .092 .094 .094
-.042 .043 .044 .043 .040 .035 .031 .025 .020 .023 .029 .032 .037 .038 .043 .041 .045 .013 .012 .011 .011 .012 .012
-.011 .011 .013 .015 .009 .007 .007 .007 .012 .009 .008 .016 .010 .017 .011 .009 .011 .009 .007 .013 .008 .011 .012
-.010 .034 .008 .008 .009 .008 .008 .007 .010 .008 .009 .009 .009 .007 .007 .008 .011 .008 .008 .008 .010 .008 .029
-.022 .035 .037 .047 .026 .025 .024 .035 .018 .024 .022 .026 .017 .021 .021 .032 .020 .019 .022 .031"""
-FLIP_PAIRS = [tuple(map(int, pair.split("-"))) for pair in PAIRS.split()] + [(i, i + 21) for i in range(91, 112)]
+.026 .025 .025 .035 .035 .079 .079 .072 .072 .062 .062 .107 .107 .087 .087 .089 .089
+.068 .066 .066 .092 .094 .094
+.042 .043 .044 .043 .040 .035 .031 .025 .020 .023 .029 .032 .037 .038 .043 .041 .045
+.013 .012 .011 .011 .012 .012 .011 .011 .013 .015 .009 .007 .007 .007 .012 .009 .008
+.016 .010 .017 .011 .009 .011 .009 .007 .013 .008 .011 .012 .010 .034 .008 .008 .009
+.008 .008 .007 .010 .008 .009 .009 .009 .007 .007 .008 .011 .008 .008 .008 .010 .008
+.029 .022 .035 .037 .047 .026 .025 .024 .035 .018 .024 .022 .026 .017 .021 .021 .032
+.020 .019 .022 .031"""
+
+# Keypoints that change places in a mirror: body, feet, face
+PAIRS = """
+1-2 3-4 5-6 7-8 9-10 11-12 13-14 15-16
+17-20 18-21 19-22
+23-39 24-38 25-37 26-36 27-35 28-34 29-33 30-32
+40-49 41-48 42-47 43-46 44-45 54-58 55-57
+59-68 60-67 61-66 62-65 63-70 64-69
+71-77 72-76 73-75 78-82 79-81 83-87 84-86 88-90"""
 
 
-class Draws(random.Random):
-    """A generator whose draws are written down: lists by method; a list that is empty is an error."""
+def mirror_partners():
+    """{keypoint: its partner} for every keypoint that has one."""
+    pairs = [tuple(map(int, pair.split("-"))) for pair in PAIRS.split()]
+    pairs += [(i, i + 21) for i in range(91, 112)]
+    partner = {}
+    for a, b in pairs:
+        partner[a] = b
+        partner[b] = a
+    return partner
 
-    def __init__(self, random=(), uniform=(), gauss=()):
+
+PARTNER = mirror_partners()
+
+
+class Scripted(random.Random):
+    """A generator that returns given values: one list per method, popping an empty one fails."""
+
+    def __init__(self, values):
         super().__init__()
-        self.lists = {name: list(values) for name, values in (("random", random), ("uniform", uniform), ("gauss", gauss))}
+        self.values = {name: list(numbers) for name, numbers in values.items()}
 
     def random(self):
-        return self.lists["random"].pop(0)
+        return self.values["random"].pop(0)
 
     def uniform(self, _low, _high):
-        return self.lists["uniform"].pop(0)
+        return self.values["uniform"].pop(0)
 
     def gauss(self, _mean, _deviation):
-        return self.lists["gauss"].pop(0)
+        return self.values["gauss"].pop(0)
 
 
-# ------------------------------------------------------------------------------------------------------ the human body
-def test_the_mirror_swaps_the_pairs_and_is_an_involution():
-    expected = list(range(133))
-    for a, b in FLIP_PAIRS:
-        expected[a], expected[b] = b, a
-    assert T.FLIP.tolist() == expected and T.FLIP[T.FLIP].tolist() == list(range(133))
-    assert sorted(T.FLIP[:17]) == list(range(17))
-    assert [i for i in range(133) if T.FLIP[i] == i] == [0, 31, 50, 51, 52, 53, 56, 74, 80, 85, 89]
+def fields_of(points):
+    """Points (133, 3) as the fields of an annotation or a result."""
+    fields = {}
+    for part, field in train_dense.FIELDS.items():
+        fields[field] = points[train_dense.PARTS[part]].ravel().tolist()
+    return fields
 
 
-def test_sigmas_and_lines():
-    sigmas = [float(sigma) for sigma in SHEET.split()]
-    assert T.SIGMAS.tolist() == sigmas + sigmas[-21:] and len(sigmas) == 112 and list(T.BODY_SIGMAS) == sigmas[:17]
-    edges = [frozenset(edge) for path in T.LINES for edge in zip(path, path[1:])]
-    assert len(edges) == len(set(edges)) == 16 + 6 + 2 * 20
-    assert {frozenset(T.FLIP[list(edge)].tolist()) for edge in edges} == set(edges)                     # symmetric
-    assert set().union(*edges) == set(range(23)) | set(range(91, 133))
+def points_of(entry):
+    """The inverse: (133, 3)."""
+    names = ("keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
+    parts = [np.reshape(entry[name], (-1, 3)) for name in names]
+    return np.concatenate(parts).astype(float)
 
 
-# ------------------------------------------------------------------------------------------------ data sets, transforms
-@pytest.fixture(scope="session")
-def scenes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pose") / "scenes"
-    T.write_scenes(folder, (12, 5))
+def person(rng, **changes):
+    """A whole-body annotation with all points labelled."""
+    xy = rng.uniform(5, 50, (133, 2)).round(1)
+    entry = fields_of(np.concatenate([xy, np.full((133, 1), 2)], 1))
+    entry |= {"image_id": 7, "category_id": 1, "bbox": [5, 5, 46, 46], "area": 900}
+    entry |= {"iscrowd": 0, "num_keypoints": 17}
+    return entry | changes
+
+
+def detection(image_id, bbox, score=0.5, category_id=1):
+    return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
+
+
+def write_people(folder, people, image_ids=(7, 5), name=KEYPOINTS_FILE):
+    """Both splits: images of 100 x 60 noise; `people` are annotations without ids."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 100, 3), np.uint8)
+    image = {"width": 100, "height": 60, "file_name": "a.png"}
+    data = {
+        "images": [image | {"id": image_id} for image_id in image_ids],
+        "categories": [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}],
+        "annotations": [entry | {"id": i} for i, entry in enumerate(people)],
+    }
+    (folder / "annotations").mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        (folder / f"{split}2017").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{split}2017" / "a.png")
+        (folder / "annotations" / name.format(split)).write_text(json.dumps(data))
     return folder
 
 
 @pytest.fixture
-def broken(scenes, tmp_path):
-    """A copy of the scenes that a test may spoil."""
-    shutil.copytree(scenes, tmp_path / "data")
-    return tmp_path / "data"
-
-
-def annotations(folder, split):
-    return json.loads((folder / "annotations" / f"coco_wholebody_{split}_v1.0.json").read_text())
-
-
-def table(person):
-    fields = ("keypoints", "foot_kpts", "face_kpts", "lefthand_kpts", "righthand_kpts")
-    return np.concatenate([np.reshape(person[name], (-1, 3)) for name in fields]).astype(float)
-
-
-def write_people(folder, people, size=(100, 60), name="coco_wholebody_{}_v1.0.json"):
-    """Both splits: image 7 with `people` (annotations without ids), image 5 with none."""
-    image = dict(width=size[0], height=size[1], file_name="a.png")
-    for split in ("train", "val"):
-        (folder / f"{split}2017").mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, (9, 9, 9)).save(folder / f"{split}2017" / "a.png")
-        (folder / "annotations").mkdir(exist_ok=True)
-        data = dict(images=[dict(image, id=7), dict(image, id=5)], categories=[dict(id=1, name="person"), dict(id=3, name="car")],
-                    annotations=[dict(person, id=i) for i, person in enumerate(people)])
-        (folder / "annotations" / name.format(split)).write_text(json.dumps(data))
-
-
-def person(rng, image_id=7, **changes):
-    """A whole-body annotation with all points labelled."""
-    points = np.concatenate([rng.uniform(5, 50, (133, 2)).round(1), np.full((133, 1), 2)], 1)
-    fields = {field: points[T.PARTS[part]].ravel().tolist() for part, field in T.FIELDS.items()}
-    return dict(fields, image_id=image_id, category_id=1, bbox=[5, 5, 46, 46], area=900, iscrowd=0, num_keypoints=17, **{}) | changes
-
-
-def test_persons_keep_the_rules_people(tmp_path):
+def three_people(tmp_path):
+    """A folder with three persons in image 7."""
     rng = np.random.default_rng(0)
-    out = [person(rng, iscrowd=1), person(rng, area=0), person(rng, bbox=[99.5, 5, 20, 20]), person(rng, bbox=[5, 5, 1, 9]),
-           person(rng, keypoints=[0] * 51), person(rng, category_id=3)]
-    kept = [person(rng), person(rng, bbox=[-10, 50, 30, 30]), person(rng, bbox=[90, -5, 30, 8.5])]
-    write_people(tmp_path, [kept[0], *out, *kept[1:]])
-    train, val = (T.Persons(tmp_path, split, 133) for split in ("train", "val"))
-    assert len(train) == 3 and len(val) == 2 and len(train.names) == 133 and train.annotations == {}
-    boxes = [[5, 5, 45, 45, 1], [0, 50, 19, 9, 1], [90, 0, 9, 2.5, 1]]      # right edge x + w - 1, at most W - 1
-    assert train.boxes.tolist() == boxes and np.array_equal(train.points, np.array([table(p) for p in kept], np.float32))
-    assert val.ids == [5, 7] and len(val.read(0)[1]) == 0 and val.read(1)[1].tolist() == boxes
-    assert len(val.annotations[7]) == 8                                     # the car is nobody
-    assert train.read(2)[1].shape == (1, 5) and train.name(0).endswith("train2017/a.png")
+    return write_people(tmp_path, [person(rng) for _ in range(3)])
 
 
-def test_seventeen_keypoints_come_from_their_own_file_or_the_whole_body(scenes, tmp_path):
-    source, whole = T.Persons(scenes, "train", 17), T.Persons(scenes, "train", 133)
-    assert len(source.names) == 17 and np.array_equal(source.points, whole.points[:, :17])
+def make_task(**changes):
+    args = {"task": "pose", "backbone": "linglo_b0", "img_size": 128, "jitter": 1.0}
+    args |= {"keypoints": 133, "boxes": None, "amp": "none"}
+    return train_dense.Pose(argparse.Namespace(**args | changes), CPU)
+
+
+# ------------------------------------------------------------------------------------- the body
+def test_mirror_order_swaps_the_pairs():
+    expected = [PARTNER.get(i, i) for i in range(133)]
+    assert train_dense.MIRROR_ORDER.tolist() == expected
+
+
+def test_mirror_order_is_an_involution():
+    order = train_dense.MIRROR_ORDER
+    assert order[order].tolist() == list(range(133))
+    assert sorted(order[:17]) == list(range(17))
+
+
+def test_mirror_order_leaves_the_middle_of_the_face():
+    middle = [i for i in range(133) if train_dense.MIRROR_ORDER[i] == i]
+    assert middle == [0, 31, 50, 51, 52, 53, 56, 74, 80, 85, 89]
+
+
+def test_sigmas_are_those_of_the_sheet():
+    sigmas = [float(sigma) for sigma in SHEET.split()]
+    assert len(sigmas) == 112
+    assert train_dense.SIGMAS.tolist() == sigmas + sigmas[-21:]
+    assert list(train_dense.BODY_SIGMAS) == sigmas[:17]
+
+
+def test_lines_are_symmetric_and_reach_all_but_the_face():
+    edges = []
+    for line in train_dense.LINES:
+        edges += [frozenset(edge) for edge in zip(line, line[1:])]
+    mirrored = {frozenset(train_dense.MIRROR_ORDER[list(edge)].tolist()) for edge in edges}
+    assert len(edges) == len(set(edges)) == 16 + 6 + 2 * 20
+    assert mirrored == set(edges)
+    without_face = set(range(133)) - set(range(23, 91))
+    assert set().union(*edges) == without_face
+
+
+# ----------------------------------------------------------------------------------------- data
+@pytest.fixture
+def mixed_people(tmp_path):
+    """A folder with usable persons, clipped boxes, and entries to skip; and the usable ones."""
     rng = np.random.default_rng(0)
+    usable = [
+        person(rng),
+        person(rng, bbox=[-10, 50, 30, 30]),
+        person(rng, bbox=[90, -5, 30, 8.5]),
+    ]
+    skipped = [
+        person(rng, iscrowd=1),
+        person(rng, area=0),
+        person(rng, bbox=[99.5, 5, 20, 20]),
+        person(rng, bbox=[5, 5, 1, 9]),
+        person(rng, keypoints=[0] * 51),
+        person(rng, category_id=3),
+    ]
+    return write_people(tmp_path, [usable[0], *skipped, *usable[1:]]), usable
+
+
+# The right edge is x + w - 1, at most W - 1.
+CLIPPED_BOXES = [
+    [5, 5, 45, 45, 1],
+    [0, 50, 19, 9, 1],
+    [90, 0, 9, 2.5, 1],
+]
+
+
+def test_training_samples_are_the_usable_persons(mixed_people):
+    folder, usable = mixed_people
+    source = train_dense.Persons(folder, "train", 133)
+    expected = np.array([points_of(entry) for entry in usable], np.float32)
+    assert len(source) == 3
+    assert source.boxes.tolist() == CLIPPED_BOXES
+    assert np.array_equal(source.points, expected)
+    assert source.annotations == {}
+
+
+def test_a_training_sample_is_one_person(mixed_people):
+    folder, usable = mixed_people
+    source = train_dense.Persons(folder, "train", 133)
+    image, boxes, points = source.read(2)
+    assert image.size == (100, 60)
+    assert boxes.tolist() == CLIPPED_BOXES[2:]
+    assert np.array_equal(points, points_of(usable[2])[None].astype(np.float32))
+    assert source.name(0).endswith("train2017/a.png")
+
+
+def test_a_validation_sample_is_an_image(mixed_people):
+    folder, _ = mixed_people
+    source = train_dense.Persons(folder, "val", 133)
+    assert source.ids == [5, 7]
+    assert len(source) == 2
+    assert len(source.read(0)[1]) == 0
+    assert source.read(1)[1].tolist() == CLIPPED_BOXES
+
+
+def test_validation_keeps_all_annotations_of_persons(mixed_people):
+    folder, _ = mixed_people
+    annotations = train_dense.Persons(folder, "val", 133).annotations
+    assert [len(annotations[image_id]) for image_id in (5, 7)] == [0, 8]
+
+
+def test_classes_are_the_keypoints(three_people):
+    whole = train_dense.Persons(three_people, "train", 133).classes
+    assert len(whole) == len(set(whole)) == 133
+    assert (whole[16], whole[17], whole[132]) == ("body 16", "foot 0", "righthand 20")
+    assert train_dense.Persons(three_people, "train", 17).classes == whole[:17]
+
+
+def test_seventeen_keypoints_are_the_first_of_the_whole_body(three_people):
+    source = train_dense.Persons(three_people, "train", 17)
+    whole = train_dense.Persons(three_people, "train", 133)
+    assert np.array_equal(source.points, whole.points[:, :17])
+
+
+def test_seventeen_keypoints_prefer_their_own_file(tmp_path):
+    rng = np.random.default_rng(0)
+    body = {name: v for name, v in person(rng).items() if "_kpts" not in name}
     write_people(tmp_path, [person(rng)])
-    write_people(tmp_path, [{k: v for k, v in person(rng).items() if "_kpts" not in k}] * 2, name="person_keypoints_{}2017.json")
-    assert len(T.Persons(tmp_path, "val", 17).boxes) == 2 and len(T.Persons(tmp_path, "val", 133).boxes) == 1
+    write_people(tmp_path, [body, body], name="person_keypoints_{}2017.json")
+    assert len(train_dense.Persons(tmp_path, "val", 17).boxes) == 2
+    assert len(train_dense.Persons(tmp_path, "val", 133).boxes) == 1
 
 
-def test_frames_have_the_crops_shape():
-    corner, size = np.array([[10., 20.], [0., 0.]]), np.array([[30., 20.], [10., 100.]])
-    centre, frame = T.crop_frame(corner, size, 1.25)
-    assert centre.tolist() == [[25, 30], [5, 50]] and np.allclose(frame, [[37.5, 50], [93.75, 125]])
+DETECTIONS = [
+    detection(3, [1, 2, 30, 40]),
+    detection(1, [0, 0, 9, 9], score=0.1),
+    detection(3, [1, 2, 3, 4], category_id=4),
+    detection(3, [5, 5, 0, 9]),
+    detection(999, [1, 2, 3, 4]),
+    detection(3, [-4, 2, 6, 8], score=0),
+]
+
+
+@pytest.fixture
+def detections(tmp_path):
+    """A folder with images 1 to 5, one of them with a person, and a file of detections."""
+    people = [person(np.random.default_rng(0), image_id=2)]
+    write_people(tmp_path, people, image_ids=range(1, 6))
+    file = tmp_path / "boxes.json"
+    file.write_text(json.dumps(DETECTIONS))
+    return tmp_path, file
+
+
+def test_detections_replace_the_persons_of_validation(detections):
+    """Those of other categories, without extent, or of other images are left out."""
+    source = train_dense.Persons(detections[0], "val", 133, detections[1])
+    assert [len(source.read(i)[1]) for i in range(5)] == [1, 0, 2, 0, 0]
+    _, boxes, points = source.read(2)
+    assert boxes.tolist() == [[1, 2, 30, 40, 0.5], [-4, 2, 6, 8, 0]]
+    assert points.shape == (2, 133, 3)
+    assert not points.any()
+
+
+def test_detections_need_no_annotated_person(detections):
+    folder, file = detections
+    write_people(folder, [], image_ids=range(1, 6))
+    assert len(train_dense.Persons(folder, "val", 133, file).boxes) == 3
+
+
+def test_detections_do_not_change_training(detections):
+    folder, file = detections
+    source = train_dense.Persons(folder, "train", 133, file)
+    assert np.array_equal(source.boxes, train_dense.Persons(folder, "train", 133).boxes)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"bbox": [1, 2, 3]}, "image 3: bbox"),
+    ({"score": math.nan}, "image 3: score nan"),
+    ({"bbox": None, "segmentation": []}, "image 3: expected a bbox"),
+    ({"score": None}, "image 3: score None"),
+    ({"image_id": [3]}, "image_id .3."),
+    ({"image_id": 99}, "no person in an image"),
+    ({"category_id": None}, "image 3: category_id None"),
+])
+def test_broken_detections_are_refused(detections, change, message):
+    folder, file = detections
+    file.write_text(json.dumps([DETECTIONS[0] | change]))
+    with pytest.raises(train_dense.InputError, match=message):
+        train_dense.Persons(folder, "val", 133, file)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"keypoints": [0] * 48}, "keypoints must be 51 finite numbers"),
+    ({"lefthand_kpts": None}, "lefthand_kpts must be 63"),
+    ({"face_kpts": [math.nan] * 204}, "face_kpts must be 204"),
+    ({"foot_kpts": ["1"] * 18}, "foot_kpts must be 18"),
+    ({"foot_kpts": [[1, 2, 3]] * 6}, "foot_kpts"),
+    ({"bbox": [1, 2]}, "bbox"),
+    ({"image_id": 999}, "unknown image id 999"),
+])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_broken_annotations_name_file_and_id(tmp_path, split, change, message):
+    rng = np.random.default_rng(0)
+    write_people(tmp_path, [person(rng), person(rng, **change)])
+    file = tmp_path / "annotations" / KEYPOINTS_FILE.format(split)
+    with pytest.raises(train_dense.InputError, match=message) as error:
+        train_dense.Persons(tmp_path, split, 133)
+    assert f"{file}: annotation 1: " in str(error.value)
+
+
+def test_a_file_without_usable_person_is_named(tmp_path):
+    write_people(tmp_path, [person(np.random.default_rng(0), area=0)])
+    with pytest.raises(train_dense.InputError, match="holds no person with keypoints") as error:
+        train_dense.Persons(tmp_path, "train", 133)
+    assert KEYPOINTS_FILE.format("train") in str(error.value)
+
+
+def test_a_missing_image_folder_is_named(three_people):
+    (three_people / "train2017" / "a.png").unlink()
+    (three_people / "train2017").rmdir()
+    with pytest.raises(train_dense.InputError, match="train2017 is not a folder"):
+        train_dense.Persons(three_people, "train", 133)
+
+
+def test_a_missing_annotation_file_is_named(tmp_path):
+    with pytest.raises(train_dense.InputError, match="cannot read .*wholebody_train_v1.0.json"):
+        train_dense.Persons(tmp_path / "nowhere", "train", 133)
+
+
+# ---------------------------------------------------------------------------------------- crops
+def test_frames_have_the_aspect_of_a_crop():
+    corner = np.array([[10., 20.], [0., 0.]])
+    size = np.array([[30., 20.], [10., 100.]])
+    centre, frame = train_dense.crop_frame(corner, size, 1.25)
+    assert centre.tolist() == [[25, 30], [5, 50]]
+    assert np.allclose(frame, [[37.5, 50], [93.75, 125]])
+
+
+def centre_of_mass(pixels):
+    rows, columns = np.mgrid[:pixels.shape[0], :pixels.shape[1]]
+    mass = pixels.astype(float)
+    x = (columns * mass).sum() / mass.sum()
+    y = (rows * mass).sum() / mass.sum()
+    return np.array([x, y])
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.3, -1.2])
 @pytest.mark.parametrize("size", [(30, 40), (120, 160)])
-def test_a_dot_lands_where_its_keypoint_says(angle, size):
-    """The crop of a smooth dot has its centre of mass at the point the transform gives, to a tenth of a pixel of the image."""
-    spot, (x, y) = np.array([[61., 43., 2.]]), np.meshgrid(np.arange(120), np.arange(90))
-    picture = 255 * np.exp(-((x - 61) ** 2 + (y - 43) ** 2) / (2 * 3 ** 2))
+def test_crop_and_points_move_alike(angle, size):
+    """A smooth dot's centre of mass moves to where its keypoint does, by the definition:
+
+    scale * rotation(-angle) (p - centre) + middle of the crop.
+    """
+    x, y = np.meshgrid(np.arange(120), np.arange(90))
+    distance = (x - 61) ** 2 + (y - 43) ** 2
+    dot = 255 * np.exp(-distance / (2 * 3 ** 2))
+    image = Image.fromarray(dot.astype(np.uint8)).convert("RGB")
     centre = np.array([57.3, 46.1])
-    crop, points = T.crop_person(Image.fromarray(picture.astype(np.uint8)).convert("RGB"), spot, centre, np.array(size, float), angle, 128)
-    assert crop.shape == (128, 96, 3) and crop.dtype == np.uint8 and points.shape == (1, 3) and points[0, 2] == 2
-    mass = crop[..., 0].astype(float)
-    rows, columns = np.mgrid[:128, :96]
-    found = np.array([(columns * mass).sum(), (rows * mass).sum()]) / mass.sum()
-    assert np.abs(found - points[0, :2]).max() < 0.1 * 96 / size[0]
-    cos, sin, factor = math.cos(-angle), math.sin(-angle), 96 / size[0]     # by the definition: factor x Rot(-angle)(p - centre) + middle
-    dx, dy = spot[0, :2] - centre
-    assert np.allclose(points[0, :2], (factor * (cos * dx - sin * dy) + 48, factor * (sin * dx + cos * dy) + 64))
+    frame = np.array(size, float)
+    keypoint = np.array([[61., 43., 2.]])
+    crop, points = train_dense.crop_person(image, keypoint, centre, frame, angle, 128)
+    scale = 96 / size[0]
+    dx, dy = keypoint[0, :2] - centre
+    expected_x = scale * (math.cos(angle) * dx + math.sin(angle) * dy) + 48
+    expected_y = scale * (math.cos(angle) * dy - math.sin(angle) * dx) + 64
+    assert crop.shape == (128, 96, 3) and crop.dtype == np.uint8
+    assert np.allclose(points, [[expected_x, expected_y, 2]])
+    error = centre_of_mass(crop[..., 0]) - points[0, :2]
+    assert np.abs(error).max() < 0.1 * scale                    # a tenth of a pixel of the image
 
 
-def test_what_lies_outside_the_image_is_black():
-    crop, _ = T.crop_person(Image.new("RGB", (40, 40), "white"), np.zeros((1, 3)), np.array([0., 20.]), np.array([48., 64.]), 0.0, 128)
-    assert (crop[30:100, :46] == 0).all() and (crop[30:100, 50:] == 255).all()
+def test_outside_of_the_image_a_crop_is_black():
+    image = Image.new("RGB", (40, 40), "white")
+    centre = np.array([0., 20.])
+    size = np.array([48., 64.])
+    crop, _ = train_dense.crop_person(image, np.zeros((0, 3)), centre, size, 0.0, 128)
+    assert (crop[30:100, :46] == 0).all()
+    assert (crop[30:100, 50:] == 255).all()
 
 
-def slow_augment(points, box, width, draws, height):
-    """TCFormer's pipeline, point by point. Returns the points in the crop and the frame."""
-    (x, y, w, h), rnd, uni, gauss = box, *(iter(draws[k]) for k in ("random", "uniform", "gauss"))
-    centre, size = [x + w / 2, y + h / 2], [max(w, 0.75 * h) * 1.25, max(h, w / 0.75) * 1.25]
-    if next(rnd) < 0.3:
-        centre = [c + next(uni) * 0.16 * s for c, s in zip(centre, size)]
-    points = [list(p) for p in points]
-    if next(rnd) < 0.5:
-        points, swapped = [[width - 1 - x, y, v] for x, y, v in points], [None] * len(points)
-        partner = dict(FLIP_PAIRS) | {b: a for a, b in FLIP_PAIRS}
-        for i, point in enumerate(points):
-            swapped[partner.get(i, i)] = point
-        points, centre[0] = swapped, width - 1 - centre[0]
-    seen = [i for i, p in enumerate(points) if p[2] > 0]
-    if len(seen) > 8 and next(rnd) < 0.3:
-        upper, lower = [points[i] for i in seen if i <= 10], [points[i] for i in seen if i > 10]
-        if next(gauss) < 0.5 and len(upper) > 2:
-            chosen = upper
-        else:
-            chosen = lower if len(lower) > 2 else upper
-        if len(chosen) >= 2:
-            centre = [sum(p[i] for p in chosen) / len(chosen) for i in (0, 1)]
-            w, h = (max(p[i] for p in chosen) - min(p[i] for p in chosen) for i in (0, 1))
-            size = [max(w, 0.75 * h) * 1.5, max(h, w / 0.75) * 1.5]
-    scale = 1 + 0.5 * next(gauss)
-    size = [s * (0.5 if scale < 0.5 else 1.5 if scale > 1.5 else scale) for s in size]
+def slow_mirror(points, centre, width):
+    swapped = [None] * len(points)
+    for i, (x, y, v) in enumerate(points):
+        swapped[PARTNER.get(i, i)] = (width - 1 - x, y, v)
+    return swapped, [width - 1 - centre[0], centre[1]]
+
+
+def slow_half_body(points, gauss):
+    """Centre and size of the frame of half the labelled points, or None."""
+    upper = [p for p in points[:11] if p[2] > 0]
+    lower = [p for p in points[11:] if p[2] > 0]
+    if next(gauss) < 0.5 and len(upper) > 2:
+        chosen = upper
+    else:
+        chosen = lower if len(lower) > 2 else upper
+    if len(chosen) < 2:
+        return None
+    xs, ys, _ = zip(*chosen)
+    w = max(xs) - min(xs)
+    h = max(ys) - min(ys)
+    centre = [sum(xs) / len(xs), sum(ys) / len(ys)]
+    return centre, [max(w, 0.75 * h) * 1.5, max(h, w / 0.75) * 1.5]
+
+
+def slow_augment(points, box, width, values, height):
+    """TCFormer's pipeline, point by point: the points in the crop of an image of `width`."""
+    draw = iter(values["random"])
+    uniform = iter(values["uniform"])
+    gauss = iter(values["gauss"])
+    x, y, w, h = box
+    centre = [x + w / 2, y + h / 2]
+    size = [max(w, 0.75 * h) * 1.25, max(h, w / 0.75) * 1.25]
+    points = [tuple(point) for point in points]
+    if next(draw) < 0.3:
+        centre = [c + next(uniform) * 0.16 * s for c, s in zip(centre, size)]
+    if next(draw) < 0.5:
+        points, centre = slow_mirror(points, centre, width)
+    labelled = sum(v > 0 for _, _, v in points)
+    if labelled > 8 and next(draw) < 0.3:
+        centre, size = slow_half_body(points, gauss) or (centre, size)
+    scale = min(max(1 + 0.5 * next(gauss), 0.5), 1.5)
     angle = 0.0
-    if next(rnd) < 0.6:
+    if next(draw) < 0.6:
         angle = math.radians(max(-80, min(80, 40 * next(gauss))))
-    factor, result = 0.75 * height / size[0], []
+    factor = 0.75 * height / (scale * size[0])
+    moved = []
     for x, y, v in points:
-        dx, dy = x - centre[0], y - centre[1]
-        result.append((factor * (math.cos(angle) * dx + math.sin(angle) * dy) + 0.75 * height / 2,
-                       factor * (-math.sin(angle) * dx + math.cos(angle) * dy) + height / 2, v))
-    return result
+        dx = x - centre[0]
+        dy = y - centre[1]
+        turned_x = math.cos(angle) * dx + math.sin(angle) * dy
+        turned_y = math.cos(angle) * dy - math.sin(angle) * dx
+        crop_x = factor * turned_x + 0.75 * height / 2
+        crop_y = factor * turned_y + height / 2
+        moved.append((crop_x, crop_y, v))
+    return moved
+
+
+def sparse_points(rng, keypoints, trial):
+    """Random points, of which few, or only those of one half, may be labelled."""
+    xy = rng.uniform(0, 60, (keypoints, 2))
+    points = np.concatenate([xy, rng.integers(0, 3, (keypoints, 1))], 1)
+    count = (0, 1, 4, 9, 12, keypoints)[trial % 6]
+    labelled = rng.choice(keypoints, count, replace=False)
+    points[np.setdiff1d(np.arange(keypoints), labelled)] = 0
+    if trial % 5 == 0:
+        points[11:] = 0
+    elif trial % 5 == 1:
+        points[2:11] = 0
+    return points.astype(np.float32)
 
 
 @pytest.mark.parametrize("keypoints", [133, 17])
-def test_augmentation_matches_the_table(keypoints):
-    rng, seen = np.random.default_rng(0), set()
+def test_augmentation_matches_the_loop(keypoints):
+    rng = np.random.default_rng(0)
     image = Image.new("RGB", (100, 60))
+    cases = set()
     for trial in range(150):
-        points = np.concatenate([rng.uniform(0, 60, (keypoints, 2)), rng.integers(0, 3, (keypoints, 1))], 1)
-        few = rng.choice(keypoints, (0, 1, 4, 9, 12, keypoints)[trial % 6], replace=False)          # hardly any point labelled, or only
-        points[np.setdiff1d(np.arange(keypoints), few)] = 0
-        if trial % 5 == 0:
-            points[11:] = 0                                                 # ... those of one half
-        elif trial % 5 == 1:
-            points[2:11] = 0
+        points = sparse_points(rng, keypoints, trial)
         box = [5., 8., *rng.uniform(10, 60, 2)]
-        draws = dict(random=rng.random(4), uniform=rng.uniform(-1, 1, 2), gauss=rng.normal(0, 1.5, 3))
-        raw = image, np.array([[*box, 1]]), points[None].astype(np.float32)
-        crop, fast = T.augment_person(raw, Draws(**draws), height=128, jitter=1.0)
-        slow = slow_augment(points.astype(np.float32), box, 100, draws, 128)
+        values = {
+            "random": rng.random(4),
+            "uniform": rng.uniform(-1, 1, 2),
+            "gauss": rng.normal(0, 1.5, 3),
+        }
+        raw = image, np.array([[*box, 1]]), points[None]
+        crop, fast = train_dense.augment_person(raw, Scripted(values), height=128, jitter=1.0)
+        slow = slow_augment(points, box, 100, values, 128)
         assert crop.shape == (128, 96, 3) and fast.dtype == np.float32
-        labelled = fast[:, 2] > 0                                           # others may be anywhere
         assert np.allclose(fast, slow, atol=2e-3, rtol=1e-5)
-        seen.add((int(labelled.sum()) > 8, *(draws["random"][:2] < (0.3, 0.5)).tolist()))
-    assert len(seen) == 8
+        enough = int((fast[:, 2] > 0).sum()) > 8
+        cases.add((enough, *(values["random"][:2] < (0.3, 0.5)).tolist()))
+    assert len(cases) == 8
 
 
-def test_augmentation_depends_on_the_generator_only(scenes):
-    source = T.Persons(scenes, "train", 133)
-    crops = [T.augment_person(source.read(0), random.Random(seed), height=128, jitter=1.0) for seed in (1, 1, 2)]
-    assert all(np.array_equal(a, b) for a, b in zip(*crops[:2])) and not np.array_equal(crops[0][0], crops[2][0])
+def test_augmentation_depends_on_the_generator_only(three_people):
+    raw = train_dense.Persons(three_people, "train", 133).read(0)
+    first, again, other = (
+        train_dense.augment_person(raw, random.Random(seed), height=128, jitter=1.0)
+        for seed in (1, 1, 2)
+    )
+    assert all(np.array_equal(a, b) for a, b in zip(first, again))
+    assert not np.array_equal(first[0], other[0])
 
 
-def test_without_jitter_only_mirroring_is_random(scenes):
-    source = T.Persons(scenes, "train", 133)
-    crops = [T.augment_person(source.read(0), random.Random(seed), height=128, jitter=0.0) for seed in range(12)]
-    assert len({crop.tobytes() for crop, _ in crops}) == 2
-    centre, size = T.crop_frame(source.boxes[0, :2], source.boxes[0, 2:4], 1.25)
-    with Image.open(source.name(0)) as image:
-        plain, points = T.crop_person(image, source.points[0], centre, size, 0.0, 128)
-    assert any(np.array_equal(crop, plain) and np.allclose(own, points, atol=1e-4) for crop, own in crops)
+def test_without_jitter_only_mirroring_is_random(three_people):
+    source = train_dense.Persons(three_people, "train", 133)
+    image, boxes, points = source.read(0)
+    centre, size = train_dense.crop_frame(boxes[0, :2], boxes[0, 2:4], 1.25)
+    plain, moved = train_dense.crop_person(image, points[0], centre, size, 0.0, 128)
+    samples = []
+    for seed in range(12):
+        rng = random.Random(seed)
+        samples.append(train_dense.augment_person(source.read(0), rng, height=128, jitter=0.0))
+    unmirrored = [points for crop, points in samples if np.array_equal(crop, plain)]
+    assert len({crop.tobytes() for crop, _ in samples}) == 2
+    assert 0 < len(unmirrored) < 12
+    assert all(np.allclose(points, moved, atol=1e-4) for points in unmirrored)
 
 
-# ----------------------------------------------------------------------------------------------------- necks and heads
+# ---------------------------------------------------------------------------------------- model
+def build_model(backbone, keypoints, **overrides):
+    backbone = train_dense.Backbone(backbone, (3,), frozen_bn=False, **overrides)
+    return train_dense.SimpleBaseline(backbone, keypoints)
+
+
 @pytest.mark.parametrize("backbone", ["clustr_s", "secvit_s", "stvit_s", "linglo_b2"])
 def test_head_parameters(backbone):
     with torch.device("meta"):
-        model = T.build_model("pose", backbone, 133)
-    assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.backbone.parameters()) == 4230021
+        model = build_model(backbone, 133)
+    total = sum(p.numel() for p in model.parameters())
+    assert total - sum(p.numel() for p in model.backbone.parameters()) == 4230021
 
 
 def test_head_starts_small():
-    model = T.build_model("pose", "linglo_b0", 17)
+    model = build_model("linglo_b0", 17)
     for weight in (*(deconv.weight for deconv, *_ in model.deconvs), model.classifier.weight):
-        assert weight.std().item() == pytest.approx(0.001, rel=0.05) and abs(weight.mean().item()) < 1e-4
+        assert weight.std().item() == pytest.approx(0.001, rel=0.05)
+        assert abs(weight.mean().item()) < 1e-4
     assert not model.classifier.bias.any()
 
 
+def test_train_mode_returns_the_loss(device):
+    model = build_model("linglo_b0", 17, drop_path_rate=0.0).to(device)
+    images = torch.randn(2, 3, 128, 96, device=device)
+    points = 96 * torch.rand(2, 17, 3, device=device)
+    losses = model(images, points)
+    heat_maps = model.classifier(model.deconvs(model.backbone(images)[0]))
+    assert list(losses) == ["loss_heatmap"]
+    assert_close(losses["loss_heatmap"], train_dense.heatmap_loss(heat_maps, points))
+
+
+def test_eval_mode_returns_heat_maps(device):
+    model = build_model("linglo_b0", 133, drop_path_rate=0.0).to(device).eval()
+    heat_maps = model(torch.randn(2, 3, 128, 96, device=device))
+    assert heat_maps.shape == (2, 133, 32, 24)
+
+
 def test_every_parameter_learns(device):
-    model = T.build_model("pose", "linglo_b0", 133, frozen_bn=False, drop_path_rate=0.0).to(device)
-    maps = model(torch.randn(2, 3, 128, 96, device=device))
-    assert maps.shape == (2, 133, 32, 24)
-    (maps * torch.randn_like(maps)).sum().backward()
+    model = build_model("linglo_b0", 133, drop_path_rate=0.0).to(device)
+    points = 96 * torch.rand(2, 133, 3, device=device)
+    model(torch.randn(2, 3, 128, 96, device=device), points)["loss_heatmap"].backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+        gradient = parameter.grad
+        assert gradient is not None and gradient.isfinite().all() and gradient.any(), name
 
 
-# -------------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------- loss
 def slow_maps(points, h, w):
-    """One person's targets and weights, pixel by pixel."""
-    maps, weights = np.zeros((len(points), h, w)), []
+    """One person's targets and weights, pixel by pixel; points in pixels of the map."""
+    maps = np.zeros((len(points), h, w))
+    weights = []
     for k, (x, y, v) in enumerate(points):
-        mx, my = int(x + 0.5), int(y + 0.5)
-        weights.append(float(v > 0 and mx + 6 >= 0 and my + 6 >= 0 and mx - 6 < w and my - 6 < h))
+        mx = int(x + 0.5)
+        my = int(y + 0.5)
+        overlaps_x = mx + 6 >= 0 and mx - 6 < w
+        overlaps_y = my + 6 >= 0 and my - 6 < h
+        weights.append(float(v > 0 and overlaps_x and overlaps_y))
         for row, column in product(range(h), range(w)):
             if weights[-1] and abs(row - my) <= 6 and abs(column - mx) <= 6:
-                maps[k, row, column] = math.exp(-((row - my) ** 2 + (column - mx) ** 2) / (2 * 2 ** 2))
+                distance = (row - my) ** 2 + (column - mx) ** 2
+                maps[k, row, column] = math.exp(-distance / (2 * 2 ** 2))
     return maps, weights
 
 
-def test_targets_and_loss_match_loops(device):
+BORDER_POINTS = [  # x, y in a map of 20 x 16 pixels
+    (-0.7, 5),
+    (-1.2, 5),
+    (-6.6, 5),
+    (-7, 5),
+    (25.4, 5),
+    (25.6, 5),      # outside at the right
+    (3, 21.6),      # outside at the bottom
+    (3, -7.4),
+]
+BORDER_WEIGHTS = [1, 1, 1, 1, 1, 0, 0, 1]
+
+
+@pytest.fixture
+def targets():
+    """Points (3, 40, 3) in pixels of the map, float64, and the loop's maps and weights."""
     rng = np.random.default_rng(0)
-    points = np.concatenate([rng.uniform(-12, 36, (3, 40, 2)), rng.choice([0, 0.008, 1, 2], (3, 40, 1))], 2)
-    points[0, :8, 2], points[0, :8, :2] = 1, [(-0.7, 5), (-1.2, 5), (-6.6, 5), (-7, 5), (25.4, 5), (25.6, 5), (3, 21.6), (3, -7.4)]
-    expected = [slow_maps(person, 16, 20) for person in points]             # (h, w) neither square nor a crop's
-    assert [weights[:8] for _, weights in expected][0] == [1, 1, 1, 1, 1, 0, 0, 1]
-    maps, weight = T.gaussian_maps(torch.tensor(points, device=device), (16, 20), stride=1)
-    assert weight.tolist() == [weights for _, weights in expected] and 20 < weight.sum() < 100
-    slow = torch.tensor(np.stack([maps for maps, _ in expected]))
-    assert_close(maps.cpu(), slow)
+    xy = rng.uniform(-12, 36, (3, 40, 2))
+    points = np.concatenate([xy, rng.choice([0, 0.008, 1, 2], (3, 40, 1))], 2)
+    points[0, :8, :2] = BORDER_POINTS
+    points[0, :8, 2] = 1
+    maps, weights = zip(*(slow_maps(person, 16, 20) for person in points))
+    in_crop = torch.tensor(points) * torch.tensor([4, 4, 1])    # stride 4
+    return in_crop, torch.tensor(np.stack(maps)), torch.tensor(weights, dtype=torch.float64)
+
+
+def test_targets_match_loops(device, targets):
+    points, slow, slow_weights = targets
+    maps, weights = train_dense.gaussian_maps(points.to(device), (16, 20))
+    assert slow_weights[0, :8].tolist() == BORDER_WEIGHTS
+    assert weights.tolist() == slow_weights.tolist()
+    assert 20 < weights.sum() < 100
     assert maps.amax() == 1
+    assert_close(maps.cpu(), slow)
+
+
+def test_loss_and_gradient_match_loops(device, targets):
+    points, maps, weights = targets
     predicted = torch.randn(3, 40, 16, 20, dtype=torch.float64, requires_grad=True)
-    total = 0
-    for k in range(40):                                                     # mean over joints of the mean over batch and pixels
-        error = [weight[b, k].cpu() * predicted[b, k] - weight[b, k].cpu() * slow[b, k] for b in range(3)]
-        total = total + (torch.stack(error) ** 2).mean()
-    scaled = torch.tensor(points, device=device) * torch.tensor([4, 4, 1], device=device)
-    fast = T.pose_loss(predicted.to(device), scaled)
-    assert_close(fast.cpu().double(), total / 40, rtol=1e-5, atol=0)
-    assert_close(*(torch.autograd.grad(loss, predicted)[0] for loss in (fast, total / 40)), rtol=1e-4, atol=1e-9)
+    slow = 0
+    for k in range(40):                                 # mean over keypoints, batch and pixels
+        for b in range(3):
+            error = weights[b, k] * (predicted[b, k] - maps[b, k])
+            slow = slow + (error ** 2).mean() / (3 * 40)
+    fast = train_dense.heatmap_loss(predicted.to(device), points.to(device))
+    slow_gradient, = torch.autograd.grad(slow, predicted)
+    fast_gradient, = torch.autograd.grad(fast, predicted)
+    assert_close(fast.cpu().double(), slow, rtol=1e-5, atol=0)
+    assert_close(fast_gradient, slow_gradient, rtol=1e-4, atol=1e-9)
 
 
-# ----------------------------------------------------------------------------------------------------------- inference
+# ------------------------------------------------------------------------------------ inference
 def slow_peak(values):
     h, w = values.shape
     y, x = np.unravel_index(values.argmax(), values.shape)
     best = values[y, x]
     if best <= 0:
         return -1, -1, best
-    if 1 < x < w - 1 and 1 < y < h - 1:
-        x, y = (x + 0.25 * np.sign(values[y, x + 1] - values[y, x - 1]), y + 0.25 * np.sign(values[y + 1, x] - values[y - 1, x]))
-    return x, y, best
+    if not (1 < x < w - 1 and 1 < y < h - 1):
+        return x, y, best
+    slope_x = values[y, x + 1] - values[y, x - 1]
+    slope_y = values[y + 1, x] - values[y - 1, x]
+    return x + 0.25 * np.sign(slope_x), y + 0.25 * np.sign(slope_y), best
 
 
 def test_peaks_match_loops(device):
-    torch.manual_seed(0)
-    maps = torch.randn(2, 300, 5, 6).double().round(decimals=1)             # small, so many are at the border, and ties of neighbours
+    """Maps are small, so that many peaks are at the border; rounding makes neighbours equal."""
+    maps = torch.randn(2, 300, 5, 6).double().round(decimals=1)
     maps[0, :3] = torch.tensor([-1., 0., -2.])[:, None, None]
-    expected = [[slow_peak(m) for m in person.numpy()] for person in maps]
-    assert_close(T.peaks(maps.to(device)).cpu().double(), torch.tensor(np.array(expected, float)))
+    expected = np.zeros((2, 300, 3))
+    for b, k in product(range(2), range(300)):
+        expected[b, k] = slow_peak(maps[b, k].numpy())
+    assert_close(train_dense.peaks(maps.to(device)).cpu().double(), torch.tensor(expected))
 
 
-def test_decoding_returns_what_was_drawn():
-    """Targets of points -> peaks -> points: the rounding of the target is all that is lost."""
-    points = torch.cat([torch.rand(2, 133, 2) * torch.tensor([17., 25.]) + 3, torch.ones(2, 133, 1)], -1)
-    found = T.peaks(T.gaussian_maps(points, (32, 24), stride=1)[0])
-    assert (found[..., :2] - points[..., :2]).abs().max() <= 0.5 and (found[..., 2] == 1).all()
-    assert_close(found[..., :2], (points[..., :2] + 0.5).floor())           # a symmetric peak does not move
+def test_peaks_of_targets_are_the_points():
+    """Only the rounding of the target is lost: a symmetric peak does not move."""
+    xy = torch.rand(2, 133, 2) * torch.tensor([17., 25.]) + 3       # in pixels of the map
+    points = torch.cat([4 * xy, torch.ones(2, 133, 1)], -1)
+    found = train_dense.peaks(train_dense.gaussian_maps(points, (32, 24))[0])
+    assert_close(found[..., :2], (xy + 0.5).floor())
+    assert (found[..., 2] == 1).all()
 
 
-class Painter(torch.nn.Module):
-    """A model that answers a crop with bright dots of fixed colours by maps of where these are: K colours, stride 4."""
+class DotModel(torch.nn.Module):
+    """Answers with one map per grey level of `levels`: bright where the crop has that level.
+
+    A model that sees a mirrored crop names the points of a pair the other way round. So every
+    second call, which gets the mirrored crops, swaps them.
+    """
 
     def __init__(self, levels):
         super().__init__()
         self.levels = levels
+        self.inputs = []
 
     def forward(self, images):
-        mean, std = 0.485, 0.229
-        red = images[:, 0] * std + mean                                     # (B, H, W), 0 to 1
-        maps = torch.stack([(-((red - level) * 40) ** 2).exp() for level in self.levels], 1)
-        return torch.nn.functional.avg_pool2d(maps, 5, stride=4, padding=2)     # its pixel (i, j) is centred on (4 i, 4 j)
+        self.inputs.append(images)
+        red = images[:, 0] * 0.229 + 0.485                      # (B, H, W), 0 to 1
+        maps = [(-((red - level) * 40) ** 2).exp() for level in self.levels]
+        maps = torch.stack(maps, 1)                             # (B, K, H, W)
+        if len(self.inputs) % 2 == 0:
+            maps = maps[:, train_dense.MIRROR_ORDER[:17]]
+        # Pixel (i, j) of the map is centred on (4 i, 4 j).
+        return torch.nn.functional.avg_pool2d(maps, 5, stride=4, padding=2)
 
 
 @pytest.mark.parametrize("box", [[20., 30., 60., 80., 0.5], [10., 25., 100., 70., 0.5]])
-def test_poses_return_to_the_images_pixels(box):
-    """Dots in a picture are found at their place; those of a pair of points change places in the mirror and must be put back."""
-    places, picture = np.random.default_rng(1).permutation(12)[:17 - 5], np.zeros((120, 130), np.uint8)
-    levels, true = [(40 + 12 * i) / 255 for i in range(17)], np.zeros((17, 2))
+def test_poses_return_to_the_pixels_of_the_image(box):
+    pixels = np.zeros((120, 130), np.uint8)
+    true = np.zeros((17, 2))
     for i in range(17):
-        x, y = 30 + 11 * (i % 4), 40 + 12 * (i // 4)
-        true[i], picture[y - 3:y + 4, x - 3:x + 4] = (x, y), 40 + 12 * i
-    assert len(places) == 12
-    flips = []
-
-    class Model(Painter):
-        def forward(self, images):
-            flips.append(images)
-            mirrored = len(flips) % 2 == 0
-            maps = super().forward(images)
-            return maps[:, T.FLIP[:17]] if mirrored else maps               # a model cannot tell: what was left is right now
-    args = argparse.Namespace(img_size=256, keypoints=17, amp="none")
-    points, scores = T.estimate_pose(Model(levels), Image.fromarray(picture).convert("RGB"), np.array([box]), args, CPU)
-    assert_close(flips[1], flips[0].flip(3))
-    _, frame = T.crop_frame(np.array(box[:2]), np.array(box[2:4]), 1.25)
-    assert points.shape == (1, 17, 3) and np.abs(points[0, :, :2] - true).max() < 2 * frame[1] / 64     # two pixels of the map
-    assert scores[0] == pytest.approx(0.5 * points[0, points[0, :, 2] > 0.2, 2].mean())
+        x = 30 + 11 * (i % 4)
+        y = 40 + 12 * (i // 4)
+        true[i] = x, y
+        pixels[y - 3:y + 4, x - 3:x + 4] = 40 + 12 * i
+    image = Image.fromarray(pixels).convert("RGB")
+    model = DotModel([(40 + 12 * i) / 255 for i in range(17)])
+    task = make_task(img_size=256, keypoints=17)
+    points, scores = task.predict(model, image, np.array([box]))
+    map_pixel = 1.25 * max(box[3], box[2] / 0.75) / 64
+    assert points.shape == (1, 17, 3)
+    assert np.abs(points[0, :, :2] - true).max() < 2 * map_pixel
+    confidence = points[0, :, 2]
+    assert scores[0] == pytest.approx(0.5 * confidence[confidence > 0.2].mean())
+    assert_close(model.inputs[1], model.inputs[0].flip(3))
 
 
-def test_the_mirrored_map_is_shifted_and_averaged():
-    """From random maps: pairs swapped, mirrored back, moved right by one, column 0 kept, averaged; the scores by hand."""
-    torch.manual_seed(0)
+def slow_mirrored_mean(maps, mirrored):
+    """Mirrored maps (K, h, w): pairs swapped, mirrored back, moved right by one, averaged."""
+    mean = np.zeros(maps.shape, np.float32)
+    for k, x in product(range(17), range(24)):
+        partner = PARTNER.get(k, k)
+        column = 23 - max(x - 1, 0)                             # column 0 stays
+        total = maps[k, :, x] + mirrored[partner, :, column]
+        mean[k, :, x] = total / 2
+    return mean
+
+
+def slow_pose(maps, mirrored, box):
+    """One person: points (K, 3) and score, by hand."""
+    x, y, w, h, score = box
+    frame_w = 1.25 * max(w, 0.75 * h)
+    frame_h = 1.25 * max(h, w / 0.75)
+    points = []
+    for heat_map in slow_mirrored_mean(maps, mirrored):
+        px, py, confidence = slow_peak(heat_map)
+        left = x + w / 2 - frame_w / 2
+        top = y + h / 2 - frame_h / 2
+        image_x = px * frame_w / 24 + left
+        image_y = py * frame_h / 32 + top
+        points.append((image_x, image_y, confidence))
+    sure = [confidence for _, _, confidence in points if confidence > 0.2]
+    return points, score * sum(sure) / len(sure)
+
+
+def test_poses_match_the_loop():
+    """Random maps of 70 persons, which take three batches, first the crops, then mirrored."""
     answers = torch.randn(2, 70, 17, 32, 24, dtype=torch.float64)
-    partner, expected = dict(FLIP_PAIRS) | {b: a for a, b in FLIP_PAIRS}, []
-    for b in range(70):
-        maps = np.zeros((17, 32, 24))
-        for k, x in product(range(17), range(24)):
-            maps[k, :, x] = (answers[0, b, k, :, x] + answers[1, b, partner.get(k, k), :, 23 - max(x - 1, 0)]) / 2
-        expected.append([slow_peak(m.astype(np.float32)) for m in maps])
-    expected, calls = np.array(expected), []
+    queue = []
+    for crops, mirrored in zip(answers[0].split(32), answers[1].split(32)):
+        queue += [crops, mirrored]
+    sizes = []
 
     def model(images):
-        calls.append(len(images))
-        first = sum(calls[:-1:2]) if len(calls) % 2 else sum(calls[:-2:2])
-        return answers[(len(calls) + 1) % 2, first:first + len(images)]
-    boxes = np.concatenate([np.random.default_rng(0).uniform(10, 100, (70, 4)), np.linspace(1, 0.1, 70)[:, None]], 1)
-    args = argparse.Namespace(img_size=128, keypoints=17, amp="none")
-    points, scores = T.estimate_pose(model, Image.new("RGB", (90, 80)), boxes, args, CPU)
-    assert calls == [32, 32, 32, 32, 6, 6] and len(points) == 70
-    order = []
-    for b, (x, y, w, h, score) in enumerate(boxes):
-        w, h = 1.25 * max(w, 0.75 * h), 1.25 * max(h, w / 0.75)
-        cx, cy = x + boxes[b, 2] / 2, y + boxes[b, 3] / 2
-        expected[b, :, 0], expected[b, :, 1] = expected[b, :, 0] * w / 24 + cx - w / 2, expected[b, :, 1] * h / 32 + cy - h / 2
-        sure = [c for c in expected[b, :, 2] if c > 0.2]
-        order.append((-score * sum(sure) / len(sure), b))
-    order.sort()
-    assert np.allclose(scores, [-score for score, _ in order]) and np.allclose(points, expected[[b for _, b in order]])
+        sizes.append(len(images))
+        return queue[len(sizes) - 1]
+
+    rng = np.random.default_rng(0)
+    box_scores = np.linspace(1, 0.1, 70)
+    boxes = np.column_stack([rng.uniform(10, 100, (70, 4)), box_scores])
+    slow = [slow_pose(*maps, box) for *maps, box in zip(*answers.numpy(), boxes)]
+    slow.sort(key=lambda pose: -pose[1])
+    points, scores = make_task(keypoints=17).predict(model, Image.new("RGB", (90, 80)), boxes)
+    assert sizes == [32, 32, 32, 32, 6, 6]
+    assert np.allclose(scores, [score for _, score in slow])
+    assert np.allclose(points, [points for points, _ in slow])
 
 
-def test_nobody_and_unsure_persons():
-    args = argparse.Namespace(img_size=128, keypoints=133, amp="none")
-    points, scores = T.estimate_pose(None, Image.new("RGB", (90, 80)), np.zeros((0, 5)), args, CPU)
-    assert points.shape == (0, 133, 3) and scores.shape == (0,)
-    args.keypoints = 17
-    model = lambda images: torch.full((len(images), 17, 32, 24), 0.1)       # noqa: E731
-    points, scores = T.estimate_pose(model, Image.new("RGB", (90, 80)), np.array([[0, 0, 9, 9, 1.]]), args, CPU)
-    assert points.shape == (1, 17, 3) and scores.tolist() == [0]            # no point above 0.2
+def test_nobody_has_no_pose():
+    image = Image.new("RGB", (90, 80))
+    points, scores = make_task().predict(None, image, np.zeros((0, 5)))
+    assert points.shape == (0, 133, 3)
+    assert scores.shape == (0,)
+
+
+def flat_model(images):
+    return torch.full((len(images), 17, 32, 24), 0.1)
+
+
+def test_a_pose_without_confident_point_scores_zero():
+    task = make_task(keypoints=17)
+    box = np.array([[0, 0, 9, 9, 1.]])
+    points, scores = task.predict(flat_model, Image.new("RGB", (90, 80)), box)
+    assert points.shape == (1, 17, 3)
+    assert scores.tolist() == [0]
+
+
+def test_without_boxes_the_image_is_one_person():
+    task = make_task(keypoints=17)
+    image = Image.new("RGB", (90, 80))
+    points, _ = task.predict(flat_model, image)
+    expected, _ = task.predict(flat_model, image, np.array([[0, 0, 90, 80, 1.]]))
+    assert np.array_equal(points, expected)
 
 
 def loop_oks(a, b, area, sigmas):
     total = 0
     for (xa, ya, _), (xb, yb, _), sigma in zip(a, b, sigmas):
-        total += math.exp(-((xa - xb) ** 2 + (ya - yb) ** 2) / (8 * sigma ** 2 * area))
+        distance = (xa - xb) ** 2 + (ya - yb) ** 2
+        total += math.exp(-distance / (8 * sigma ** 2 * area))
     return total / len(sigmas)
 
 
+def greedy_nms(poses, scores, areas):
+    rest = sorted(range(len(poses)), key=lambda i: (-scores[i], i))
+    keep = []
+    while rest:
+        best, *others = rest
+        keep.append(best)
+        rest = []
+        for i in others:
+            area = (areas[best] + areas[i]) / 2
+            if loop_oks(poses[best], poses[i], area, train_dense.SIGMAS) <= 0.9:
+                rest.append(i)
+    return keep
+
+
 def test_oks_nms_matches_the_greedy_loop():
-    rng, dropped = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
+    dropped = 0
     for _ in range(10):
-        poses = rng.uniform(0, 50, (4, 1, 133, 3)) + rng.normal(0, 0.3, (4, 6, 133, 3))                 # six of each person
-        poses, scores, areas = poses.reshape(24, 133, 3), rng.integers(0, 6, 24) / 5, rng.uniform(200, 3000, 24)
-        rest, kept = sorted(range(24), key=lambda i: (-scores[i], i)), []
-        while rest:
-            best, *rest = rest
-            kept.append(best)
-            rest = [i for i in rest if loop_oks(poses[best], poses[i], (areas[best] + areas[i]) / 2, T.SIGMAS) <= 0.9]
-        dropped += 24 - len(kept)
-        assert T.oks_nms(poses, scores, areas, T.SIGMAS).tolist() == kept
+        people = rng.uniform(0, 50, (4, 1, 133, 3))
+        poses = people + rng.normal(0, 0.3, (4, 6, 133, 3))     # six of each person
+        poses = poses.reshape(24, 133, 3)
+        scores = rng.integers(0, 6, 24) / 5
+        areas = rng.uniform(200, 3000, 24)
+        slow = greedy_nms(poses, scores, areas)
+        fast = train_dense.oks_nms(poses, scores, areas, train_dense.SIGMAS)
+        assert fast.tolist() == slow
+        dropped += 24 - len(slow)
     assert 20 < dropped < 200
 
 
-def test_only_sure_points_are_drawn():
-    people = np.zeros((2, 133, 3))
-    people[..., :2] = np.random.default_rng(0).uniform(10, 90, (2, 133, 2))
+# -------------------------------------------------------------------------------------- overlay
+def overlay_mask(people):
+    """Pixels (100, 100) that an overlay of people (P, K, 3) changes in a black image."""
     image = Image.new("RGB", (100, 100))
-    people[0, :, 2], people[1, :, 2] = 0.29, -1
-    assert not np.array(T.draw_people(image, people)).any()
-    drawn = []
-    for part in (slice(5, 8), slice(15, 23), T.PARTS["face"], T.PARTS["lefthand"]):
-        people[0, :, 2], people[0, part, 2] = 0, 0.3
-        picture = T.draw_people(image, people[:1])
-        assert picture.size == image.size
-        drawn.append(np.array(picture).any(-1))
-    assert all(mask.any() for mask in drawn) and not np.array(image).any()
-    assert not np.array_equal(*(np.array(T.draw_people(image, p)) for p in (people[:, :17] + (0, 0, 1), people + (0, 0, 1))))
+    figure = train_dense.overlay_people(image, people)
+    assert figure.size == image.size and not np.array(image).any()
+    return np.array(figure).any(-1)
 
 
-# ------------------------------------------------------------------------------------------------------ COCO evaluation
-def result_of(points, **more):
-    return {field: points[T.PARTS[part]].ravel().tolist() for part, field in T.FIELDS.items()} | more
+@pytest.fixture
+def two_people():
+    points = np.zeros((2, 133, 3))
+    points[..., :2] = np.random.default_rng(0).uniform(10, 90, (2, 133, 2))
+    return points
 
 
+def test_unsure_points_are_not_shown(two_people):
+    two_people[0, :, 2] = 0.29
+    two_people[1, :, 2] = -1
+    assert not overlay_mask(two_people).any()
+
+
+@pytest.mark.parametrize("part", [
+    slice(5, 8), slice(15, 23), train_dense.PARTS["face"], train_dense.PARTS["lefthand"],
+])
+def test_confident_points_are_shown(two_people, part):
+    two_people[0, part, 2] = 0.3
+    assert overlay_mask(two_people[:1]).any()
+
+
+def test_seventeen_points_have_fewer_lines(two_people):
+    two_people[..., 2] = 1
+    body = overlay_mask(two_people[:, :17])
+    whole = overlay_mask(two_people)
+    assert body.any() and whole.sum() > body.sum()
+
+
+# -------------------------------------------------------------------------------------- metrics
 def test_oks_by_hand():
-    """One point of the nose and one of a hip, each off by one: exp(-1 / (8 sigma^2 area)) each."""
-    truth, found = np.zeros((1, 17, 3)), np.zeros((1, 17, 3))
-    truth[0, 0], truth[0, 11] = (10, 10, 2), (20, 30, 1)
-    found[0, 0, :2], found[0, 11, :2] = (11, 10), (20, 29)
-    value = T.oks(found, truth, np.array([[0, 0, 40, 40.]]), np.array([400.]), T.BODY_SIGMAS)
-    assert value[0, 0] == pytest.approx((math.exp(-1 / (8 * 0.026 ** 2 * 400)) + math.exp(-1 / (8 * 0.107 ** 2 * 400))) / 2)
+    """A point of the nose and one of a hip, each off by one: exp(-1 / (8 sigma^2 area)) each."""
+    truth = np.zeros((1, 17, 3))
+    truth[0, 0] = 10, 10, 2
+    truth[0, 11] = 20, 30, 1
+    found = np.zeros((1, 17, 3))
+    found[0, 0, :2] = 11, 10
+    found[0, 11, :2] = 20, 29
+    box = np.array([[0, 0, 40, 40.]])
+    value = train_dense.oks(found, truth, box, np.array([400.]), train_dense.BODY_SIGMAS)
+    nose = math.exp(-1 / (8 * 0.026 ** 2 * 400))
+    hip = math.exp(-1 / (8 * 0.107 ** 2 * 400))
+    assert value[0, 0] == pytest.approx((nose + hip) / 2)
     assert value[0, 0] == pytest.approx((0.63000 + 0.97307) / 2, abs=1e-4)
 
 
-def part_runs(truth, results, ids):
-    """Six runs of the keypoint evaluation, each on files of its own, written out."""
-    fields = [("body", "keypoints", "score"), ("foot", "foot_kpts", "foot_score"), ("face", "face_kpts", "face_score"),
-              ("lefthand", "lefthand_kpts", "lefthand_score"), ("righthand", "righthand_kpts", "righthand_score"),
-              ("whole", None, "wholebody_score")]
-    figures = {}
-    for run, field, score in fields:
-        own, found = [], []
-        for a in truth:
-            points = a[field] if field else table(a).ravel().tolist()
-            own.append({k: a[k] for k in ("id", "image_id", "category_id", "bbox", "area", "iscrowd")}
-                       | dict(keypoints=points, num_keypoints=sum(v > 0 for v in points[2::3])))
-        for r in results:
-            points = r[field] if field else table(r).ravel().tolist()
-            if any(v > 0 for v in points[2::3]):
-                x, y = r["keypoints"][::3], r["keypoints"][1::3]
-                found.append(dict(image_id=r["image_id"], category_id=1, keypoints=points, score=r.get(score, r["score"]),
-                                  area=(max(x) - min(x)) * (max(y) - min(y))))
-        sigmas = T.SIGMAS[T.PARTS[run]] if field else T.SIGMAS
-        figures[run] = T.evaluate_coco([dict(id=i) for i in ids], own, found, "keypoints", [1], sigmas)
-    return figures
+RUNS = {  # of the evaluation of the whole body: names of the field and of the score
+    "body": ("keypoints", "score"),
+    "foot": ("foot_kpts", "foot_score"),
+    "face": ("face_kpts", "face_score"),
+    "lefthand": ("lefthand_kpts", "lefthand_score"),
+    "righthand": ("righthand_kpts", "righthand_score"),
+    "whole": (None, "wholebody_score"),
+}
+
+
+def run_points(entry, field):
+    return entry[field] if field else points_of(entry).ravel().tolist()
+
+
+def run_annotation(annotation, field):
+    points = run_points(annotation, field)
+    num_keypoints = sum(v > 0 for v in points[2::3])
+    return annotation | {"keypoints": points, "num_keypoints": num_keypoints}
+
+
+def run_results(results, field, score):
+    found = []
+    for result in results:
+        points = run_points(result, field)
+        x = result["keypoints"][::3]
+        y = result["keypoints"][1::3]
+        if any(v > 0 for v in points[2::3]):
+            entry = {"image_id": result["image_id"], "category_id": 1, "keypoints": points}
+            entry["score"] = result.get(score, result["score"])
+            entry["area"] = (max(x) - min(x)) * (max(y) - min(y))
+            found.append(entry)
+    return found
+
+
+def separate_runs(truth, results, image_ids):
+    """Six runs of the keypoint evaluation, each on its own files, written out."""
+    metrics = {}
+    for run, (field, score) in RUNS.items():
+        sigmas = train_dense.SIGMAS[train_dense.PARTS[run]] if field else train_dense.SIGMAS
+        metrics[run] = train_dense.evaluate_coco(
+            [{"id": image_id} for image_id in image_ids],
+            [run_annotation(annotation, field) for annotation in truth],
+            run_results(results, field, score),
+            "keypoints",
+            [1],
+            sigmas,
+        )
+    return metrics
+
+
+def random_annotation(rng, image_id, annotation_id):
+    """A person some of whose parts are not labelled."""
+    is_crowd = int(rng.random() < 0.1)
+    area = float(rng.uniform(500, 12000))
+    entry = person(rng, image_id=image_id, id=annotation_id, iscrowd=is_crowd, area=area)
+    points = points_of(entry)
+    for part in train_dense.PARTS.values():
+        if rng.random() < 0.3:
+            points[part] = 0
+    return entry | fields_of(points)
+
+
+def random_result(rng, annotation):
+    """Noisy points, one part without confidence, some parts with their own score."""
+    noise = rng.normal(0, rng.choice([0.2, 1, 4]), (133, 2))
+    doubt = rng.uniform(-2, -1, (133, 1))
+    points = points_of(annotation) + np.concatenate([noise, doubt], 1)
+    unsure = str(rng.choice(list(train_dense.PARTS)))
+    points[train_dense.PARTS[unsure], 2] = 0
+    result = fields_of(points) | {"image_id": annotation["image_id"], "category_id": 1}
+    result["score"] = float(rng.random())
+    for run in ("foot", "face", "lefthand", "righthand", "wholebody"):
+        if rng.random() < 0.5:
+            result[f"{run}_score"] = float(rng.random())
+    return result
 
 
 def random_people(rng):
-    """Annotations of images 1 to 6 and noisy results, some parts unlabelled or without confidence, some with scores of their own."""
-    truth, results = [], []
-    for image, _ in product(range(1, 7), range(3)):
-        a = person(rng, image, id=len(truth), iscrowd=int(rng.random() < 0.1), area=float(rng.uniform(500, 12000)))
-        points = table(a)
-        for part in T.FIELDS:
-            if rng.random() < 0.3:
-                points[T.PARTS[part]] = 0
-        truth.append(a | {field: points[T.PARTS[part]].ravel().tolist() for part, field in T.FIELDS.items()})
+    """Three annotations for each of the images 1 to 6, and up to two results of each person."""
+    truth = []
+    results = []
+    for image_id, _ in product(range(1, 7), range(3)):
+        annotation = random_annotation(rng, image_id, len(truth))
+        truth.append(annotation)
         for _ in range(rng.integers(0, 3)):
-            found = table(a) + np.concatenate([rng.normal(0, rng.choice([0.2, 1, 4]), (133, 2)), rng.uniform(-2, -1, (133, 1))], 1)
-            found[T.PARTS[str(rng.choice(list(T.FIELDS)))], 2] = 0
-            scored = [run for run in ("foot", "face", "lefthand", "righthand", "wholebody") if rng.random() < 0.5]
-            more = {f"{run}_score": float(rng.random()) for run in scored}
-            results.append(result_of(found, image_id=image, category_id=1, score=float(rng.random()), **more))
+            results.append(random_result(rng, annotation))
     return truth, results
 
 
-def test_part_wise_evaluation_is_six_runs(tmp_path, capsys):
-    for seed in range(3):
-        truth, results = random_people(np.random.default_rng(seed))
-        runs = part_runs(truth, results, range(1, 7))
-        expected = {"AP": runs["whole"]["AP"], "AR": runs["whole"]["AR"]}
-        for run in ("body", "foot", "face", "lefthand", "righthand"):
-            expected |= {f"{run}_{name}": runs[run][name] for name in ("AP", "AR")}
-        expected |= {f"hand_{name}": (runs["lefthand"][name] + runs["righthand"][name]) / 2 for name in ("AP", "AR")}
-        assert 0.05 < min(expected.values()) and max(expected.values()) < 0.95
-        write_people(tmp_path, truth)
-        file = tmp_path / "annotations" / "coco_wholebody_val_v1.0.json"
-        data = json.loads(file.read_text())
-        file.write_text(json.dumps(data | dict(images=[dict(data["images"][0], id=i) for i in range(6, 0, -1)])))
-        (tmp_path / "results.json").write_text(json.dumps(results))
-        score = ["--task", "pose", "--data", str(tmp_path), "--score", str(tmp_path / "results.json")]
-        T.main(score)
-        printed = json.loads(capsys.readouterr().out)
-        assert printed == expected and list(printed) == list(expected)
-        T.main([*score, "--keypoints", "17"])
-        plain = [{k: r[k] for k in ("image_id", "category_id", "score", "keypoints")} for r in results]
-        assert json.loads(capsys.readouterr().out) == T.evaluate_coco([dict(id=i) for i in range(1, 7)], [
-            a | dict(num_keypoints=sum(v > 0 for v in a["keypoints"][2::3])) for a in truth], plain, "keypoints", [1])
+def score(folder, results, keypoints):
+    """Metrics of a results file, as --score computes them."""
+    file = folder / "results.json"
+    file.write_text(json.dumps(results))
+    task = make_task(keypoints=keypoints)
+    return task.score_results(task.open_split(folder, "val"), file)
 
 
-def test_parts_by_hand():
-    """Two persons; the second has no labelled feet, the result of the first no feet that it believes in."""
+@pytest.mark.parametrize("seed", range(3))
+def test_whole_body_metrics_are_six_separate_runs(tmp_path, seed):
+    truth, results = random_people(np.random.default_rng(seed))
+    write_people(tmp_path, truth, image_ids=range(6, 0, -1))
+    runs = separate_runs(truth, results, range(1, 7))
+    expected = {"AP": runs["whole"]["AP"], "AR": runs["whole"]["AR"]}
+    for run, name in product(list(RUNS)[:5], ("AP", "AR")):
+        expected[f"{run}_{name}"] = runs[run][name]
+    for name in ("AP", "AR"):
+        hands = runs["lefthand"][name], runs["righthand"][name]
+        expected[f"hand_{name}"] = sum(hands) / 2
+    metrics = score(tmp_path, results, 133)
+    assert 0.05 < min(expected.values()) and max(expected.values()) < 0.95
+    assert metrics == expected
+    assert list(metrics) == list(expected)
+
+
+def plain_result(result):
+    names = ("image_id", "category_id", "score", "keypoints")
+    return {name: result[name] for name in names}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_metrics_of_seventeen_keypoints_are_those_of_coco(tmp_path, seed):
+    truth, results = random_people(np.random.default_rng(seed))
+    write_people(tmp_path, truth, image_ids=range(6, 0, -1))
+    expected = train_dense.evaluate_coco(
+        [{"id": image_id} for image_id in range(1, 7)],
+        [run_annotation(annotation, "keypoints") for annotation in truth],
+        [plain_result(result) for result in results],
+        "keypoints",
+        [1],
+        train_dense.BODY_SIGMAS,
+    )
+    assert score(tmp_path, results, 17) == expected
+
+
+def test_metrics_by_hand():
+    """The first of two results is wrong everywhere, and the surest; its feet are not confident.
+
+    The second person has no labelled feet. So feet: one person to find, whose only detection is
+    dropped, and the other's feet are nowhere near. All others: one false, then one true of two,
+    that is recall 0.5 (51 of 101 points) at precision 0.5.
+    """
     rng = np.random.default_rng(0)
-    a, b = person(rng, id=1), person(rng, id=2, foot_kpts=[0] * 18)
-    first, second = table(a) + (500, 0, 0), table(b)                        # the first result is wrong everywhere, and most sure
-    first[17:23, 2] = 0
-    matches = T.match_people(7, [a, b], [result_of(p, score=s) for p, s in ((first, 0.9), (second, 0.5))], 133)
-    figures = T.people_figures([matches])
-    # whole, body, ...: one false, then one true of two: recall 0.5 (51 of 101 points) at precision 0.5
-    assert figures["AP"] == figures["body_AP"] == figures["hand_AP"] == pytest.approx(51 / 101 / 2) and figures["face_AR"] == 0.5
-    # feet: one person to find, whose only detection is dropped; the other's feet are nowhere near
-    assert (figures["foot_AP"], figures["foot_AR"]) == (0, 0)
-    figures = T.people_figures([T.match_people(7, [b], [], 133)])
-    assert figures["foot_AP"] == -1 and figures["face_AP"] == 0             # nothing to find, nothing found
+    first = person(rng, id=1)
+    second = person(rng, id=2, foot_kpts=[0] * 18)
+    wrong = points_of(first) + (500, 0, 0)
+    wrong[17:23, 2] = 0
+    results = [
+        fields_of(wrong) | {"score": 0.9},
+        fields_of(points_of(second)) | {"score": 0.5},
+    ]
+    matches = train_dense.match_people(7, [first, second], results, 133)
+    metrics = train_dense.people_metrics([matches])
+    for name in ("AP", "body_AP", "hand_AP"):
+        assert metrics[name] == pytest.approx(51 / 101 / 2)
+    assert metrics["face_AR"] == 0.5
+    assert (metrics["foot_AP"], metrics["foot_AR"]) == (0, 0)
 
 
-# ---------------------------------------------------------------------------------------------------------- whole runs
-FAST = "--task pose --backbone linglo_b0 --img-size 128 --batch-size 4 --micro-batch 2 --iters 3 --workers 0 --log-every 1".split()
+def test_metrics_without_results():
+    """Of a person without labelled feet: nothing to find is -1, nothing found is 0."""
+    truth = [person(np.random.default_rng(0), id=2, foot_kpts=[0] * 18)]
+    metrics = train_dense.people_metrics([train_dense.match_people(7, truth, [], 133)])
+    assert (metrics["foot_AP"], metrics["face_AP"]) == (-1, 0)
 
 
-def fails(flags, message):
-    with pytest.raises(T.InputError, match=message) as error:
-        T.main(flags)
-    return str(error.value)
-
-
-def truth_as_results(folder):
-    return [result_of(table(a), image_id=a["image_id"], category_id=1, score=0.9) for a in annotations(folder, "val")["annotations"]]
-
-
-def test_score_of_the_truth_is_perfect(scenes, tmp_path, capsys):
-    (tmp_path / "results.json").write_text(json.dumps(truth_as_results(scenes)))
-    T.main(["--task", "pose", "--data", str(scenes), "--score", str(tmp_path / "results.json")])
-    assert set(json.loads(capsys.readouterr().out).values()) == {1.0}
-    T.main(["--task", "pose", "--keypoints", "17", "--data", str(scenes), "--score", str(tmp_path / "results.json")])
-    scores = json.loads(capsys.readouterr().out)
-    assert list(scores) == "AP AP50 AP75 APm APl AR AR50 AR75 ARm ARl".split() and scores["AP"] == scores["AR"] == 1
-
-
-@pytest.fixture(scope="session")
-def run(scenes, tmp_path_factory):
-    """A short run of two processes, and the same of one: the folder, and their logs."""
-    folder, logs = tmp_path_factory.mktemp("runs"), []
-    for world in (1, 2):
-        command = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if world > 1 else []),
-                   str(ROOT / "train_dense.py"), *FAST, "--data", str(scenes), "--output", str(folder / str(world)), "--eval-every", "3"]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300)
-        assert done.returncode == 0, done.stderr[-2000:]
-        logs.append([json.loads(line) for line in (folder / str(world) / "log.jsonl").read_text().splitlines()])
-    return folder, logs
-
-
-def test_two_processes_equal_one(run):
-    losses = [[r["loss"] for r in log if "lr" in r] for log in run[1]]
-    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert run[1][0][-1].keys() == run[1][1][-1].keys() >= {"AP", "AR", "body_AP", "hand_AR", "best"}
-
-
-def test_a_run_can_be_tested_and_drawn(run, scenes, tmp_path, capsys):
-    weights = str(run[0] / "1" / "last.pt")
-    T.main(["--eval", "--weights", weights])
-    printed = json.loads(capsys.readouterr().out)
-    assert printed == {k: run[1][0][-1][k] for k in printed} and len(printed) == 14
-    boxes = [dict(image_id=i, category_id=c, bbox=[5, 5, 60, 60], score=0.5) for i, c in ((1, 1), (1, 1), (2, 1), (3, 4))]
-    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
-    T.main(["--eval", "--weights", weights, "--boxes", str(tmp_path / "boxes.json")])
-    assert json.loads(capsys.readouterr().out).keys() == printed.keys()
-    pictures = [str(scenes / "val2017" / f"00000000000{i}.jpg") for i in (1, 3)]
-    T.main(["--predict", *pictures, "--weights", weights, "--output", str(tmp_path), "--boxes", str(tmp_path / "boxes.json")])
-    for i, picture in zip((1, 3), pictures):
-        assert Image.open(tmp_path / f"00000000000{i}_pose.png").size == Image.open(picture).size
-    fails(["--eval", "--weights", weights, "--keypoints", "17"], "the checkpoint is one of 133, --keypoints says 17")
-    Image.open(pictures[0]).save(tmp_path / "photo.jpg")
-    fails(["--predict", str(tmp_path / "photo.jpg"), "--weights", weights, "--boxes", str(tmp_path / "boxes.json")], "must be its id")
-    T.main(["--predict", str(tmp_path / "photo.jpg"), "--weights", weights, "--output", str(tmp_path)])
-    assert (tmp_path / "photo_pose.png").exists()
-
-
-def test_persons_from_a_detection_file(scenes, tmp_path):
-    """Persons alone, in their images, with their scores; boxes without extent and of other images are left out."""
-    boxes = [dict(image_id=3, category_id=1, bbox=[1, 2, 30, 40], score=0.5), dict(image_id=1, category_id=1, bbox=[0, 0, 9, 9], score=0.1),
-             dict(image_id=3, category_id=4, bbox=[1, 2, 3, 4], score=0.9), dict(image_id=3, category_id=1, bbox=[5, 5, 0, 9], score=1),
-             dict(image_id=999, category_id=1, bbox=[1, 2, 3, 4], score=0.9), dict(image_id=3, category_id=1, bbox=[-4, 2, 6, 8], score=0)]
-    file = tmp_path / "boxes.json"
-    file.write_text(json.dumps(boxes))
-    source = T.Persons(scenes, "val", 133, file)
-    assert len(source) == 5 and source.read(2)[1].tolist() == [[1, 2, 30, 40, 0.5], [-4, 2, 6, 8, 0]]
-    assert [len(source.read(i)[1]) for i in range(5)] == [1, 0, 2, 0, 0]
-    assert np.array_equal(T.Persons(scenes, "train", 133, file).boxes, T.Persons(scenes, "train", 133).boxes)           # testing only
-    for change, message in (({"bbox": [1, 2, 3]}, "image 3: bbox"), ({"score": math.nan}, "image 3: expected a bbox"),
-                            ({"bbox": None, "segmentation": []}, "image 3: expected a bbox"), ({"score": None}, "no COCO results file"),
-                            ({"image_id": [3]}, "no COCO results file"), ({"image_id": 99}, "no person in an image"),
-                            ({"category_id": None}, "no COCO results file")):
-        file.write_text(json.dumps([boxes[0] | change]))
-        with pytest.raises(T.InputError, match=message):
-            T.Persons(scenes, "val", 133, file)
-
-
-def test_seventeen_keypoints_train_and_go_on(scenes, tmp_path):
-    T.main([*FAST, "--data", str(scenes), "--keypoints", "17", "--output", str(tmp_path), "--max-steps", "2"])
-    T.main(["--task", "pose", "--resume", "auto", "--output", str(tmp_path), "--backbone", "linglo_b0"])
-    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == 3 and {"AP", "AP50", "ARl"} <= last.keys()
-    fails(["--task", "pose", "--resume", "auto", "--output", str(tmp_path), "--backbone", "linglo_b0", "--keypoints", "133"], "one of 17")
-
-
-def test_settings():
-    args = argparse.Namespace(task="pose", lr=5e-4, warmup_iters=500, schedule="pose")
-    rates = [T.rate_at(step, args, 21000) for step in (0, 250, 500, 16999, 17000, 19999, 20000)]
-    assert rates == pytest.approx([5e-7, 5e-4 * (1 - 0.5 * 0.999), 5e-4, 5e-4, 5e-5, 5e-5, 5e-6])
-    args = T.parse_args(["--task", "pose", "--backbone", "clustr_s", "--data", "x"])
-    T.settle(args)
-    assert (args.epochs, args.batch_size, args.lr, args.weight_decay, args.img_size, args.drop_path) == (210, 512, 5e-4, 0.01, 256, 0)
-    assert args.keypoints == 133 and args.boxes is None and not args.frozen_bn
-    model = T.build_model("pose", "linglo_b0", 17)
-    groups = T.decay_groups(model, 0.01, norms=True)
-    assert len(groups[0]["params"]) == len(list(model.parameters())) and groups[1]["params"] == []
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
-@pytest.mark.parametrize("change, message", [
-    ({"keypoints": [0] * 48}, "keypoints must be 51 finite numbers"), ({"lefthand_kpts": None}, "lefthand_kpts must be 63"),
-    ({"face_kpts": [math.nan] * 204}, "face_kpts must be 204"), ({"foot_kpts": ["1"] * 18}, "foot_kpts must be 18"),
-    ({"foot_kpts": [[1, 2, 3]] * 6}, "foot_kpts"), ({"bbox": [1, 2]}, "bbox"), ({"image_id": 999}, "unknown image id 999")])
-def test_broken_annotations_name_file_and_id(broken, change, message):
-    file, data = broken / "annotations" / "coco_wholebody_val_v1.0.json", annotations(broken, "val")
-    data["annotations"][1].update(change)
-    file.write_text(json.dumps(data))
-    text = fails([*FAST, "--data", str(broken)], message)
-    assert f"{file}: annotation {data['annotations'][1]['id']}: " in text
+def test_the_truth_scores_one(three_people):
+    source = train_dense.Persons(three_people, "val", 133)
+    results = [entry | {"score": 0.9} for entry in source.annotations[7]]
+    whole = score(three_people, results, 133)
+    body = score(three_people, results, 17)
+    assert set(whole.values()) == {1.0}
+    assert list(body) == "AP AP50 AP75 APm APl AR AR50 AR75 ARm ARl".split()
+    assert body["AP"] == body["AR"] == 1
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"keypoints": [0] * 48}, "image 1: keypoints must be 51"), ({"foot_kpts": [0.0]}, "image 1: foot_kpts must be 18"),
-    ({"image_id": 77}, "unknown image id 77"), ({"category_id": 3}, "unknown category id 3"), ({"score": math.inf}, "not finite"),
-    ({"face_score": "high"}, "results.json"), ({"score": None}, "no COCO results file")])
-def test_broken_results_are_refused(scenes, tmp_path, change, message):
-    result = result_of(np.ones((133, 3)), image_id=1, category_id=1, score=0.5) | change
-    (tmp_path / "results.json").write_text(json.dumps([result]))
-    fails(["--task", "pose", "--data", str(scenes), "--score", str(tmp_path / "results.json")], message)
+    ({"keypoints": [0] * 48}, "image 7: keypoints must be 51"),
+    ({"foot_kpts": [0.0]}, "image 7: foot_kpts must be 18"),
+    ({"image_id": 77}, "unknown image id 77"),
+    ({"category_id": 3}, "unknown category id 3"),
+    ({"score": math.inf}, "image 7: score inf, expected a finite number"),
+    ({"face_score": "high"}, "results.json"),
+    ({"score": None}, "image 7: score None"),
+])
+def test_broken_results_are_refused(three_people, change, message):
+    result = fields_of(np.ones((133, 3))) | {"image_id": 7, "category_id": 1, "score": 0.5}
+    with pytest.raises(train_dense.InputError, match=message):
+        score(three_people, [result | change], 133)
 
 
-def test_bad_input_is_named(scenes, broken, tmp_path):
-    fails([*FAST, "--data", str(scenes), "--img-size", "192"], "--img-size 192: pose needs a multiple of 128")
-    fails([*FAST, "--data", str(scenes), "--keypoints", "18"], "--keypoints: invalid choice")
-    fails(["--task", "retinanet", "--data", str(scenes), "--boxes", "x"], "--boxes is for pose, not for retinanet")
-    fails([*FAST, "--data", str(scenes), "--boxes", str(tmp_path / "x")], "cannot read .*x")
-    fails([*FAST, "--data", str(tmp_path / "nowhere")], "cannot read .*coco_wholebody_train_v1.0.json")
-    data = annotations(broken, "train")
-    file = broken / "annotations" / "coco_wholebody_train_v1.0.json"
-    file.write_text(json.dumps(data | dict(annotations=[dict(a, area=0) for a in data["annotations"]])))
-    assert str(file) in fails([*FAST, "--data", str(broken)], "holds no person with keypoints")
-    shutil.rmtree(broken / "train2017")
-    fails([*FAST, "--data", str(broken)], "train2017 is not a folder")
+# ----------------------------------------------------------------------------------------- task
+def test_collate_stacks_crops_and_points(three_people):
+    task = make_task()
+    source = task.open_split(three_people, "train")
+    samples = [task.augment(source.read(i), random.Random(i)) for i in range(3)]
+    crops, points = task.collate(samples)
+    assert crops.shape == (3, 128, 96, 3) and crops.dtype == torch.uint8
+    assert points.shape == (3, 133, 3) and points.dtype == torch.float32
+    assert np.array_equal(crops[1].numpy(), samples[1][0])
+    assert np.array_equal(points[1].numpy(), samples[1][1])
+
+
+def test_losses_are_those_of_the_normalised_crops():
+    model = build_model("linglo_b0", 133, drop_path_rate=0.0)
+    crops = torch.randint(0, 256, (2, 128, 96, 3), dtype=torch.uint8)
+    points = 96 * torch.rand(2, 133, 3)
+    losses = make_task().losses(model, (crops, points))
+    expected = model(train_dense.normalize(crops), points)
+    assert losses.keys() == expected.keys()
+    assert torch.equal(losses["loss_heatmap"], expected["loss_heatmap"])
+
+
+@pytest.mark.parametrize("keypoints", [133, 17])
+def test_perfect_poses_are_recorded_as_such(three_people, monkeypatch, keypoints):
+    task = make_task(keypoints=keypoints)
+    source = task.open_split(three_people, "val")
+
+    def perfect(_model, _image, boxes):
+        assert np.array_equal(boxes, source.boxes[:len(boxes)])
+        return source.points[:len(boxes)].astype(float), boxes[:, 4]
+
+    monkeypatch.setattr(task, "predict", perfect)
+    records = []
+    for i in range(len(source)):
+        sample = task.test_sample(source, i, None)
+        records.append(task.record(None, source, sample))
+    metrics = task.summarize(source, records)
+    assert metrics["AP"] == metrics["AR"] == 1
+
+
+def test_overlay_shows_the_points(two_people):
+    two_people[..., 2] = 1
+    image = Image.new("RGB", (100, 100))
+    figure = make_task().overlay(image, (two_people, np.ones(2)), [])
+    assert figure == train_dense.overlay_people(image, two_people)
+
+
+@pytest.mark.parametrize("file, count", [
+    ("val/000000000003.jpg", 2), ("7/x4_1.png", 1), ("2.png", 0),
+])
+def test_boxes_of_a_file_are_found_by_its_last_number(file, count):
+    person_boxes = {3: np.ones((2, 5)), 1: np.ones((1, 5))}
+    assert make_task().boxes_in(file, person_boxes).shape == (count, 5)
+
+
+def test_a_file_without_number_has_no_boxes():
+    with pytest.raises(train_dense.InputError, match="photo.jpg: .* must be its id"):
+        make_task().boxes_in("1/photo.jpg", {})
