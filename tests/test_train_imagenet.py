@@ -332,9 +332,9 @@ def test_a_sample_depends_on_its_key_alone(broken):
 
     samples = train_imagenet.Samples(broken, number, seed=0, max_replacements=0)
     other_seed = train_imagenet.Samples(broken, number, seed=1, max_replacements=0)
-    drawn = [samples[key][0] for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
-    assert samples[(0, 0, 0)][0] == drawn[0]
-    assert len({*drawn, other_seed[(0, 0, 0)][0]}) == 5
+    sampled = [samples[key][0] for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    assert samples[(0, 0, 0)][0] == sampled[0]
+    assert len({*sampled, other_seed[(0, 0, 0)][0]}) == 5
 
 
 def test_drawn_images_are_the_same_every_time():
