@@ -989,6 +989,7 @@ class TrainState:
         self.saved_at = self.step
         checkpoint.clear()
 
+
 def not_finite(what, step, lr, output, saved_at):
     """The message of a run that stops because something became infinite or not a number."""
     checkpoint = "none yet" if saved_at is None else f"{output}/last.pt of update {saved_at}"

@@ -1,4 +1,8 @@
-"""train_imagenet.py: augmentation against its definition, exact resume, processes, workers, errors as users see them."""
+"""train_imagenet.py: augmentation against its definition, flags, exact resume, processes, errors.
+
+Whole runs use secvit_t shrunk to milliseconds per update; runs in processes of their own use it
+through a small launcher script.
+"""
 import argparse
 import copy
 import json
@@ -6,7 +10,10 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -16,43 +23,91 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import secvit
-import train_imagenet as T
+import train_imagenet
 
-ROOT = Path(T.__file__).parent
-TINY = dict(depths=(1, 1, 1, 2), dims=(16, 16, 32, 32), heads=(2, 2, 2, 2), layer_scale=(None, None, 1e-6, 1e-6))
-FAST = "--img-size 32 --batch-size 4 --micro-batch 2 --epochs 2 --warmup-epochs 0.5 --lr 1e-3 --workers 0 --log-every 1".split()
-FULL = "--mixup 0.8 --cutmix 1 --random-erase 0.5 --randaug rand-m9-mstd0.5-inc1 --ema 0.9 --drop-path 0.3 --repeated-aug 1".split()
+ROOT = Path(train_imagenet.__file__).parent
+SMALL = dict(
+    depths=(1, 1, 1, 2),
+    dims=(16, 16, 32, 32),
+    heads=(2, 2, 2, 2),
+    layer_scale=(None, None, 1e-6, 1e-6),
+)
+FAST = (  # 3 updates per epoch of the 14 images, 6 in all
+    "--model secvit_t --img-size 32 --batch-size 4 --micro-batch 2 --epochs 2 "
+    "--warmup-epochs 0.5 --lr 1e-3 --workers 0 --log-every 1"
+).split()
+FULL = (
+    "--mixup 0.8 --cutmix 1 --random-erase 0.5 --randaug rand-m9-mstd0.5-inc1 "
+    "--ema 0.9 --drop-path 0.3 --repeated-aug 1"
+).split()
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    """secvit_t shrunk to milliseconds an update; signal handlers put back afterwards."""
-    monkeypatch.setitem(T.MODELS, "secvit_t", lambda **options: secvit.SecViT(**{**TINY, "drop_path_rate": 0.1, **options}))
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+def small_model(**options):
+    """secvit_t, but small: what MODELS holds instead of it in these tests."""
+    return secvit.SecViT(**{**SMALL, "drop_path_rate": 0.1, **options})
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train_imagenet.MODELS, "secvit_t", small_model)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def global_settings():
+    """A run sets signal handlers and deterministic kernels; both are put back."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
     yield
-    signal.signal(signal.SIGTERM, before[0])
-    signal.signal(signal.SIGINT, before[1])
+    for number, handler in zip(numbers, handlers):
+        signal.signal(number, handler)
     torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """14 training and 7 validation photos of 2 classes, of several sizes and modes."""
-    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    """14 training and 7 validation images of 2 classes, of several sizes and modes."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
     for split, images in (("train", 14), ("val", 7)):
         for i in range(images):
             path = root / split / ("cat", "dog")[i % 2] / f"{i:02}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray(rng.integers(0, 256, (20 + 5 * i, 90 - 5 * i, 3), dtype=np.uint8))
+            pixels = rng.integers(0, 256, (20 + 5 * i, 90 - 5 * i, 3), dtype=np.uint8)
+            image = Image.fromarray(pixels)
             image.convert(("RGB", "L", "P", "RGBA")[i % 4]).save(path)
     return root
 
 
-def rng_of(seed):
-    return random.Random(seed)
+@pytest.fixture(scope="module")
+def finished(tiny, folder, tmp_path_factory):
+    """The output folder of a whole run with every augmentation; not to be changed."""
+    output = tmp_path_factory.mktemp("finished")
+    run(*FAST, *FULL, "--data", folder, "--output", output)
+    return output
+
+
+def run(*arguments):
+    train_imagenet.main([str(argument) for argument in arguments])
+
+
+def resolve(*arguments):
+    """The settled flags of a command line."""
+    args, _ = train_imagenet.resolve_args([str(argument) for argument in arguments])
+    return args
+
+
+def read_records(output):
+    lines = (output / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def logged_updates(output):
+    return [record for record in read_records(output) if "lr" in record]
 
 
 def last_state(output):
@@ -65,481 +120,1417 @@ def assert_same_state(a, b):
         assert a[part].keys() == b[part].keys()
         for name in a[part]:
             assert torch.equal(a[part][name], b[part][name]), name
+    moments = b["optimizer"]["state"]
     for key, entry in a["optimizer"]["state"].items():
-        assert all(torch.equal(entry[k], b["optimizer"]["state"][key][k]) for k in entry)
-    assert all(a[k] == b[k] for k in ("step", "evaluated", "best", "epoch_loss"))
+        for name in entry:
+            assert torch.equal(entry[name], moments[key][name]), (key, name)
+    for counter in train_imagenet.TrainState.counters:
+        assert a[counter] == b[counter], counter
 
 
-# ---------------------------------------------------------------------------------------------------------------- data
-@pytest.mark.parametrize("repeats, images", [(1, 50), (3, 50), (3, 600)])
-def test_micro_batches_do_not_depend_on_processes(repeats, images):
-    make = partial(T.StepSampler, images=images, batch=12, micro=3, seed=5, repeats=repeats)
-    steps = 2 * make(rank=0, world=1).per_epoch
-    alone = list(make(rank=0, world=1, last=steps))
-    for world in (2, 4):
-        parts = [list(make(rank=r, world=world, last=steps)) for r in range(world)]
-        assert [batch for turn in zip(*parts) for batch in turn] == alone
-    assert list(make(rank=0, world=1, first=3, last=steps)) == alone[3 * 4:]
-    keys = [key for batch in alone[:len(alone) // 2] for key in batch]
-    used = images // 256 * 256 if repeats > 1 and images >= 256 else images
-    assert len(keys) == used // 12 * 12 and len(set(keys)) == len(keys) and {key[0] for key in keys} == {0}
-    distinct = {index for _, index, _ in keys}
-    assert abs(len(distinct) - len(keys) / repeats) <= 1                   # every image `repeats` times
-    if repeats > 1:
-        assert all(len({index for _, index, _ in batch}) == 3 for batch in alone[:8])   # copies in different micro-batches
-    assert [key[1:] for key in keys] != [key[1:] for batch in alone[len(alone) // 2:] for key in batch]     # reshuffled
+def random_image(width, height, seed=0):
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_folder_reads_any_mode_and_names_classes(folder):
-    train, val = T.open_data(folder)
-    assert train.classes == val.classes == ["cat", "dog"] and (len(train), len(val)) == (14, 7)
-    assert {train.read(i).mode for i in range(14)} == {"RGB"}
-    assert train.labels.tolist() == [0] * 7 + [1] * 7 and train.name(7).endswith("dog/01.png")
+def save_image(path, image=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (image or Image.new("RGB", (8, 8))).save(path)
 
 
-def test_unreadable_files_are_replaced_by_the_next(tmp_path):
-    for i in range(13):
-        path = tmp_path / "a" / f"{i:02}.png"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"no image") if i < 10 else Image.new("RGB", (8, 8), (i, i, i)).save(path)
-    source = T.ImageFolder(tmp_path)
-    keep = lambda image, rng: image                                        # noqa: E731
-    image, label, unreadable = T.Samples(source, keep, 0, replace=9)[(0, 8, 0)]
-    assert image[0, 0, 0] == 10 and label == 0 and [f.split(":")[0][-6:] for f in unreadable] == ["08.png", "09.png"]
-    image, _, unreadable = T.Samples(source, keep, 0, replace=9)[(0, 0, 0)]
-    assert image is None and len(unreadable) == 10
-    images, _, unreadable = T.collate([T.Samples(source, keep, 0, replace=0)[(0, i, 0)] for i in (11, 3)])
-    assert images is None and len(unreadable) == 1
-
-
-def test_drawn_images_are_the_same_every_time_and_differ_between_splits():
-    a, b = T.DrawnShapes("train", 20), T.DrawnShapes("train", 20)
-    assert all(a.read(i).tobytes() == b.read(i).tobytes() for i in range(20))
-    assert a.read(0).tobytes() != T.DrawnShapes("val", 1).read(0).tobytes()
-    assert len(a.classes) == 10 and sorted(set(a.labels.tolist())) == list(range(10))
-
-
-# -------------------------------------------------------------------------------------------------------- augmentation
-def test_random_resized_crop_shares_and_ratios(monkeypatch):
-    boxes = []
-    image = Image.new("RGB", (200, 150))
-    monkeypatch.setattr(Image.Image, "crop", lambda self, box: boxes.append(box) or self)
-    rng = rng_of(0)
-    for _ in range(500):
-        assert T.random_resized_crop(image, 24, 0.08, rng).size == (24, 24)
-    w, h = np.array([(x1 - x0, y1 - y0) for x0, y0, x1, y1 in boxes]).T
-    share, ratio = w * h / 30000, w / h
-    assert 0.07 < share.min() < 0.15 and share.max() > 0.85 and 0.72 < ratio.min() < 0.8 and 1.25 < ratio.max() < 1.37
-    assert all(0 <= x0 < x1 <= 200 and 0 <= y0 < y1 <= 150 for x0, y0, x1, y1 in boxes)
-    boxes.clear()
-    T.random_resized_crop(Image.new("RGB", (1000, 6)), 24, 0.5, rng)       # no crop of half the area has an allowed ratio
-    T.random_resized_crop(Image.new("RGB", (6, 1000)), 24, 0.5, rng)
-    assert boxes == [(496, 0, 504, 6), (0, 496, 6, 504)]
-
-
-def test_center_crop_follows_torchvisions_rule():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (375, 500, 3), dtype=np.uint8))
-    expected = image.resize((341, 256), Image.Resampling.BICUBIC).crop((58, 16, 282, 240))      # round(58.5) = 58
-    assert T.center_crop(image, size=224, share=0.875).tobytes() == expected.tobytes()
-    assert T.center_crop(image.transpose(Image.Transpose.ROTATE_90), size=384, share=1.0).size == (384, 384)
-
-
-def pixels(image):
+def values(image):
     return np.asarray(image).astype(int)
 
 
-@pytest.mark.parametrize("m", [0.0, 9.0, 10.0])
-def test_randaugment_operations_match_their_definition(m):
-    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-    x = pixels(image)
-    results = [pixels(op(image, m, 1)) for op in T.RANDAUGMENT]
-    assert len(results) == 15 and {r.shape for r in results} == {x.shape}
-    bits, threshold, add = 4 - int(0.4 * m), 256 - min(256, int(25.6 * m)), min(128, int(11 * m))
-    assert (results[2] == 255 - x).all()
-    assert (results[4] == (x & ~(2 ** (8 - bits) - 1) if bits else 0 * x)).all()                # 0 bits: black
-    assert (results[5] == np.where(x < threshold, x, 255 - x)).all()
-    assert (results[6] == np.where(x < 128, np.minimum(x + add, 255), x)).all()
-    assert abs(results[9] - np.clip(x * (1 + 0.09 * m), 0, 255)).max() <= 1                     # brightness blends with black
-    if m == 0:
-        for i in (3, 5, 7, 8, 9, 10, 11, 12, 13, 14):
-            assert (results[i] == x).all(), i
-    else:                                                                                       # fill colour, and direction
-        for i, corner in ((11, (-1, -1)), (12, (-1, -1)), (13, (0, -1)), (14, (-1, 0))):
-            assert (results[i][corner] == T.FILL).all(), i
-        moved = pixels(T.RANDAUGMENT[13](image, 10, 1))
-        assert abs(moved[5, 3] - (x[5, 16] + x[5, 17]) / 2).max() < 64                          # 13.5 pixels, content moves left
-    assert (results[3] != pixels(T.RANDAUGMENT[3](image, m, -1))).any() == (m > 0)
+# ------------------------------------------------------------------------------------------ sampler
+def make_sampler(images=50, repeats=1, rank=0, world=1, **limits):
+    return train_imagenet.StepSampler(
+        images=images, batch=12, micro=3, rank=rank, world=world, seed=5, repeats=repeats, **limits)
 
 
-def test_randaugment_draws(monkeypatch):
-    seen = []
-    monkeypatch.setattr(T, "RANDAUGMENT", tuple(lambda image, m, sign, i=i: seen.append((i, m, sign)) or image for i in range(15)))
-    rng, counts = rng_of(0), []
+def two_epochs(images, repeats, **place):
+    """Micro-batches of two epochs."""
+    steps = 2 * make_sampler(images, repeats).per_epoch
+    return list(make_sampler(images, repeats, last=steps, **place))
+
+
+def first_epoch(images, repeats):
+    batches = two_epochs(images, repeats)
+    return batches[:len(batches) // 2]
+
+
+def join(batches):
+    keys = []
+    for batch in batches:
+        keys += batch
+    return keys
+
+
+orders = pytest.mark.parametrize("images, repeats", [(50, 1), (50, 3), (600, 3)])
+
+
+@orders
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_share_the_micro_batches_of_one(images, repeats, world):
+    parts = [two_epochs(images, repeats, rank=rank, world=world) for rank in range(world)]
+    assert join(zip(*parts)) == two_epochs(images, repeats)
+
+
+def test_sampler_starts_at_any_update():
+    later = list(make_sampler(first=3, last=8))
+    assert later == list(make_sampler(last=8))[3 * 4:]
+
+
+@orders
+def test_an_epoch_holds_every_key_once(images, repeats):
+    keys = join(first_epoch(images, repeats))
+    used = 512 if images == 600 else images
+    assert len(keys) == used // 12 * 12
+    assert len(set(keys)) == len(keys)
+    assert {epoch for epoch, _, _ in keys} == {0}
+
+
+@orders
+def test_every_image_comes_as_often_as_asked(images, repeats):
+    keys = join(first_epoch(images, repeats))
+    distinct = {index for _, index, _ in keys}
+    assert abs(len(distinct) - len(keys) / repeats) <= 1
+
+
+@pytest.mark.parametrize("images", [50, 600])
+def test_copies_of_an_image_are_in_different_micro_batches(images):
+    for batch in first_epoch(images, repeats=3)[:8]:
+        assert len({index for _, index, _ in batch}) == 3
+
+
+@orders
+def test_each_epoch_has_its_own_order(images, repeats):
+    batches = two_epochs(images, repeats)
+    half = len(batches) // 2
+    first = [key[1:] for key in join(batches[:half])]
+    second = [key[1:] for key in join(batches[half:])]
+    assert first != second
+
+
+# --------------------------------------------------------------------------------------------- data
+def open_folder(folder):
+    return train_imagenet.open_data(folder, "train", "val", announce=False)
+
+
+def test_splits_have_the_same_classes(folder):
+    train, val = open_folder(folder)
+    assert train.classes == val.classes == ["cat", "dog"]
+    assert len(train) == 14
+    assert len(val) == 7
+
+
+def test_images_are_listed_by_class(folder):
+    train, _ = open_folder(folder)
+    assert train.labels.tolist() == [0] * 7 + [1] * 7
+    assert train.name(7).endswith("dog/01.png")
+
+
+def test_images_of_any_mode_are_read_as_rgb(folder):
+    train, _ = open_folder(folder)
+    assert {train.read(i).mode for i in range(len(train))} == {"RGB"}
+
+
+def test_grey_of_16_bits_is_stretched(tmp_path):
+    grey = np.arange(1000, 1000 + 12 * 9, dtype=np.uint16).reshape(9, 12)
+    save_image(tmp_path / "a" / "0.png", Image.fromarray(grey))
+    image = train_imagenet.ImageFolder(tmp_path).read(0)
+    expected = (grey - 1000.0) * 255 / (12 * 9 - 1)
+    assert image.mode == "RGB"
+    for channel in range(3):
+        assert abs(values(image)[..., channel] - expected).max() <= 1
+
+
+def test_grey_of_16_bits_and_one_value_is_read(tmp_path):
+    save_image(tmp_path / "0.png", Image.fromarray(np.full((4, 4), 3000, np.uint16)))
+    assert train_imagenet.read_image(tmp_path / "0.png").size == (4, 4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_upright_if_asked(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    path = tmp_path / "photo.png"
+    random_image(7, 5).save(path, exif=exif)
+    upright = train_imagenet.read_image(path, upright=True)
+    assert upright.tobytes() == ImageOps.exif_transpose(Image.open(path)).tobytes()
+    assert train_imagenet.read_image(path).tobytes() == random_image(7, 5).tobytes()
+
+
+def test_only_the_orientation_of_exif_matters(tmp_path):
+    """A resolution of -1/0, which exif_transpose cannot write back."""
+    orientation = struct.pack("<HHLHH", 0x112, 3, 1, 6, 0)
+    resolution = struct.pack("<HHLL", 0x11A, 10, 1, 38) + struct.pack("<Lll", 0, -1, 0)
+    header = b"Exif\0\0II*\0" + struct.pack("<LH", 8, 2)
+    random_image(7, 5).save(tmp_path / "a.jpg", exif=header + orientation + resolution)
+    assert train_imagenet.read_image(tmp_path / "a.jpg", upright=True).size == (5, 7)
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    for name in ("cat", "dog", ".ipynb_checkpoints"):
+        save_image(tmp_path / name / "0.png")
+    source = train_imagenet.ImageFolder(tmp_path)
+    assert source.classes == ["cat", "dog"]
+    assert len(source) == 2
+
+
+def test_other_files_are_no_images(tmp_path):
+    save_image(tmp_path / "cat" / "0.png")
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "README").write_text("no class")
+    source = train_imagenet.ImageFolder(tmp_path)
+    assert source.classes == ["cat"]
+    assert len(source) == 1
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A folder of one class, whose first 10 of 13 files are no images."""
+    for i in range(13):
+        path = tmp_path / "a" / f"{i:02}.png"
+        if i < 10:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"no image")
+        else:
+            save_image(path, Image.new("RGB", (8, 8), (i, i, i)))
+    return train_imagenet.ImageFolder(tmp_path)
+
+
+def read_pixel(source, index, _rng):
+    return source.read(index).getpixel((0, 0))
+
+
+def test_unreadable_files_are_replaced_by_the_next(broken):
+    samples = train_imagenet.Samples(broken, read_pixel, seed=0, max_replacements=9)
+    sample, unreadable = samples[(0, 8, 0)]
+    assert sample == (10, 10, 10)
+    assert [re.search(r"\d+\.png", file)[0] for file in unreadable] == ["08.png", "09.png"]
+
+
+def test_after_the_last_replacement_the_sample_is_missing(broken):
+    samples = train_imagenet.Samples(broken, read_pixel, seed=0, max_replacements=9)
+    sample, unreadable = samples[(0, 0, 0)]
+    assert sample is None
+    assert len(unreadable) == 10
+
+
+def test_a_batch_with_a_missing_sample_is_none(broken):
+    samples = train_imagenet.Samples(broken, read_pixel, seed=0, max_replacements=0)
+    items = [samples[(0, 11, 0)], samples[(0, 3, 0)]]
+    batch, unreadable = train_imagenet.collate(list, items)
+    assert batch is None
+    assert len(unreadable) == 1
+
+
+def test_a_sample_depends_on_its_key_alone(broken):
+    def number(_source, _index, rng):
+        return rng.random()
+
+    samples = train_imagenet.Samples(broken, number, seed=0, max_replacements=0)
+    other_seed = train_imagenet.Samples(broken, number, seed=1, max_replacements=0)
+    sampled = [samples[key][0] for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    assert samples[(0, 0, 0)][0] == sampled[0]
+    assert len({*sampled, other_seed[(0, 0, 0)][0]}) == 5
+
+
+def test_drawn_images_are_the_same_every_time():
+    first = train_imagenet.DrawnShapes("train", 20)
+    second = train_imagenet.DrawnShapes("train", 20)
+    for i in range(20):
+        assert first.read(i).tobytes() == second.read(i).tobytes()
+
+
+def test_drawn_images_of_the_splits_differ():
+    train = train_imagenet.DrawnShapes("train", 1)
+    val = train_imagenet.DrawnShapes("val", 1)
+    assert train.read(0).tobytes() != val.read(0).tobytes()
+
+
+def test_drawn_images_have_ten_classes():
+    source = train_imagenet.DrawnShapes("train", 20)
+    assert len(source.classes) == 10
+    assert sorted(set(source.labels.tolist())) == list(range(10))
+
+
+# ------------------------------------------------------------------------------------- augmentation
+@pytest.fixture
+def crop_boxes(monkeypatch):
+    """The boxes that were cropped, in order."""
+    boxes = []
+
+    def crop(image, box):
+        boxes.append(box)
+        return image
+
+    monkeypatch.setattr(Image.Image, "crop", crop)
+    return boxes
+
+
+def test_random_crops_have_all_areas_and_ratios(crop_boxes):
+    rng = random.Random(0)
+    image = Image.new("RGB", (200, 150))
+    for _ in range(500):
+        assert train_imagenet.random_resized_crop(image, 24, 0.08, rng).size == (24, 24)
+    left, top, right, bottom = np.array(crop_boxes).T
+    area = (right - left) * (bottom - top) / (200 * 150)
+    ratio = (right - left) / (bottom - top)
+    assert 0.07 < area.min() < 0.15
+    assert area.max() > 0.85
+    assert 0.72 < ratio.min() < 0.8
+    assert 1.25 < ratio.max() < 1.37
+
+
+def test_random_crops_are_inside_of_the_image(crop_boxes):
+    rng = random.Random(0)
+    for _ in range(500):
+        train_imagenet.random_resized_crop(Image.new("RGB", (200, 150)), 24, 0.08, rng)
+    left, top, right, bottom = np.array(crop_boxes).T
+    assert (left >= 0).all() and (right <= 200).all() and (left < right).all()
+    assert (top >= 0).all() and (bottom <= 150).all() and (top < bottom).all()
+
+
+@pytest.mark.parametrize("size, box", [
+    ((1000, 6), (496, 0, 504, 6)),
+    ((6, 1000), (0, 496, 6, 504)),
+])
+def test_elongated_images_are_cropped_in_the_middle(crop_boxes, size, box):
+    """No crop of half the area has an allowed ratio of sides."""
+    train_imagenet.random_resized_crop(Image.new("RGB", size), 24, 0.5, random.Random(0))
+    assert crop_boxes == [box]
+
+
+def test_center_crop_follows_torchvisions_rule():
+    image = random_image(500, 375)
+    resized = image.resize((341, 256), Image.Resampling.BICUBIC)
+    expected = resized.crop((58, 16, 282, 240))                    # round(58.5) = 58
+    assert train_imagenet.center_crop(image, 224, 0.875).tobytes() == expected.tobytes()
+
+
+def test_center_crop_of_an_upright_image():
+    assert train_imagenet.center_crop(random_image(375, 500), 384, 1.0).size == (384, 384)
+
+
+def test_center_crop_of_a_long_image_stays_small(monkeypatch):
+    sizes = []
+    resize = Image.Image.resize
+
+    def noting_resize(image, size, *options):
+        sizes.append(size)
+        return resize(image, size, *options)
+
+    monkeypatch.setattr(Image.Image, "resize", noting_resize)
+    assert train_imagenet.center_crop(Image.new("RGB", (30000, 1)), 32, 1.0).size == (32, 32)
+    assert max(sizes[0]) <= 8 * 32
+
+
+NAMES = (
+    "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add",
+    "colour", "contrast", "brightness", "sharpness", "shear_x", "shear_y",
+    "translate_x", "translate_y",
+)
+OPERATIONS = dict(zip(NAMES, train_imagenet.RANDAUGMENT))
+magnitudes = pytest.mark.parametrize("m", [0.0, 9.0, 10.0])
+PHOTO = random_image(30, 20, seed=1)
+
+
+def operate(name, m, sign=1):
+    return values(OPERATIONS[name](PHOTO, m, sign))
+
+
+def test_randaugment_has_fifteen_operations():
+    assert len(train_imagenet.RANDAUGMENT) == len(NAMES) == 15
+
+
+@magnitudes
+@pytest.mark.parametrize("name", NAMES)
+def test_operations_keep_the_size(name, m):
+    assert operate(name, m).shape == values(PHOTO).shape
+
+
+@magnitudes
+def test_invert(m):
+    assert (operate("invert", m) == 255 - values(PHOTO)).all()
+
+
+@pytest.mark.parametrize("m, bits", [(0.0, 4), (9.0, 1), (10.0, 0)])
+def test_posterize_keeps_the_upper_bits(m, bits):
+    step = 2 ** (8 - bits)
+    assert (operate("posterize", m) == values(PHOTO) // step * step).all()
+
+
+@pytest.mark.parametrize("m, threshold", [(0.0, 256), (9.0, 26), (10.0, 0)])
+def test_solarize_inverts_from_a_threshold_on(m, threshold):
+    x = values(PHOTO)
+    assert (operate("solarize", m) == np.where(x < threshold, x, 255 - x)).all()
+
+
+@pytest.mark.parametrize("m, amount", [(0.0, 0), (9.0, 99), (10.0, 110)])
+def test_solarize_add_brightens_dark_values(m, amount):
+    x = values(PHOTO)
+    expected = np.where(x < 128, np.minimum(x + amount, 255), x)
+    assert (operate("solarize_add", m) == expected).all()
+
+
+@magnitudes
+def test_brightness_blends_with_black(m):
+    expected = np.clip(values(PHOTO) * (1 + 0.09 * m), 0, 255)
+    assert abs(operate("brightness", m) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("name", [NAMES[i] for i in (3, 5, *range(7, 15))])
+def test_operations_of_magnitude_0_change_nothing(name):
+    assert (operate(name, 0.0) == values(PHOTO)).all()
+
+
+@pytest.mark.parametrize("m", [9.0, 10.0])
+@pytest.mark.parametrize("name, corner", [
+    ("shear_x", (-1, -1)),
+    ("shear_y", (-1, -1)),
+    ("translate_x", (0, -1)),
+    ("translate_y", (-1, 0)),
+])
+def test_what_moves_in_has_the_mean_colour(name, corner, m):
+    assert (operate(name, m)[corner] == train_imagenet.FILL).all()
+
+
+def test_translation_of_positive_sign_moves_left():
+    x = values(PHOTO)
+    moved = operate("translate_x", 10)                             # by 13.5 pixels
+    assert abs(moved[5, 3] - (x[5, 16] + x[5, 17]) / 2).max() < 64
+
+
+@magnitudes
+def test_rotation_follows_the_sign(m):
+    differs = (operate("rotate", m, 1) != operate("rotate", m, -1)).any()
+    assert differs == (m > 0)
+
+
+@pytest.fixture
+def randaugment_calls(monkeypatch):
+    """4000 runs of RandAugment: per run the (operation, magnitude, sign) that were applied."""
+    calls = []
+
+    def note(image, m, sign, operation):
+        calls[-1].append((operation, m, sign))
+        return image
+
+    operations = tuple(partial(note, operation=i) for i in range(15))
+    monkeypatch.setattr(train_imagenet, "RANDAUGMENT", operations)
+    rng = random.Random(0)
     for _ in range(4000):
-        before = len(seen)
-        T.randaugment(None, 9, 0.5, 2, rng)
-        counts.append(len(seen) - before)
-    operations, magnitudes, signs = (np.array(t) for t in zip(*seen))
-    assert abs(np.bincount(counts) / 4000 - (0.25, 0.5, 0.25)).max() < 0.03
-    assert np.bincount(operations, minlength=15).min() > 4000 / 15 * 0.75
-    assert abs(magnitudes.mean() - 9) < 0.03 and abs(magnitudes.std() - 0.49) < 0.03 and magnitudes.max() == 10 and abs(signs.mean()) < 0.06
-    assert T.parse_randaug("rand-m9-mstd0.5-inc1") == (9, 0.5, 2) and T.parse_randaug("rand-m7.5-n3-inc1") == (7.5, 0, 3)
-    assert T.parse_randaug("none") is None
+        calls.append([])
+        train_imagenet.randaugment(None, 9, 0.5, 2, rng)
+    return calls
+
+
+def test_randaugment_applies_each_operation_half_of_the_time(randaugment_calls):
+    counts = np.bincount([len(applied) for applied in randaugment_calls])
+    assert abs(counts / 4000 - (0.25, 0.5, 0.25)).max() < 0.03
+
+
+def test_randaugment_samples_operations_magnitudes_and_signs(randaugment_calls):
+    operations, sampled, signs = np.array(join(randaugment_calls)).T
+    assert np.bincount(operations.astype(int), minlength=15).min() > 4000 / 15 * 0.75
+    assert abs(sampled.mean() - 9) < 0.03
+    assert abs(sampled.std() - 0.49) < 0.03                        # 0.5, clipped at 10
+    assert sampled.max() == 10
+    assert abs(signs.mean()) < 0.06
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("rand-m9-mstd0.5-inc1", (9, 0.5, 2)),
+    ("rand-m7.5-n3-inc1", (7.5, 0, 3)),
+    ("none", None),
+])
+def test_randaugment_notation(text, expected):
+    assert train_imagenet.parse_randaug(text) == expected
 
 
 def test_normalize_matches_numpy():
     images = torch.randint(0, 256, (2, 5, 7, 3), dtype=torch.uint8)
-    expected = ((images.numpy() / 255 - T.MEAN) / T.STD).transpose(0, 3, 1, 2)
-    torch.testing.assert_close(T.normalize(images), torch.from_numpy(expected).float())
+    channels_last = (images.numpy() / 255 - train_imagenet.MEAN) / train_imagenet.STD
+    expected = torch.from_numpy(channels_last.transpose(0, 3, 1, 2)).float()
+    torch.testing.assert_close(train_imagenet.normalize(images), expected)
 
 
-def test_erase_puts_noise_in_one_box():
+def erase_sevens(probability):
+    """300 images of sevens, erased: the result and where it changed, (300, 24, 40)."""
     x = torch.full((300, 3, 24, 40), 7.0)
     torch.manual_seed(0)
-    y = T.erase(x, 0.25, rng_of(0))
-    changed = (y != x).all(1)                                              # (B, H, W)
-    hit = changed.flatten(1).any(1)
-    assert 0.18 < hit.float().mean() < 0.32
-    for box in changed[hit]:
-        rows, columns = box.any(1).nonzero().flatten(), box.any(0).nonzero().flatten()
-        h, w = len(rows), len(columns)
-        assert rows[-1] - rows[0] == h - 1 and columns[-1] - columns[0] == w - 1 and box.sum() == h * w and h < 24 and w < 40
-        assert 0.01 < h * w / 960 < 0.36 and 0.2 < h / w < 4.5
-    noise = y[(y != x)]
-    assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
-    torch.manual_seed(0)
-    assert torch.equal(T.erase(x, 0.25, rng_of(0)), y) and torch.equal(T.erase(x, 0.0, rng_of(0)), x)
+    erased = train_imagenet.erase(x, probability, random.Random(0))
+    return erased, (erased != x).all(1)
 
 
-def test_mix_matches_loops():
-    x, labels = torch.randn(5, 3, 12, 20), torch.tensor([0, 1, 2, 3, 1])
-    on, off = 0.9 + 0.1 / 4, 0.1 / 4
-    one_hot = lambda label: torch.tensor([on if c == label else off for c in range(4)])         # noqa: E731
-    kinds = set()
-    for seed in range(40):
-        y, t = T.mix(x, labels, classes=4, smoothing=0.1, mixup=0.8, cutmix=1.0, rng=rng_of(seed))
-        torch.testing.assert_close(t.sum(1), torch.ones(5))
-        for i in range(5):
-            own, other = x[i], x[4 - i]
-            pasted = (y[i] == other).all(0)
-            if i != 2 and not (pasted | (y[i] == own).all(0)).all():       # mixup: solve for lam, then everything must fit
-                lam = float(((y[i] - other) / (own - other)).median())
-                torch.testing.assert_close(y[i], lam * own + (1 - lam) * other, atol=1e-4, rtol=1e-4)
-                kinds.add("mixup")
-            elif i != 2:                                                   # CutMix: lam is exactly the kept area
-                lam = 1 - float(pasted.float().mean())
-                rows, columns = pasted.any(1).sum(), pasted.any(0).sum()
-                assert pasted.sum() == rows * columns
-                kinds.add("cutmix")
-            else:
-                lam = 0.5                                                  # the middle sample is its own partner
-            expected = lam * one_hot(labels[i]) + (1 - lam) * one_hot(labels[4 - i])
-            torch.testing.assert_close(t[i], expected, atol=1e-3, rtol=1e-3)
-    assert kinds == {"mixup", "cutmix"}
-    y, t = T.mix(x, labels, classes=4, smoothing=0.0, mixup=0.0, cutmix=0.0, rng=rng_of(0))
-    assert y is x and torch.equal(t, torch.eye(4)[labels])
+def test_erase_hits_a_fraction_of_the_images():
+    _, changed = erase_sevens(0.25)
+    assert 0.18 < changed.flatten(1).any(1).float().mean() < 0.32
 
 
-# ------------------------------------------------------------------------------------------------ schedule and weights
+def test_erase_changes_one_box_per_image():
+    _, changed = erase_sevens(0.25)
+    for mask in changed[changed.flatten(1).any(1)]:
+        rows = mask.any(1).nonzero().flatten()
+        columns = mask.any(0).nonzero().flatten()
+        h = len(rows)
+        w = len(columns)
+        assert rows[-1] - rows[0] == h - 1
+        assert columns[-1] - columns[0] == w - 1
+        assert mask.sum() == h * w
+        assert h < 24 and w < 40
+        assert 0.01 < h * w / (24 * 40) < 0.36
+        assert 0.2 < h / w < 4.5
+
+
+def test_erase_puts_in_noise():
+    erased, _ = erase_sevens(0.25)
+    noise = erased[erased != 7]
+    assert abs(noise.mean()) < 0.02
+    assert abs(noise.std() - 1) < 0.02
+
+
+def test_erase_repeats():
+    assert torch.equal(erase_sevens(0.25)[0], erase_sevens(0.25)[0])
+
+
+def test_erase_of_probability_0_changes_nothing():
+    assert not erase_sevens(0.0)[1].any()
+
+
+IMAGES = torch.randn(5, 3, 12, 20, generator=torch.Generator().manual_seed(0))
+LABELS = torch.tensor([0, 1, 2, 3, 1])
+
+
+def mix(seed=0, mixup=0.0, cutmix=0.0, smoothing=0.1):
+    rng = random.Random(seed)
+    return train_imagenet.mix(
+        IMAGES, LABELS, classes=4, smoothing=smoothing, mixup=mixup, cutmix=cutmix, rng=rng)
+
+
+def expected_target(i, kept):
+    """Smoothed targets of sample i and of its partner, added up in a loop."""
+    target = torch.full((4,), 0.1 / 4)
+    target[LABELS[i]] += 0.9 * kept
+    target[LABELS[4 - i]] += 0.9 * (1 - kept)
+    return target
+
+
+def pasted_pixels(mixed, i):
+    """Where sample i became its partner, (12, 20)."""
+    return (mixed[i] == IMAGES[4 - i]).all(0)
+
+
+def is_cutmix(mixed):
+    kept_pixels = (mixed[0] == IMAGES[0]).all(0)
+    return bool((kept_pixels | pasted_pixels(mixed, 0)).all())
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_mixup_matches_a_loop(seed):
+    mixed, targets = mix(seed, mixup=0.8)
+    kept = float(((mixed[0] - IMAGES[4]) / (IMAGES[0] - IMAGES[4])).median())
+    for i in range(5):
+        image = kept * IMAGES[i] + (1 - kept) * IMAGES[4 - i]
+        torch.testing.assert_close(mixed[i], image, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(targets[i], expected_target(i, kept), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_cutmix_matches_a_loop(seed):
+    mixed, targets = mix(seed, cutmix=1.0)
+    box = pasted_pixels(mixed, 0)
+    kept = 1 - float(box.float().mean())                           # exactly the kept area
+    assert is_cutmix(mixed)
+    assert box.sum() == box.any(1).sum() * box.any(0).sum()
+    for i in range(5):
+        image = torch.where(box, IMAGES[4 - i], IMAGES[i])
+        assert torch.equal(mixed[i], image)
+        torch.testing.assert_close(targets[i], expected_target(i, kept), atol=1e-3, rtol=1e-3)
+
+
+def test_a_coin_chooses_between_mixup_and_cutmix():
+    kinds = [is_cutmix(mix(seed, mixup=0.8, cutmix=1.0)[0]) for seed in range(40)]
+    assert 8 < sum(kinds) < 32
+
+
+def test_without_mixing_the_batch_stays():
+    images, targets = mix(smoothing=0.0)
+    assert images is IMAGES
+    assert torch.equal(targets, torch.eye(4)[LABELS])
+
+
+# -------------------------------------------------------------------------------------------- flags
+FLAGS = train_imagenet.FLAGS
+OVERRIDES = train_imagenet.OVERRIDES
+
+
+def write_checkpoint(path, step=1, **args):
+    """A file with all fields of a checkpoint and the given arguments, without tensors."""
+    fields = dict(
+        model={}, ema=None, optimizer={}, scaler={}, step=step, evaluated_at=0, best=0.0,
+        period_losses={}, unreadable=0, per_epoch=1, classes=["cat", "dog"], args=args,
+    )
+    torch.save(fields, path)
+    return path
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_help_names_a_default_once(name):
+    flag = FLAGS[name]
+    text = train_imagenet.help_text(name, flag, OVERRIDES)
+    assert text.count("default") <= 1
+    if flag.default is not None and flag.type is not bool:
+        assert f"(default {flag.default}" in text
+
+
+def test_help_names_what_overrides_a_default():
+    text = train_imagenet.help_text("lr", FLAGS["lr"], OVERRIDES)
+    assert text.endswith("(default 0.001; secvit 0.002; sec 0.002; drawn images 0.001)")
+
+
+@pytest.mark.parametrize("group", OVERRIDES)
+def test_overrides_name_flags(group):
+    assert OVERRIDES[group].keys() <= FLAGS.keys()
+
+
+def test_help_lists_every_flag():
+    parser = train_imagenet.make_parser("", FLAGS, OVERRIDES)
+    listed = set(re.findall(r"^ +(--[a-z-]+)", parser.format_help(), re.M))
+    assert {f"--{name.replace('_', '-')}" for name in FLAGS} <= listed
+
+
+@pytest.mark.parametrize("typed", ["--epoch 3", "--img 64", "--no-sync", "--deter"])
+def test_flags_have_no_abbreviations(typed):
+    with pytest.raises(train_imagenet.InputError, match="unrecognized arguments"):
+        resolve(*typed.split())
+
+
+def test_a_list_flag_takes_several_values():
+    flags = {"size": train_imagenet.Flag(int, (1, 2), "sizes", several=True)}
+    parser = train_imagenet.make_parser("", flags, {})
+    assert parser.parse_args(["--size", "3", "4"]).size == [3, 4]
+
+
 @pytest.mark.parametrize("model, expected", [
-    ("secvit_t", (2e-3, 0.99992, True)), ("sec_swin_t", (2e-3, 0.99992, True)), ("sec_fastervit_1", (2e-3, 0.99992, True)),
-    ("stvit_s", (1e-3, 0, False))])
-def test_recipe_of_the_family(model, expected):
-    args = T.parse_args(["--model", model, "--data", "images"])
-    T.settle(args)
+    ("secvit_t", (2e-3, 0.99992, True)),
+    ("sec_swin_t", (2e-3, 0.99992, True)),
+    ("sec_fastervit_1", (2e-3, 0.99992, True)),
+    ("stvit_s", (1e-3, 0, False)),
+])
+def test_recipe_of_a_family(model, expected):
+    args = resolve("--model", model, "--data", "images")
     assert (args.lr, args.ema, args.sync_bn) == expected
 
 
-def test_learning_rate_at_start_peak_and_end():
-    rate = partial(T.lr_at, peak=1e-3, floor=1e-5, warmup=5, total=300)
-    published = {0: 1e-6, 1: 2.008e-4, 2: 4.006e-4, 4: 8.002e-4, 5: 9.99322e-4, 6: 9.99023e-4}   # recipe, section 7
-    for step, value in published.items():
-        assert rate(step) == pytest.approx(value, rel=1e-5)
-    assert rate(298) == pytest.approx(1.01086e-5, rel=1e-5) and rate(300) == pytest.approx(1e-5)
-    assert T.lr_at(7, peak=5e-6, floor=5e-6, warmup=0, total=10) == pytest.approx(5e-6)          # constant, fine-tuning
+def test_drawn_images_override_the_family():
+    args = resolve("--model", "secvit_t")
+    assert (args.lr, args.ema, args.epochs) == (1e-3, 0.0, 12)
+    assert args.sync_bn
+
+
+def test_a_checkpoint_overrides_drawn_images_and_family(tmp_path):
+    saved = write_checkpoint(tmp_path / "a.pt", model="secvit_t", data=None, lr=7e-4, epochs=5)
+    args = resolve("--resume", saved)
+    assert (args.model, args.lr, args.epochs) == ("secvit_t", 7e-4, 5)
+    assert args.ema == 0.0
+
+
+def test_typed_flags_override_the_checkpoint(tmp_path):
+    saved = write_checkpoint(tmp_path / "a.pt", model="secvit_t", lr=7e-4, epochs=5)
+    args = resolve("--resume", saved, "--lr", "3e-4", "--no-sync-bn")
+    assert (args.lr, args.epochs) == (3e-4, 5)
+    assert args.sync_bn is False
+
+
+def test_flags_of_one_start_are_not_restored(tmp_path):
+    once = dict(workers=7, max_steps=3, weights="w.pt", eval=True, resume="auto")
+    args = resolve("--resume", write_checkpoint(tmp_path / "a.pt", model="stvit_s", **once))
+    assert (args.workers, args.max_steps, args.weights, args.eval) == (0, None, None, False)
+
+
+def test_data_and_output_are_those_of_the_checkpoint(tmp_path):
+    args = resolve("--resume", write_checkpoint(
+        tmp_path / "a.pt", model="stvit_s", data="images", output="runs/x"))
+    assert (args.data, args.output) == ("images", "runs/x")
+
+
+def test_micro_batch_is_the_largest_divisor(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    args = argparse.Namespace(batch_size=600, micro_batch=None)
+    assert train_imagenet.choose_micro_batch(args, max_micro_batch=128) == 100
+
+
+def test_a_batch_splits_over_the_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(train_imagenet.InputError, match="10 does not split over 3 processes"):
+        resolve("--batch-size", 10)
+
+
+# ----------------------------------------------------------------------------- schedule and weights
+@pytest.mark.parametrize("step, rate", [  # published, recipe, section 7
+    (0, 1e-6), (1, 2.008e-4), (2, 4.006e-4), (4, 8.002e-4), (5, 9.99322e-4), (6, 9.99023e-4),
+    (298, 1.01086e-5), (300, 1e-5),
+])
+def test_learning_rate_at_start_peak_and_end(step, rate):
+    ours = train_imagenet.lr_at(step, peak=1e-3, floor=1e-5, warmup=5, total=300)
+    assert ours == pytest.approx(rate, rel=1e-5)
+
+
+def test_learning_rate_of_fine_tuning_is_constant():
+    rate = train_imagenet.lr_at(7, peak=5e-6, floor=5e-6, warmup=0, total=10)
+    assert rate == pytest.approx(5e-6)
 
 
 def test_decay_skips_vectors_layer_scale_included():
-    model = secvit.SecViT(num_classes=3, drop_path_rate=0, **TINY)
-    decayed, exempt = T.decay_groups(model, 0.05)
-    named = {id(p): n for n, p in model.named_parameters()}
-    assert all(n.endswith("weight") and p.ndim > 1 for p in decayed["params"] for n in [named[id(p)]])
-    assert any("scale1" in named[id(p)] for p in exempt["params"]) and exempt["weight_decay"] == 0
-    assert len(decayed["params"]) + len(exempt["params"]) == len(named)
+    model = small_model(num_classes=3)
+    decayed, exempt = train_imagenet.decay_groups(model, 0.05)
+    names = {id(p): name for name, p in model.named_parameters()}
+    for p in decayed["params"]:
+        assert names[id(p)].endswith("weight")
+        assert p.ndim > 1
+    assert any("scale1" in names[id(p)] for p in exempt["params"])
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.05, 0)
+    assert len(decayed["params"]) + len(exempt["params"]) == len(names)
 
 
-def test_ema_averages_weights_and_statistics():
+def test_average_of_weights_and_statistics_matches_a_loop():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
-    average, expected = copy.deepcopy(model), {k: v.clone() for k, v in model.state_dict().items()}
+    average = copy.deepcopy(model)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
     for _ in range(3):
         model(torch.randn(4, 2)).sum().backward()
         torch.optim.SGD(model.parameters(), 0.1).step()
-        T.update_average(average, model, 0.9)
-        for k, v in model.state_dict().items():
-            expected[k] = 0.9 * expected[k] + 0.1 * v if v.is_floating_point() else v.clone()
+        train_imagenet.update_average(average, model, 0.9)
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = 0.9 * expected[name] + 0.1 * value
+            else:
+                expected[name] = value.clone()
     torch.testing.assert_close(dict(average.state_dict()), expected)
 
 
-def test_weights_of_another_class_count_load_but_for_the_head(capsys):
-    model, other = (secvit.SecViT(num_classes=n, drop_path_rate=0, **TINY) for n in (3, 5))
-    wrapped = {"model": {f"module._orig_mod.{k}": v for k, v in other.state_dict().items()}}
-    assert T.load_weights(model, wrapped) == ["head.bias", "head.weight"]
+@pytest.mark.parametrize("key", ["model", "state_dict"])
+def test_weights_of_another_class_count_load_but_for_the_head(key):
+    model = small_model(num_classes=3)
+    other = small_model(num_classes=5)
+    named = {f"module._orig_mod.{name}": t for name, t in other.state_dict().items()}
+    missing = train_imagenet.load_weights(model, {key: named, "epoch": 3})
+    assert missing == ["head.bias", "head.weight"]
     assert torch.equal(model.stem[0].weight, other.stem[0].weight)
-    partly = secvit.SecViT(num_classes=3, drop_path_rate=0, **{**TINY, "depths": (1, 1, 1, 3)})     # one block more
-    for state in ({"a": torch.zeros(1)}, partly.state_dict(), {"model": None, 3: 4}):
-        with pytest.raises(T.InputError, match="do not fit SecViT.*another model's"):
-            T.load_weights(model, state)
 
 
-# ------------------------------------------------------------------------------------------------------------ the runs
-def test_resume_in_mid_epoch_equals_an_uninterrupted_run(tiny, folder, tmp_path):
-    common = ["--model", "secvit_t", "--data", str(folder), *FAST, *FULL]                        # 3 updates an epoch, 6 in all
-    T.main([*common, "--output", str(tmp_path / "a")])
-    T.main([*common, "--output", str(tmp_path / "b"), "--max-steps", "2"])
-    T.main([*common, "--output", str(tmp_path / "b"), "--resume", "auto", "--max-steps", "4", "--workers", "2"])
-    T.main(["--output", str(tmp_path / "b"), "--resume", str(tmp_path / "b" / "last.pt"), "--max-steps", "100"])     # flags from the file
-    a, b = last_state(tmp_path / "a"), last_state(tmp_path / "b")
-    assert a["step"] == 6 and a["evaluated"] == 2
-    assert_same_state(a, b)
-    records = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    assert records[0]["args"]["model"] == "secvit_t" and records[0]["parameters"] > 0 and records[0]["torch"] == torch.__version__
-    assert [r["step"] for r in records[1:]] == [1, 2, 3, 3, 4, 5, 6, 6] and {"top1", "top5", "ema_top1"} <= records[-1].keys()
-    assert all({"lr", "loss", "images_per_s", "time"} <= r.keys() for r in records[1:] if "lr" in r)
-    assert Image.open(tmp_path / "a" / "curves.png").size == (1000, 380)
-    resumed = [json.loads(line) for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines()]
-    assert [r["resumed_at"] for r in resumed if "args" in r] == [0, 2, 4]
-    assert [r["step"] for r in resumed if "step" in r] == [1, 2, 3, 3, 4, 5, 6, 6]
+@pytest.mark.parametrize("wrap", [dict, lambda state: {"state_dict": state, "arch": "secvit_t"}])
+def test_weights_load_bare_or_wrapped(wrap):
+    model = small_model(num_classes=3)
+    other = small_model(num_classes=3)
+    assert train_imagenet.load_weights(model, wrap(other.state_dict())) == []
+    for ours, theirs in zip(model.parameters(), other.parameters()):
+        assert torch.equal(ours, theirs)
 
 
-def test_a_cut_off_log_line_is_passed_over(tmp_path):
-    T.append(tmp_path / "log.jsonl", step=1, lr=0.1, loss=2.0)
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 2, "lr": 0.1, "lo')
-    T.append(tmp_path / "log.jsonl", step=2, loss=float("inf"), top1=50.0)
-    assert json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["top1"] == 50
-    T.draw_curves(tmp_path, ["top1"])
-    assert Image.open(tmp_path / "curves.png").size == (1000, 380)
+@pytest.mark.parametrize("state", [
+    {"a": torch.zeros(1)},
+    small_model(num_classes=3, depths=(1, 1, 1, 3)).state_dict(),  # one block more
+    {"model": None, 3: 4},
+])
+def test_weights_of_another_model_are_refused(state):
+    model = small_model(num_classes=3)
+    with pytest.raises(train_imagenet.InputError, match="do not fit SecViT.*another model's"):
+        train_imagenet.load_weights(model, state)
 
 
-def test_resume_takes_over_every_flag(tiny, folder, tmp_path):
-    common = ["--model", "secvit_t", "--data", str(folder), *FAST, *FULL, "--frozen-bn", "--channels-last", "--released"]
-    T.main([*common, "--output", str(tmp_path / "a"), "--max-steps", "4"])
-    T.main([*common, "--output", str(tmp_path / "b"), "--max-steps", "2"])
-    last = str(tmp_path / "b" / "last.pt")
-    T.main(["--resume", last, "--max-steps", "1"])                                               # already further: nothing to do
-    T.main(["--resume", last, "--max-steps", "4"])
-    assert_same_state(last_state(tmp_path / "a"), last_state(tmp_path / "b"))
-    with pytest.raises(T.InputError, match="epochs of the checkpoint have 3 updates, of this run 7"):
-        T.main(["--resume", last, "--batch-size", "2"])
+# -------------------------------------------------------------------------------------- checkpoints
+def test_auto_takes_the_highest_step_not_the_newest_file(tmp_path):
+    write_checkpoint(tmp_path / "a.pt", step=9, model="stvit_s")
+    write_checkpoint(tmp_path / "b.pt", step=5, model="stvit_s")
+    later = time.time() + 5
+    os.utime(tmp_path / "b.pt", (later, later))
+    assert train_imagenet.find_checkpoint("auto", tmp_path, "model")["step"] == 9
 
 
-def test_files_with_a_namespace_load(tiny, folder, tmp_path, capsys):
-    """The authors' scripts save argparse's namespace beside the model."""
-    model = T.MODELS["secvit_t"](num_classes=2)
-    torch.save({"model": model.state_dict(), "args": argparse.Namespace(model="SecViT_T", lr=5e-4)}, tmp_path / "theirs.pth")
-    T.main(["--eval", "--weights", str(tmp_path / "theirs.pth"), "--model", "secvit_t", "--data", str(folder), "--img-size", "32"])
-    assert json.loads(capsys.readouterr().out)["images"] == 7
+def test_auto_passes_over_files_of_the_other_script(tmp_path):
+    write_checkpoint(tmp_path / "dense.pt", step=9, task="pose")
+    write_checkpoint(tmp_path / "own.pt", step=5, model="stvit_s")
+    assert train_imagenet.find_checkpoint("auto", tmp_path, "model")["step"] == 5
 
 
-def test_eval_repeats_the_runs_figures(tiny, folder, tmp_path, capsys):
-    T.main(["--model", "secvit_t", "--data", str(folder), *FAST, *FULL, "--output", str(tmp_path)])
-    record = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
-    capsys.readouterr()
-    T.main(["--eval", "--weights", str(tmp_path / "last.pt")])
-    scores = json.loads(capsys.readouterr().out)
-    assert scores["images"] == 7 and all(scores[k] == pytest.approx(record[k]) for k in ("top1", "top5", "loss", "ema_top1", "ema_loss"))
+def test_auto_of_an_empty_folder_is_none(tmp_path):
+    assert train_imagenet.find_checkpoint("auto", tmp_path / "nowhere", "model") is None
 
 
-def test_accumulated_micro_batches_add_up_to_the_batch(tiny, folder, tmp_path):
-    """Without batch statistics (frozen BN) the split into micro-batches does not change the update."""
-    common = ["--model", "secvit_t", "--data", str(folder), *FAST, "--frozen-bn", "--max-steps", "2", "--repeated-aug", "1",
-              *"--mixup 0 --cutmix 0 --random-erase 0 --drop-path 0".split()]
-    losses = []
-    for micro in ("1", "4"):
-        T.main([*common, "--micro-batch", micro, "--output", str(tmp_path / micro)])
-        losses.append([json.loads(line)["loss"] for line in (tmp_path / micro / "log.jsonl").read_text().splitlines()[1:3]])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-    state = last_state(tmp_path / "4")["model"]
-    assert state["stem.1.num_batches_tracked"] == 0 and state["stem.1.running_mean"].abs().max() == 0      # statistics untouched
-
-
-@pytest.mark.parametrize("flags", [["--amp", "bf16", "--channels-last"], ["--amp", "fp16", "--clip-grad", "1", "--deterministic"],
-                                   ["--released", "--clip-grad", "0.5"], ["--repeated-aug", "3", "--sync-bn"]])
-def test_options_run(tiny, folder, tmp_path, flags):
-    T.main(["--model", "secvit_t", "--data", str(folder), *FAST, "--max-steps", "2", "--output", str(tmp_path), *flags])
-    assert all(v.isfinite().all() for v in last_state(tmp_path)["model"].values())
-
-
-def test_damaged_checkpoints_are_skipped_or_refused(tiny, folder, tmp_path, capsys):
-    common = ["--model", "secvit_t", "--data", str(folder), *FAST, "--output", str(tmp_path)]
-    T.main([*common, "--max-steps", "3"])
-    whole = (tmp_path / "last.pt").read_bytes()
+def test_auto_skips_damaged_files(finished, tmp_path, capsys):
+    shutil.copy(finished / "best.pt", tmp_path)
+    whole = (finished / "last.pt").read_bytes()
     (tmp_path / "last.pt").write_bytes(whole[:len(whole) // 2])
-    os.utime(tmp_path / "last.pt", (time.time() + 5,) * 2)
-    T.main([*common, "--max-steps", "4", "--resume", "auto"])                                    # goes on from best.pt
-    assert "skipped" in capsys.readouterr().err and last_state(tmp_path)["step"] == 4
-    (tmp_path / "cut.pt").write_bytes(whole[:1000])
-    with pytest.raises(T.InputError, match="cannot read .*cut.pt"):
-        T.main([*common, "--resume", str(tmp_path / "cut.pt")])
+    best = torch.load(finished / "best.pt", weights_only=True)
+    assert train_imagenet.find_checkpoint("auto", tmp_path, "model")["step"] == best["step"]
+    assert "skipped: cannot read" in capsys.readouterr().err
+
+
+def test_a_damaged_file_is_refused(finished, tmp_path):
+    (tmp_path / "cut.pt").write_bytes((finished / "last.pt").read_bytes()[:1000])
+    with pytest.raises(train_imagenet.InputError, match="cannot read .*cut.pt"):
+        train_imagenet.find_checkpoint(str(tmp_path / "cut.pt"), tmp_path, "model")
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    T.save_checkpoint(path, {"step": 1})
+    train_imagenet.save_checkpoint(path, {"step": 1})
 
-    def full(state, file):
+    def full(_state, file):
         file.write(b"half a checkpoint")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(T.InputError, match="previous checkpoint is untouched"):
-        T.save_checkpoint(path, {"step": 2})
-    assert torch.load(path)["step"] == 1 and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(train_imagenet.InputError, match="previous checkpoint is untouched"):
+        train_imagenet.save_checkpoint(path, {"step": 2})
+    assert torch.load(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny, folder, tmp_path):
-    with pytest.raises(T.InputError, match=r"loss (nan|inf) at update [23] not finite, learning rate .*; last finite checkpoint: none yet"):
-        T.main(["--model", "secvit_t", "--data", str(folder), *FAST, "--lr", "1e30", "--warmup-epochs", "0", "--output", str(tmp_path)])
+def test_resume_in_mid_epoch_equals_an_uninterrupted_run(finished, folder, tmp_path):
+    common = [*FAST, *FULL, "--data", folder, "--output", tmp_path]
+    run(*common, "--max-steps", 2)
+    run(*common, "--resume", "auto", "--max-steps", 4, "--workers", 2)
+    run("--resume", tmp_path / "last.pt", "--workers", 0)          # flags from the file
+    state = last_state(tmp_path)
+    assert state["step"] == 6
+    assert state["evaluated_at"] == 6
+    assert_same_state(last_state(finished), state)
+    records = read_records(tmp_path)
+    assert [r["resumed_at"] for r in records if "args" in r] == [0, 2, 4]
+    assert [r["step"] for r in records if "step" in r] == [1, 2, 3, 3, 4, 5, 6, 6]
 
 
-# ---------------------------------------------------------------------------------------------------- as users start it
-def launch(*arguments, world=0, **environment):
-    """train_imagenet.py in a process of its own, under torchrun if `world`."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world else []
-    command = [sys.executable, *torchrun, str(ROOT / "train_imagenet.py"), *map(str, arguments)]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+def test_resume_takes_over_every_flag(tiny, folder, tmp_path):
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
+    options = [*FULL, "--frozen-bn", "--channels-last", "--released"]
+    common = [*FAST, *options, "--data", folder]
+    run(*common, "--output", whole, "--max-steps", 4)
+    run(*common, "--output", parts, "--max-steps", 2)
+    run("--resume", parts / "last.pt", "--workers", 0, "--max-steps", 1)  # nothing to do
+    run("--resume", parts / "last.pt", "--workers", 0, "--max-steps", 4)
+    assert_same_state(last_state(whole), last_state(parts))
 
 
-def losses_of(output):
-    records = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    return [r["loss"] for r in records if "lr" in r], [r["top5"] for r in records if "top5" in r]
+def test_resume_refuses_epochs_of_another_length(finished):
+    message = "epochs of the checkpoint have 3 updates, of this run 7"
+    with pytest.raises(train_imagenet.InputError, match=message):
+        run("--resume", finished / "last.pt", "--batch-size", 2)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on one GPU")
-def test_two_processes_equal_one(folder, tmp_path):
-    common = ["--model", "secvit_t", "--data", folder, *FAST, *FULL, "--max-steps", 3]
-    for world in (1, 2):
-        run = launch(*common, "--output", tmp_path / str(world), world=world)
-        assert run.wait() == 0, run.stderr.read()
-    (one, _), (two, _) = (losses_of(tmp_path / str(world)) for world in (1, 2))
-    assert len(one) == 3 and one == pytest.approx(two, rel=2e-5)
-    run = launch("--eval", "--weights", tmp_path / "2" / "last.pt", world=3)                     # 7 images: 3, 2, 2
-    out, err = run.communicate()
-    assert run.returncode == 0, err
-    evaluated = json.loads(out.splitlines()[-1])
-    log = json.loads((tmp_path / "2" / "log.jsonl").read_text().splitlines()[-1])
-    assert evaluated["images"] == 7 and evaluated["top1"] == pytest.approx(log["top1"]) and evaluated["loss"] == pytest.approx(log["loss"])
+def test_resume_refuses_weights_that_do_not_fit(finished, tmp_path):
+    state = last_state(finished)
+    del state["model"]["head.bias"]
+    torch.save(state, tmp_path / "last.pt")
+    message = "the checkpoint does not fit this run: .*head.bias"
+    with pytest.raises(train_imagenet.InputError, match=message):
+        run("--resume", tmp_path / "last.pt", "--output", tmp_path)
 
 
-def test_sigterm_saves_and_the_resumed_run_is_exact(folder, tmp_path):
-    common = ["--model", "secvit_t", "--data", folder, *FAST, *FULL, "--workers", 2]
-    run = launch(*common, "--output", tmp_path / "stopped")
-    log = tmp_path / "stopped" / "log.jsonl"
-    while run.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 1):
-        time.sleep(0.02)
-    os.killpg(run.pid, signal.SIGTERM)                                     # loader workers get it too, as under a scheduler
-    out, err = run.communicate()
-    assert run.returncode == 0 and "resume with --resume" in out, err
-    assert last_state(tmp_path / "stopped")["step"] < 6
-    for output in ("stopped", "whole"):
-        run = launch(*common, "--output", tmp_path / output, "--resume", "auto")
-        assert run.wait() == 0, run.stderr.read()
-    assert_same_state(last_state(tmp_path / "stopped"), last_state(tmp_path / "whole"))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on one GPU")
-def test_a_process_that_dies_ends_the_other(folder, tmp_path):
-    shared = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29517", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-    common = ["--model", "secvit_t", "--data", folder, *FAST, "--epochs", 500, "--output", tmp_path]
-    runs = [launch(*common, **shared, RANK=str(r), LOCAL_RANK=str(r)) for r in (0, 1)]
-    log = tmp_path / "log.jsonl"
-    while runs[0].poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 1):
-        time.sleep(0.05)
-    runs[1].kill()
-    out, err = runs[0].communicate(timeout=60)
-    assert runs[0].returncode != 0 and err.strip(), out
-
-
-BAD = {  # what is typed -> what the one line says; {d} a good folder, {t} an empty one
-    "--model resnet50": "unknown --model 'resnet50', expected one of clustr_t",
-    "--data {t}/nowhere": "nowhere.*is not a folder",
-    "--data {t}": "train is not a folder",
-    "--data {t}/empty": "holds no image",
-    "--data {t}/differ": r"differ in classes \['cat', 'wolf'\]",
-    "--data {d} --batch-size 6 --micro-batch 4": "6 is not a multiple of --micro-batch 4 x 1 processes",
-    "--data {d} --batch-size 512": "512 is larger than the 14 training images",
-    "--data {d} --img-size 16": "--img-size: 16, expected at least 32",
-    "--data {d} --epochs 0": "--epochs: 0, expected at least 1",
-    "--data {d} --micro-batch 0": "--micro-batch: 0, expected at least 1",
-    "--data {d} --drop-path 1.5": "--drop-path: 1.5, expected at least 0, at most 0.99",
-    "--data {d} --lr nan": "--lr: nan, expected at least 0",
-    "--data {d} --clip-grad 0": "--clip-grad: 0, expected above 0",
-    "--data {d} --batch-size 1 --img-size 32": "leaves batch norm a single value",
-    "--data {d} --randaug rand-m9": "'rand-m9', expected none or rand-m",
-    "--epochs ten": "invalid int value: 'ten'",
-    "--no-such-flag": "unrecognized arguments: --no-such-flag",
-    "--model stvit_s --released": "--released is a variant of SecViT",
-    "--model sec_swin_t --released": "--released is a variant of SecViT, not of sec_swin_t",
-    "--eval": "--eval needs --weights",
-    "--resume {t}/none.pt": "no checkpoint .*none.pt",
-    "--model secvit_t --weights {t}/cut.pt --data {d} --batch-size 2": "cannot read .*cut.pt",
-    "--resume {t}/of_stvit.pt --model secvit_t": "one of stvit_s, --model says secvit_t",
-    "--weights {t}/of_stvit.pt --model secvit_t --data {d} --batch-size 2": "do not fit SecViT",
-    "--eval --weights {t}/part.pt --model secvit_t --data {d} --batch-size 2": "do not fit SecViT: [0-9]+ tensors are missing",
-    "--resume {t}/part.pt": "part.pt is no checkpoint of this script",
-    "--model secvit_t --data {d} --batch-size 2 --output {t}/cut.pt": "File exists",
-    "--model secvit_t --data {t}/broken_train --batch-size 1 --repeated-aug 1 --workers 0": "ten files in a row cannot be decoded",
-}
-
-
-@pytest.fixture(scope="session")
-def bad(tmp_path_factory, folder):
-    """A folder of wrong things."""
-    root = tmp_path_factory.mktemp("bad")
-    for split, names in (("train", ("cat", "dog")), ("val", ("dog", "wolf"))):
-        for name in names:
-            (root / "differ" / split / name).mkdir(parents=True)
-            Image.new("RGB", (8, 8)).save(root / "differ" / split / name / "a.png")
-            (root / "empty" / split / name).mkdir(parents=True)
-            (root / "broken_train" / split / "x").mkdir(parents=True, exist_ok=True)
-    for i in range(12):
-        (root / "broken_train" / "train" / "x" / f"{i}.png").write_bytes(b"x")
-    Image.new("RGB", (8, 8)).save(root / "broken_train" / "val" / "x" / "a.png")
-    (root / "cut.pt").write_bytes(b"PK\x03\x04 not all of it")
-    state = {"step": 1, "per_epoch": 1, "args": {"model": "stvit_s"}, "model": {"stem.0.weightless": torch.zeros(2)}}
-    torch.save(state, root / "of_stvit.pt")
-    torch.save({"stem.0.weight": torch.zeros(8, 3, 3, 3)}, root / "part.pt")
+@pytest.fixture
+def renamed(folder, tmp_path):
+    """The data with a class of another name."""
+    root = shutil.copytree(folder, tmp_path / "renamed")
+    for split in ("train", "val"):
+        (root / split / "dog").rename(root / split / "wolf")
     return root
 
 
-@pytest.mark.parametrize("typed", BAD)
-def test_bad_input_is_one_line_and_status_2(tiny, folder, bad, tmp_path, monkeypatch, capsys, typed):
-    words = typed.format(d=folder, t=bad).split()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_imagenet.py", *words])
-    monkeypatch.setitem(sys.modules, "secvit", secvit)
-    monkeypatch.setattr(secvit, "secvit_t", T.MODELS["secvit_t"])
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_path(str(ROOT / "train_imagenet.py"), run_name="__main__")
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip() and "img/s" not in line and "no --data" not in line]
-    assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("train_imagenet.py: "), lines
-    assert re.search(BAD[typed], lines[0]), lines[0]
+def test_resume_refuses_classes_of_other_names(finished, renamed, tmp_path):
+    message = r"checkpoint knows the classes 2 \(cat, dog.*the data has 2 \(cat, wolf"
+    with pytest.raises(train_imagenet.InputError, match=message):
+        run("--resume", finished / "last.pt", "--data", renamed, "--output", tmp_path / "o")
 
 
-def test_an_unreadable_validation_image_is_an_error(tiny, bad, folder, tmp_path):
-    for split in ("train", "val"):
-        (tmp_path / split / "a").mkdir(parents=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / split / "a" / "0.png")
-    (tmp_path / "val" / "a" / "1.png").write_bytes(b"x")
-    with pytest.raises(T.InputError, match="validation image cannot be decoded: .*1.png"):
-        T.main(["--model", "secvit_t", "--data", str(tmp_path), *FAST, "--img-size", "64", "--batch-size", "1", "--micro-batch", "1",
-                "--repeated-aug", "1", "--output", str(tmp_path / "o")])
+def test_eval_refuses_classes_of_other_names(finished, renamed):
+    message = r"last.pt knows the classes 2 \(cat, dog.*the data has 2 \(cat, wolf"
+    with pytest.raises(train_imagenet.InputError, match=message):
+        run("--eval", "--weights", finished / "last.pt", "--data", renamed)
+
+
+# ------------------------------------------------------------------------------- log and evaluation
+def test_the_first_record_describes_the_run(finished):
+    record = read_records(finished)[0]
+    parameters = sum(p.numel() for p in small_model(num_classes=2).parameters())
+    assert record["args"]["model"] == "secvit_t"
+    assert record["parameters"] == parameters
+    assert record["torch"] == torch.__version__
+    assert record["resumed_at"] == 0
+
+
+def test_every_update_and_evaluation_is_logged(finished):
+    records = read_records(finished)[1:]
+    assert [record["step"] for record in records] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert {"top1", "top5", "ema_top1", "best"} <= records[-1].keys()
+    for record in logged_updates(finished):
+        assert {"lr", "loss", "images_per_s", "time"} <= record.keys()
+
+
+def test_named_losses_are_logged(finished):
+    for record in logged_updates(finished):
+        assert record["losses"] == {"loss_cls": record["loss"]}
+
+
+def test_an_evaluation_has_the_mean_losses_since_the_last_one(finished):
+    records = read_records(finished)
+    mean = np.mean([record["loss"] for record in logged_updates(finished)[3:]])
+    assert records[-1]["train_loss"] == pytest.approx(mean)
+    assert records[-1]["train_losses"] == {"loss_cls": pytest.approx(mean)}
+
+
+def test_curves_are_plotted(finished):
+    assert Image.open(finished / "curves.png").size == (1000, 380)
+
+
+@pytest.fixture
+def plotted(monkeypatch):
+    """The lines of each panel that was plotted."""
+    panels = []
+
+    def plot_lines(_draw, _left, lines):
+        panels.append(lines)
+
+    monkeypatch.setattr(train_imagenet, "plot_lines", plot_lines)
+    return panels
+
+
+def test_curves_show_every_term_of_several(plotted, tmp_path):
+    log = tmp_path / "log.jsonl"
+    for step in (1, 2):
+        terms = {"loss_a": 1.0 * step, "loss_b": 2.0}
+        train_imagenet.append(log, step=step, lr=0.1, loss=1.0 * step + 2, losses=terms)
+    train_imagenet.append(log, step=2, top1=50.0, loss=5.0)
+    train_imagenet.draw_curves(tmp_path, ["top1"])
+    assert plotted[0] == {
+        "training loss": {1: 3.0, 2: 4.0},
+        "validation loss": {2: 5.0},
+        "loss_a": {1: 1.0, 2: 2.0},
+        "loss_b": {1: 2.0, 2: 2.0},
+    }
+    assert plotted[1] == {"top1": {2: 50.0}}
+
+
+def test_curves_show_a_single_term_once(plotted, tmp_path):
+    train_imagenet.append(tmp_path / "log.jsonl", step=1, lr=0.1, loss=2.0, losses={"loss_a": 2.0})
+    train_imagenet.draw_curves(tmp_path, ["top1"])
+    assert plotted[0].keys() == {"training loss", "validation loss"}
+
+
+def test_a_cut_off_log_line_is_passed_over(tmp_path):
+    log = tmp_path / "log.jsonl"
+    train_imagenet.append(log, step=1, lr=0.1, loss=2.0)
+    with open(log, "a") as file:
+        file.write('{"step": 2, "lr": 0.1, "lo')
+    train_imagenet.append(log, step=2, loss=float("inf"), top1=50.0)
+    assert json.loads(log.read_text().splitlines()[-1])["top1"] == 50
+    train_imagenet.draw_curves(tmp_path, ["top1"])
+    assert Image.open(tmp_path / "curves.png").size == (1000, 380)
+
+
+def evaluate(capsys, *arguments):
+    """What --eval prints."""
+    capsys.readouterr()
+    run("--eval", "--workers", 0, *arguments)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_eval_repeats_the_metrics_of_the_run(finished, capsys):
+    scores = evaluate(capsys, "--weights", finished / "last.pt")
+    record = read_records(finished)[-1]
+    assert scores["images"] == 7
+    for name in ("top1", "top5", "loss", "ema_top1", "ema_loss"):
+        assert scores[name] == pytest.approx(record[name]), name
+
+
+def test_eval_needs_only_the_validation_images(finished, folder, tmp_path, capsys):
+    shutil.copytree(folder / "val", tmp_path / "val")
+    scores = evaluate(capsys, "--weights", finished / "last.pt", "--data", tmp_path)
+    assert scores["images"] == 7
+
+
+def test_eval_counts_hits_like_a_loop(finished, folder, capsys):
+    scores = evaluate(capsys, "--weights", finished / "last.pt")
+    model = small_model(num_classes=2).eval()
+    model.load_state_dict(last_state(finished)["model"])
+    source = train_imagenet.ImageFolder(folder / "val")
+    hits = 0
+    for i, label in enumerate(source.labels):
+        image = train_imagenet.center_crop(source.read(i), 32, 0.875)
+        images = torch.from_numpy(np.array(image))[None]
+        hits += int(model(train_imagenet.normalize(images)).argmax()) == label
+    assert scores["top1"] == pytest.approx(100 * hits / 7)
+    assert scores["top5"] == 100
+
+
+def test_files_of_the_authors_with_a_namespace_load(tiny, folder, tmp_path, capsys):
+    model = small_model(num_classes=2).state_dict()
+    theirs = argparse.Namespace(model="SecViT_T", lr=5e-4)
+    torch.save({"model": model, "args": theirs}, tmp_path / "theirs.pth")
+    scores = evaluate(
+        capsys, "--weights", tmp_path / "theirs.pth", "--model", "secvit_t",
+        "--data", folder, "--img-size", 32)
+    assert scores["images"] == 7
+
+
+# ---------------------------------------------------------------------------------------- the loop
+class Numbers:
+    """Eight numbers, as a source of images."""
+
+    classes = ["number"]
+
+    def __len__(self):
+        return 8
+
+    def read(self, index):
+        return float(index)
+
+
+class TwoLosses:
+    """A task with two losses: a line is fitted to 2 x + 1. It is all that `train` may ask for."""
+
+    metric = "closeness"
+    decimals = 3
+    train_mode = True
+    test_batch = 3
+    identity = {"task": "line"}
+
+    def open_data(self, _procs, *splits):
+        return [Numbers() for _ in splits]
+
+    def sampler(self, source, **schedule):
+        return train_imagenet.StepSampler(images=len(source), repeats=1, **schedule)
+
+    def train_sample(self, source, index, _rng):
+        return source.read(index)
+
+    test_sample = train_sample
+
+    def collate(self, samples):
+        return (torch.tensor(samples)[:, None],)
+
+    collate_test = collate
+
+    def build_model(self, _classes):
+        return torch.nn.Linear(1, 1)
+
+    def load_pretrained(self, _model):
+        return None
+
+    def param_groups(self, model):
+        return train_imagenet.decay_groups(model, 0.0)
+
+    def total_updates(self, per_epoch):
+        return 2 * per_epoch
+
+    def eval_every(self, per_epoch, _total):
+        return per_epoch
+
+    def lr_at(self, _step, _total, _per_epoch):
+        return 0.01
+
+    def losses(self, net, batch):
+        error = net(batch[0]) - (2 * batch[0] + 1)
+        return {"loss_square": (error ** 2).mean(), "loss_absolute": error.abs().mean()}
+
+    def record(self, model, _source, batch):
+        return float((model(batch[0]) - (2 * batch[0] + 1)).abs().sum())
+
+    def summarize(self, source, records):
+        return {"closeness": -sum(records) / len(source)}
+
+
+def train_line(output):
+    """Train with `TwoLosses`; all flags but these are those of both scripts."""
+    given = argparse.Namespace(
+        output=str(output), data=None, batch_size=4, micro_batch=2, log_every=1, lr=0.01,
+        sync_bn=False, amp="none", workers=0)
+    args = train_imagenet.fill_defaults(given, train_imagenet.RUN_FLAGS, [], {})
+    procs = train_imagenet.Processes()
+    torch.manual_seed(0)
+    train_imagenet.train(TwoLosses(), args, procs, None)
+
+
+def test_the_loop_runs_any_task_with_named_losses(tmp_path):
+    train_line(tmp_path)
+    updates = logged_updates(tmp_path)
+    assert [record["step"] for record in updates] == [1, 2, 3, 4]
+    for record in updates:
+        assert list(record["losses"]) == ["loss_square", "loss_absolute"]
+        assert record["loss"] == pytest.approx(sum(record["losses"].values()))
+
+
+def test_losses_of_a_task_are_those_of_its_batches(tmp_path):
+    train_line(tmp_path)
+    torch.manual_seed(0)
+    line = torch.nn.Linear(1, 1)
+    sampler = train_imagenet.StepSampler(
+        images=8, batch=4, micro=2, rank=0, world=1, seed=0, repeats=1, last=1)
+    x = torch.tensor([float(index) for _, index, _ in join(sampler)])[:, None]
+    error = (line(x) - (2 * x + 1)).abs()
+    first = logged_updates(tmp_path)[0]["losses"]
+    assert first["loss_absolute"] == pytest.approx(error.mean().item(), rel=1e-6)
+    assert first["loss_square"] == pytest.approx((error ** 2).mean().item(), rel=1e-6)
+
+
+def test_a_task_is_evaluated_by_its_metric(tmp_path):
+    train_line(tmp_path)
+    evaluations = [r for r in read_records(tmp_path) if "closeness" in r]
+    assert [record["step"] for record in evaluations] == [2, 4]
+    assert evaluations[-1]["best"] == max(record["closeness"] for record in evaluations)
+    for record in evaluations:
+        assert list(record["train_losses"]) == ["loss_square", "loss_absolute"]
+        assert record["train_loss"] == pytest.approx(sum(record["train_losses"].values()))
+
+
+def test_the_curves_of_a_task_show_its_terms(plotted, tmp_path):
+    train_line(tmp_path)
+    assert {"training loss", "loss_square", "loss_absolute"} <= plotted[0].keys()
+    assert list(plotted[1]) == ["closeness"]
+
+
+def test_micro_batches_add_up_to_the_batch(tiny, folder, tmp_path):
+    """Without batch statistics the split into micro-batches does not change the update."""
+    plain = "--mixup 0 --cutmix 0 --random-erase 0 --drop-path 0 --repeated-aug 1".split()
+    losses = []
+    for micro in (1, 4):
+        output = tmp_path / str(micro)
+        common = [*FAST, *plain, "--frozen-bn", "--max-steps", 2, "--data", folder]
+        run(*common, "--micro-batch", micro, "--output", output)
+        losses.append([record["loss"] for record in logged_updates(output)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_frozen_statistics_do_not_change(tiny, folder, tmp_path):
+    run(*FAST, "--frozen-bn", "--max-steps", 1, "--data", folder, "--output", tmp_path)
+    state = last_state(tmp_path)["model"]
+    assert state["stem.1.num_batches_tracked"] == 0
+    assert state["stem.1.running_mean"].abs().max() == 0
+
+
+@pytest.mark.parametrize("flags", [
+    "--amp bf16 --channels-last",
+    "--amp fp16 --clip-grad 1 --deterministic",
+    "--released --clip-grad 0.5",
+    "--repeated-aug 3 --sync-bn",
+])
+def test_options_run(tiny, folder, tmp_path, flags):
+    run(*FAST, "--max-steps", 2, "--data", folder, "--output", tmp_path, *flags.split())
+    for name, value in last_state(tmp_path)["model"].items():
+        assert value.isfinite().all(), name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, folder, tmp_path):
+    message = (r"loss (nan|inf) at update [23] not finite, learning rate .*; "
+               "last finite checkpoint: none yet")
+    with pytest.raises(train_imagenet.InputError, match=message):
+        run(*FAST, "--lr", "1e30", "--warmup-epochs", 0, "--data", folder, "--output", tmp_path)
+
+
+# ------------------------------------------------------------------------------ processes and stops
+LAUNCHER = """
+import multiprocessing
+import os
+import signal
+
+import secvit
+import train_imagenet
+
+
+class SmallModel(secvit.SecViT):
+    calls = 0
+
+    def __init__(self, **options):
+        super().__init__(**{**SMALL, "drop_path_rate": 0.1, **options})
+
+    def forward(self, x):
+        SmallModel.calls += 1
+        if SmallModel.calls == 3:  # in the second update
+            EVENT
+        return super().forward(x)
+
+
+train_imagenet.MODELS["secvit_t"] = SmallModel
+train_imagenet.run_main(train_imagenet.main, "train_imagenet.py")
+"""
+two_on_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on one GPU")
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start train_imagenet.py with the small model in a process of its own.
+
+    torchrun: with that many processes; event: what happens in the second update.
+    """
+    def start(*arguments, torchrun=0, event="pass", **environment):
+        script = tmp_path / "launcher.py"
+        script.write_text(LAUNCHER.replace("SMALL,", f"{SMALL},").replace("EVENT", event))
+        command = [sys.executable]
+        if torchrun:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={torchrun}"]
+        command += [str(script), *map(str, arguments)]
+        variables = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **environment)
+        return subprocess.Popen(
+            command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True, env=variables)
+    return start
+
+
+def finish(process):
+    """Output and errors of a process; one that hangs is killed."""
+    try:
+        return process.communicate(timeout=200)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return str(server.getsockname()[1])
+
+
+def start_processes(start, world, *arguments, **options):
+    """What torchrun does, in fewer processes."""
+    shared = dict(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world))
+    processes = []
+    for rank in range(world):
+        place = dict(RANK=str(rank), LOCAL_RANK=str(rank))
+        processes.append(start(*arguments, **options, **shared, **place))
+    return processes
+
+
+@two_on_a_gpu
+def test_two_processes_equal_one(tiny, folder, tmp_path, start):
+    common = [*FAST, *FULL, "--max-steps", 3, "--data", folder]
+    run(*common, "--output", tmp_path / "one")
+    process = start(*common, "--output", tmp_path / "two", torchrun=2)
+    _, errors = finish(process)
+    assert process.returncode == 0, errors
+    one = [record["loss"] for record in logged_updates(tmp_path / "one")]
+    two = [record["loss"] for record in logged_updates(tmp_path / "two")]
+    assert len(one) == 3
+    assert one == pytest.approx(two, rel=2e-5)
+
+
+@two_on_a_gpu
+def test_three_processes_evaluate_like_one(finished, start):
+    """7 images: 3, 2 and 2."""
+    weights = finished / "last.pt"
+    processes = start_processes(start, 3, "--eval", "--workers", 0, "--weights", weights)
+    (output, errors), *_ = [finish(process) for process in processes]
+    assert processes[0].returncode == 0, errors
+    scores = json.loads(output.splitlines()[-1])
+    record = read_records(finished)[-1]
+    assert scores["images"] == 7
+    for name in ("top1", "top5", "loss", "ema_top1", "ema_loss"):
+        assert scores[name] == pytest.approx(record[name]), name
+
+
+def test_sigterm_saves_and_the_resumed_run_is_exact(finished, folder, tmp_path, start):
+    """Loader processes get the signal, too, as under a scheduler."""
+    common = [*FAST, *FULL, "--workers", 2, "--data", folder, "--output", tmp_path / "stopped"]
+    process = start(*common, event="os.killpg(0, signal.SIGTERM)")
+    output, errors = finish(process)
+    assert process.returncode == 0, errors
+    assert "resume with --resume" in output
+    assert last_state(tmp_path / "stopped")["step"] == 2
+    run(*common, "--resume", "auto", "--workers", 0)
+    assert_same_state(last_state(finished), last_state(tmp_path / "stopped"))
+
+
+@two_on_a_gpu
+def test_a_process_that_dies_ends_the_other(folder, tmp_path, start):
+    death = 'os.environ["RANK"] == "1" and os.kill(os.getpid(), signal.SIGKILL)'
+    common = [*FAST, "--data", folder, "--output", tmp_path / "out"]
+    first, second = start_processes(start, 2, *common, event=death)
+    finish(second)
+    output, errors = finish(first)
+    assert first.returncode != 0, output
+    assert errors.strip()
+
+
+def test_a_killed_loader_process_ends_the_run(folder, tmp_path, start):
+    common = [*FAST, "--workers", 2, "--data", folder, "--output", tmp_path / "out"]
+    process = start(*common, event="multiprocessing.active_children()[0].kill()")
+    _, errors = finish(process)
+    assert process.returncode == 1
+    assert errors.splitlines()[-1].startswith("train_imagenet.py: a loader process died")
+    assert "Traceback" not in errors
+
+
+def test_a_traceback_ends_a_run_with_loader_processes(folder, tmp_path, start):
+    common = [*FAST, "--workers", 2, "--data", folder, "--output", tmp_path / "out"]
+    process = start(*common, event='raise RuntimeError("out of memory")')
+    _, errors = finish(process)
+    assert process.returncode == 1
+    assert "RuntimeError: out of memory" in errors
 
 
 def test_fewer_gpus_than_processes_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(T.InputError, match="process 1 of this machine has no GPU: 1 found"):
-        T.Processes()
+    message = "process 1 of this machine has no GPU: 1 found"
+    with pytest.raises(train_imagenet.InputError, match=message):
+        train_imagenet.Processes()
+
+
+# --------------------------------------------------------------------------------- errors of a user
+BAD = {  # what is typed -> what the one line says; {d}: the data, {t}: a folder of wrong things
+    "--model resnet50":
+        "unknown --model 'resnet50', expected one of clustr_t",
+    "--data {t}/nowhere":
+        "nowhere.*is not a folder",
+    "--data {t}":
+        "train is not a folder",
+    "--data {t}/empty":
+        "holds no image",
+    "--data {t}/nested":
+        "nested/train/dog holds no image; expected image files directly in each class folder",
+    "--data {t}/differ":
+        r"differ in classes \['cat', 'wolf'\]",
+    "--data {d} --batch-size 6 --micro-batch 4":
+        "6 is not a multiple of --micro-batch 4 x 1 processes",
+    "--data {d} --batch-size 512":
+        "512 is larger than the 14 training images",
+    "--data {d} --img-size 16":
+        "--img-size: 16, expected at least 32",
+    "--data {d} --epochs 0":
+        "--epochs: 0, expected at least 1",
+    "--data {d} --micro-batch 0":
+        "--micro-batch: 0, expected at least 1",
+    "--data {d} --drop-path 1.5":
+        "--drop-path: 1.5, expected at least 0, at most 0.99",
+    "--data {d} --lr nan":
+        "--lr: nan, expected at least 0",
+    "--data {d} --lr inf":
+        "--lr: inf, expected at least 0",
+    "--data {d} --clip-grad 0":
+        "--clip-grad: 0, expected above 0",
+    "--data {d} --batch-size 1 --img-size 32":
+        "leaves batch norm a single value",
+    "--data {d} --randaug rand-m9":
+        "'rand-m9', expected none or rand-m",
+    "--epochs ten":
+        "invalid int value: 'ten'",
+    "--no-such-flag":
+        "unrecognized arguments: --no-such-flag",
+    "--amp fp8":
+        "--amp: invalid choice: 'fp8'",
+    "--model stvit_s --released":
+        "--released is a variant of SecViT",
+    "--model sec_swin_t --released":
+        "--released is a variant of SecViT, not of sec_swin_t",
+    "--eval":
+        "--eval needs --weights",
+    "--resume {t}/none.pt":
+        "no checkpoint .*none.pt",
+    "--model secvit_t --weights {t}/cut.pt --data {d} --batch-size 2":
+        "cannot read .*cut.pt",
+    "--resume {t}/of_stvit.pt --model secvit_t":
+        "holds stvit_s, but --model is secvit_t",
+    "--weights {t}/of_stvit.pt --model secvit_t --data {d} --batch-size 2":
+        "do not fit SecViT",
+    "--eval --weights {t}/part.pt --model secvit_t --data {d} --batch-size 2":
+        "do not fit SecViT: [0-9]+ tensors are missing",
+    "--eval --weights {t}/five.pt --model secvit_t --data {d}":
+        "the classifier of .*five.pt is not one of 2 classes",
+    "--resume {t}/part.pt":
+        "part.pt is no checkpoint of this script",
+    "--resume {t}/tensor.pt":
+        "tensor.pt holds a Tensor, expected a dict of tensors",
+    "--model secvit_t --data {d} --batch-size 2 --output {t}/cut.pt":
+        "File exists",
+    "--model secvit_t --data {t}/broken --batch-size 1 --repeated-aug 1 --workers 0":
+        "ten files in a row cannot be decoded",
+    "--model secvit_t --data {t}/broken --batch-size 1 --repeated-aug 1 --workers 1":
+        "ten files in a row cannot be decoded",
+}
+
+
+@pytest.fixture(scope="session")
+def wrong(tmp_path_factory):
+    """A folder of wrong things."""
+    root = tmp_path_factory.mktemp("wrong")
+    for split, classes in (("train", ("cat", "dog")), ("val", ("dog", "wolf"))):
+        for name in classes:
+            save_image(root / "differ" / split / name / "a.png")
+            (root / "empty" / split / name).mkdir(parents=True)
+    for split in ("train", "val"):
+        save_image(root / "nested" / split / "cat" / "a.png")
+        save_image(root / "nested" / split / "dog" / "images" / "a.png")
+        save_image(root / "broken" / split / "x" / "a.png")
+    for i in range(12):
+        (root / "broken" / "train" / "x" / f"{i}.png").write_bytes(b"x")
+    (root / "broken" / "train" / "x" / "a.png").unlink()
+    (root / "cut.pt").write_bytes(b"PK\x03\x04 not all of it")
+    write_checkpoint(root / "of_stvit.pt", model="stvit_s")
+    torch.save({"stem.0.weight": torch.zeros(8, 3, 3, 3)}, root / "part.pt")
+    torch.save(small_model(num_classes=5).state_dict(), root / "five.pt")
+    torch.save(torch.zeros(2), root / "tensor.pt")
+    return root
+
+
+def error_lines(capsys):
+    """What a run printed to stderr, but for its progress bar and the announcement of its data."""
+    lines = []
+    for line in capsys.readouterr().err.splitlines():
+        if line.strip() and "img/s" not in line and "no --data" not in line:
+            lines.append(line)
+    return lines
+
+
+@pytest.mark.parametrize("typed", BAD)
+def test_bad_input_is_one_line_and_status_2(
+        tiny, folder, wrong, tmp_path, monkeypatch, capsys, typed):
+    words = typed.format(d=folder, t=wrong).split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_imagenet.py", *words])
+    with pytest.raises(SystemExit) as exit:
+        train_imagenet.run_main(train_imagenet.main, "train_imagenet.py")
+    lines = error_lines(capsys)
+    assert exit.value.code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("train_imagenet.py: ")
+    assert re.search(BAD[typed], lines[0]), lines[0]
+
+
+def test_the_script_itself_calls_main(monkeypatch, capsys):
+    script = str(ROOT / "train_imagenet.py")
+    monkeypatch.setattr(sys, "argv", [script, "--eval"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_path(script, run_name="__main__")
+    assert exit.value.code == 2
+    assert error_lines(capsys) == ["train_imagenet.py: --eval needs --weights FILE"]
+
+
+def test_an_unreadable_validation_image_is_an_error(tiny, tmp_path):
+    for split in ("train", "val"):
+        save_image(tmp_path / split / "a" / "0.png")
+    (tmp_path / "val" / "a" / "1.png").write_bytes(b"x")
+    one = "--img-size 64 --batch-size 1 --micro-batch 1 --repeated-aug 1".split()
+    message = "validation image cannot be decoded: .*1.png"
+    with pytest.raises(train_imagenet.InputError, match=message):
+        run(*FAST, *one, "--data", tmp_path, "--output", tmp_path / "out")
+
+
+def test_an_unreadable_training_image_is_named_and_counted(tiny, folder, tmp_path, capsys):
+    root = shutil.copytree(folder, tmp_path / "data")
+    (root / "train" / "cat" / "00.png").write_bytes(b"x")
+    run(*FAST, "--repeated-aug", 1, "--data", root, "--output", tmp_path / "out")
+    records = read_records(tmp_path / "out")
+    named = [r["unreadable_file"] for r in records if "unreadable_file" in r]
+    evaluations = [r for r in records if "unreadable" in r]
+    assert len(named) == 1
+    assert "cat/00.png" in named[0]
+    assert sum(record["unreadable"] for record in evaluations) == 2
+    assert capsys.readouterr().err.count("using the next file") == 1
