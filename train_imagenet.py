@@ -108,6 +108,17 @@ def number(kind, low, high=math.inf, *, above=False):
     return parse
 
 
+def text(value):
+    """Flag type: a string that is neither empty, as an unset shell variable, nor undecodable."""
+    if not value:
+        raise argparse.ArgumentTypeError("is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{value!r} is not UTF-8") from None
+    return value
+
+
 COUNT = number(int, 1)
 POSITIVE = number(float, 0, above=True)
 NOT_NEGATIVE = number(float, 0)
@@ -117,7 +128,7 @@ ON_OFF = argparse.BooleanOptionalAction
 
 RUN_FLAGS = {  # of both scripts
     "released": Flag(bool, False, "SecViT as its authors released it"),
-    "output": OnceFlag(str, None, "folder for log.jsonl, last.pt, best.pt, curves.png"),
+    "output": OnceFlag(text, None, "folder for log.jsonl, last.pt, best.pt, curves.png"),
     "micro_batch": Flag(COUNT, None, "images per process and forward pass; gradients accumulate "
                         "up to --batch-size; default: a divisor of it"),
     "clip_grad": Flag(POSITIVE, None, "clip gradients to this norm; default off"),
@@ -134,14 +145,14 @@ RUN_FLAGS = {  # of both scripts
     "log_every": Flag(COUNT, 50, "updates between log lines"),
     "max_steps": OnceFlag(COUNT, None, "save and stop after this many updates; the schedule "
                           "stays"),
-    "resume": OnceFlag(str, None, "checkpoint to continue exactly; it restores every flag you do "
-                       "not override; auto: the latest readable one in --output, if any"),
-    "weights": OnceFlag(str, None, "start from these weights"),
+    "resume": OnceFlag(text, None, "checkpoint to continue exactly; it restores every flag you do "
+                       "not override; auto: the one of the highest step in --output, if any"),
+    "weights": OnceFlag(text, None, "start from these weights"),
     "eval": OnceFlag(bool, False, "only evaluate --weights and print one JSON line"),
 }
 FLAGS = {
-    "model": Flag(str, "linglo_b0", f"one of {', '.join(MODELS)}"),
-    "data": OnceFlag(str, None, "folder with train/<class>/* and val/<class>/*; default: drawn "
+    "model": Flag(text, "linglo_b0", f"one of {', '.join(MODELS)}"),
+    "data": OnceFlag(text, None, "folder with train/<class>/* and val/<class>/*; default: drawn "
                      "images"),
     "epochs": Flag(COUNT, 300, "length of training and of the cosine"),
     **RUN_FLAGS,
@@ -150,13 +161,14 @@ FLAGS = {
     "weight_decay": Flag(NOT_NEGATIVE, 0.05, "AdamW's weight decay"),
     "min_lr": Flag(NOT_NEGATIVE, 1e-5, "learning rate at the end of the cosine"),
     "warmup_epochs": Flag(NOT_NEGATIVE, 5.0, "linear warm-up from 1e-6"),
-    "img_size": Flag(number(int, 32), 224, "side of the square images"),
-    "mixup": Flag(NOT_NEGATIVE, 0.8, "Beta parameter of mixup, 0 is off"),
-    "cutmix": Flag(NOT_NEGATIVE, 1.0, "Beta parameter of CutMix, 0 is off"),
+    "img_size": Flag(number(int, 32, 8192), 224, "side of the square images"),
+    "mixup": Flag(number(float, 0, 100), 0.8, "Beta parameter of mixup, 0 is off"),
+    "cutmix": Flag(number(float, 0, 100), 1.0, "Beta parameter of CutMix, 0 is off"),
     "label_smoothing": Flag(BELOW_ONE, 0.1, "fraction of a target spread over all classes"),
-    "randaug": Flag(str, "rand-m9-mstd0.5-inc1", "RandAugment in timm's notation, or none"),
+    "randaug": Flag(text, "rand-m9-mstd0.5-inc1", "RandAugment in timm's notation, or none"),
     "random_erase": Flag(FRACTION, 0.25, "probability of replacing a box of an image by noise"),
-    "repeated_aug": Flag(COUNT, 3, "copies of each image per epoch, of fewer images, 1 is off"),
+    "repeated_aug": Flag(number(int, 1, 100), 3, "copies of each image per epoch, of fewer "
+                         "images, 1 is off"),
     "min_crop": Flag(number(float, 0, 1, above=True), 0.08, "smallest area of a random crop"),
     "test_crop": Flag(number(float, 0.1, 1), None, "evaluated fraction of the resized shorter "
                       "side; default 0.875, from 384 pixels on 1"),
@@ -317,6 +329,9 @@ class Processes:
             torch.cuda.set_device(local)
         self.gloo_group = None
         self.checkpoint_group = None
+        if self.world > 1 and "MASTER_ADDR" not in os.environ:
+            raise InputError(f"WORLD_SIZE is {self.world}, but MASTER_ADDR is not set: start "
+                             "several processes with torchrun")
         if self.world > 1:
             limit = datetime.timedelta(seconds=timeout)
             store, rank, world = next(dist.rendezvous("env://", timeout=limit))
@@ -362,7 +377,7 @@ class Processes:
             return
         for model in models:
             for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
+                self.run_collective(dist.broadcast, buffer, 0)
 
     def gather(self, items):
         """All processes' lists, joined, tensors on the CPU."""
@@ -688,10 +703,7 @@ def random_resized_crop(image, size, min_area, rng):
     """
     W, H = image.size
     for _ in range(10):
-        area = rng.uniform(min_area, 1.0) * W * H
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        w = round(math.sqrt(area * ratio))
-        h = round(math.sqrt(area / ratio))
+        w, h = random_sides(rng, W * H, min_area, 1.0, 3 / 4)
         if 0 < w <= W and 0 < h <= H:
             x = rng.randint(0, W - w)
             y = rng.randint(0, H - h)
@@ -702,6 +714,13 @@ def random_resized_crop(image, size, min_area, rng):
         x = (W - w) // 2
         y = (H - h) // 2
     return image.crop((x, y, x + w, y + h)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def random_sides(rng, total, low, high, min_ratio):
+    """Sides of a box of U(low, high) of an area, their ratio from min_ratio to its inverse."""
+    area = rng.uniform(low, high) * total
+    ratio = math.exp(rng.uniform(math.log(min_ratio), math.log(1 / min_ratio)))
+    return round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
 
 
 def center_crop(image, size, fraction):
@@ -779,9 +798,9 @@ def parse_randaug(text):
         return None
     number = r"(\d+(?:\.\d+)?)"
     match = re.fullmatch(rf"rand-m{number}(?:-n(\d+))?(?:-mstd{number})?-inc1", text)
-    if not match or float(match[1]) > 10:
+    if not match or float(match[1]) > 10 or int(match[2] or 2) > 15:
         raise InputError(f"--randaug {text!r}, expected none or rand-mM[-nLAYERS][-mstdS]-inc1 "
-                         "with M at most 10")
+                         "with M at most 10 and at most 15 layers")
     return float(match[1]), float(match[3] or 0), int(match[2] or 2)
 
 
@@ -842,10 +861,7 @@ def erase(x, probability, rng):
 def random_box(H, W, rng):
     """Top, bottom, left, right of a box of 2 to 33 % of the area; zeros if ten tries do not fit."""
     for _ in range(10):
-        area = rng.uniform(0.02, 1 / 3) * H * W
-        ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
-        h = round(math.sqrt(area * ratio))
-        w = round(math.sqrt(area / ratio))
+        h, w = random_sides(rng, H * W, 0.02, 1 / 3, 0.3)
         if h < H and w < W:
             top = rng.randint(0, H - h)
             left = rng.randint(0, W - w)
@@ -927,16 +943,19 @@ class TrainState:
     """All that a checkpoint holds: model, averaged weights, optimizer, scaler, counters.
 
     step: updates done; evaluated_at: the step of the last evaluation; best: best metric so far;
-    period_losses: sums of each loss since the last evaluation; unreadable: files since then.
+    period_losses: sums of each loss since the last evaluation; unreadable: files since then;
+    per_epoch and classes: what a run that continues must agree with.
     """
 
     counters = ("step", "evaluated_at", "best", "period_losses", "unreadable")
 
-    def __init__(self, model, optimizer, scaler, ema):
+    def __init__(self, model, optimizer, scaler, ema, per_epoch, classes):
         self.model = model
         self.average = copy.deepcopy(model).eval().requires_grad_(False) if ema else None
         self.optimizer = optimizer
         self.scaler = scaler
+        self.per_epoch = per_epoch
+        self.classes = classes
         self.step = 0
         self.evaluated_at = 0
         self.best = -math.inf
@@ -945,31 +964,33 @@ class TrainState:
         self.lr = 0.0         # of the last update
         self.saved_at = None  # step of the last checkpoint
 
-    def save(self, name, args, procs, **facts):
-        """Write output/name on rank 0. `facts` are what a run that continues must agree with."""
+    def save(self, name, args, procs):
+        """Write output/name on rank 0."""
         total = sum(p.detach().double().sum() for p in self.model.parameters())
         if not math.isfinite(total):
             raise InputError(not_finite("weights", self.step, self.lr, args.output, self.saved_at))
         procs.share_buffers(*(model for model in (self.model, self.average) if model))
         if procs.rank == 0:
-            state = {name: getattr(self, name) for name in self.counters}
+            fields = (*self.counters, "per_epoch", "classes")
+            state = {field: getattr(self, field) for field in fields}
             state["model"] = self.model.state_dict()
             state["ema"] = self.average.state_dict() if self.average else None
             state["optimizer"] = self.optimizer.state_dict()
             state["scaler"] = self.scaler.state_dict()
-            save_checkpoint(Path(args.output) / name, state | facts | {"args": vars(args)})
+            state["args"] = vars(args)
+            save_checkpoint(Path(args.output) / name, state)
         procs.wait()
         self.saved_at = self.step
 
-    def restore(self, checkpoint, args, **facts):
+    def restore(self, checkpoint, args):
         """Put a checkpoint's states back, strictly, and empty it to free its memory.
 
         Raises: InputError if it belongs to another run.
         """
-        if checkpoint["per_epoch"] != facts["per_epoch"]:
+        if checkpoint["per_epoch"] != self.per_epoch:
             raise InputError(f"epochs of the checkpoint have {checkpoint['per_epoch']} updates, of "
-                             f"this run {facts['per_epoch']}: other data or batch size?")
-        check_classes("the checkpoint", checkpoint["classes"], facts["classes"])
+                             f"this run {self.per_epoch}: other data or batch size?")
+        check_classes("the checkpoint", checkpoint["classes"], self.classes)
         try:
             self.model.load_state_dict(checkpoint["model"])
             if self.average:
@@ -1001,7 +1022,7 @@ def check_classes(what, classes, expected):
     """Raise InputError unless two lists of class names agree."""
     if classes != expected:
         ours, theirs = (f"{len(c)} ({', '.join(c[:5])}, ...)" for c in (classes, expected))
-        raise InputError(f"{what} knows the classes {ours}, the data has {theirs}")
+        raise InputError(f"{what} has the classes {ours}, the data has {theirs}")
 
 
 def save_checkpoint(path, state):
@@ -1150,10 +1171,9 @@ class RunLog:
     `add` collects the losses of micro-batches without waiting for the device; `flush` waits.
     """
 
-    def __init__(self, args, procs, state, per_epoch, last_step):
+    def __init__(self, args, procs, state, last_step):
         self.args = args
         self.procs = procs
-        self.per_epoch = per_epoch
         self.path = Path(args.output) / "log.jsonl" if procs.rank == 0 else None
         self.losses = []         # {name: scalar} of each update since the last line
         self.unreadable = []     # files that could not be decoded since the last line
@@ -1181,9 +1201,9 @@ class RunLog:
         for name, value in losses.items():
             update[name] = update.get(name, 0) + value.detach() * weight
 
-    def end_update(self, step):
+    def end_update(self, state):
         self.bar.update(self.args.batch_size)
-        self.bar.set_description(f"epoch {step / self.per_epoch:.1f}")
+        self.bar.set_description(f"epoch {state.step / state.per_epoch:.1f}")
 
     def flush(self, state):
         """Write one line of what was added. Raises: InputError if a loss is not finite."""
@@ -1191,7 +1211,7 @@ class RunLog:
             return
         names = list(self.losses[0])
         table = torch.stack([torch.stack(list(update.values())) for update in self.losses])
-        rows = (np.array(self.procs.reduce(table.double())) / self.procs.world)  # (updates, terms)
+        rows = np.array(self.procs.reduce(table.double())) / self.procs.world     # (updates, terms)
         totals = rows.sum(1)
         if not np.isfinite(totals).all():
             index = int(np.isfinite(totals).argmin())
@@ -1204,7 +1224,7 @@ class RunLog:
             state.period_losses[name] = state.period_losses.get(name, 0.0) + value
         self.report_unreadable(state)
         means = dict(zip(names, rows.mean(0).tolist()))
-        self.write(step=state.step, epoch=state.step / self.per_epoch, loss=float(totals.mean()),
+        self.write(step=state.step, epoch=state.step / state.per_epoch, loss=float(totals.mean()),
                    losses=means, lr=state.lr, time=time.time(),
                    images_per_s=len(rows) * self.args.batch_size / elapsed)
         terms = means if len(means) > 1 else {}
@@ -1228,7 +1248,7 @@ class RunLog:
         updates = state.step - state.evaluated_at
         means = {name: value / updates for name, value in state.period_losses.items()}
         first = state.optimizer.state[next(state.model.parameters())]
-        self.write(step=state.step, epoch=state.step / self.per_epoch,
+        self.write(step=state.step, epoch=state.step / state.per_epoch,
                    train_loss=sum(means.values()), train_losses=means, **scores, best=state.best,
                    unreadable=state.unreadable,
                    scaler_skips=state.step - int(first["step"]),  # fp16 overflows
@@ -1247,7 +1267,9 @@ def draw_curves(output, metrics):
     losses = {"training loss": {s: r["loss"] for s, r in logged.items()}}
     losses["validation loss"] = {s: r["loss"] for s, r in evaluated.items() if "loss" in r}
     names = list(next(iter(logged.values()), {}).get("losses", {}))
-    for name in names if len(names) > 1 else ():
+    if len(names) == 1:  # equal to their sum
+        names = []
+    for name in names:
         losses[name] = {s: r["losses"][name] for s, r in logged.items() if name in r["losses"]}
     scores = {}
     for metric in metrics:
@@ -1305,8 +1327,9 @@ def plot_lines(draw, left, lines):
 class Classification:
     """What the loop asks of a task; train_dense.py's tasks have the same methods.
 
-    metric: name of the metric that picks best.pt, larger is better; train_mode: what the loop
-    calls model.train() with; identity: names the run in its output.
+    metric: name of the metric that picks best.pt, larger is better; decimals: of printed metrics;
+    train_mode: what the loop calls model.train() with; test_batch: images per batch of an
+    evaluation; identity: names the run in its output.
     """
 
     metric = "top1"
@@ -1447,7 +1470,6 @@ def train(task, args, procs, checkpoint):
     total = task.total_updates(per_epoch)
     last_step = min(total, args.max_steps or total)
     eval_every = task.eval_every(per_epoch, total)
-    facts = dict(classes=train_set.classes, per_epoch=per_epoch)
 
     torch.manual_seed(args.seed)
     model = task.build_model(train_set.classes)
@@ -1459,13 +1481,13 @@ def train(task, args, procs, checkpoint):
     optimizer = torch.optim.AdamW(task.param_groups(model), lr=args.lr, betas=(0.9, 0.999),
                                   eps=1e-8, fused=True)
     scaler = torch.amp.GradScaler(procs.device.type, enabled=args.amp == "fp16")
-    state = TrainState(model, optimizer, scaler, args.ema)
+    state = TrainState(model, optimizer, scaler, args.ema, per_epoch, train_set.classes)
     if checkpoint:
-        state.restore(checkpoint, args, **facts)
+        state.restore(checkpoint, args)
     procs.check_same_step(state.step)
     net = wrap_model(model, args, procs)
 
-    with closing(RunLog(args, procs, state, per_epoch, last_step)) as log:
+    with closing(RunLog(args, procs, state, last_step)) as log:
         announce(task, log, state, total, loaded)
         samples = Samples(train_set, task.train_sample, args.seed, max_replacements=9)
         sampler = task.sampler(train_set, **schedule, first=state.step, last=last_step)
@@ -1475,7 +1497,7 @@ def train(task, args, procs, checkpoint):
         stopping = False
         scores = {}
         if evaluation_due(state, eval_every, total):  # the run was killed while it was evaluating
-            scores = evaluate_and_save(task, state, val_set, log, **facts)
+            scores = evaluate_and_save(task, state, val_set, log)
 
         while state.step < last_step and not stopping:
             state.lr = task.lr_at(state.step, total, per_epoch)
@@ -1506,16 +1528,16 @@ def train(task, args, procs, checkpoint):
             if state.average:
                 update_average(state.average, model, args.ema)
             state.step += 1
-            log.end_update(state.step)
+            log.end_update(state)
 
             stopping = procs.any(stop.caught)
             due = evaluation_due(state, eval_every, total)
             if due or stopping or state.step == last_step or len(log.losses) >= args.log_every:
                 log.flush(state)
             if due and not stopping:
-                scores = evaluate_and_save(task, state, val_set, log, **facts)
+                scores = evaluate_and_save(task, state, val_set, log)
     if state.saved_at != state.step:
-        state.save("last.pt", args, procs, **facts)
+        state.save("last.pt", args, procs)
     if procs.rank == 0:
         print(last_words(task, args, state, stopping and state.evaluated_at < total, scores))
 
@@ -1551,7 +1573,7 @@ def announce(task, log, state, total, loaded):
         print(loaded)
     print(f"{' with '.join(task.identity.values())}: batch {args.batch_size}, {args.micro_batch} "
           f"at once on each of {procs.world} processes, peak rate {args.lr:g}, {total} updates, "
-          f"{log.per_epoch} per epoch, on {procs.device.type}, amp {args.amp}")
+          f"{state.per_epoch} per epoch, on {procs.device.type}, amp {args.amp}")
 
 
 def evaluation_due(state, eval_every, total):
@@ -1560,11 +1582,11 @@ def evaluation_due(state, eval_every, total):
     return periods > 0 or state.evaluated_at < state.step == total
 
 
-def evaluate_and_save(task, state, val_set, log, **facts):
+def evaluate_and_save(task, state, val_set, log):
     """Evaluate the model and its average, log the metrics, save last.pt and, if best, best.pt."""
     args = log.args
     procs = log.procs
-    state.save("last.pt", args, procs, **facts)  # save first: evaluation is slow and may be killed
+    state.save("last.pt", args, procs)  # save first: evaluation is slow and may be killed
     scores = evaluate(task, state.model, val_set, args, procs)
     if state.average:
         averaged = evaluate(task, state.average, val_set, args, procs)
@@ -1578,8 +1600,8 @@ def evaluate_and_save(task, state, val_set, log, **facts):
     state.period_losses = {}
     state.unreadable = 0
     if improved:
-        state.save("best.pt", args, procs, **facts)
-    state.save("last.pt", args, procs, **facts)
+        state.save("best.pt", args, procs)
+    state.save("last.pt", args, procs)
     if procs.rank == 0:
         draw_curves(Path(args.output), metrics)
     return scores
