@@ -2291,193 +2291,137 @@ class InstanceSegmentation(DenseTask):
 
 # --------------------------------------------------------------------------------------------- pose
 # Keypoints of persons, top-down: a detector gives boxes, and the network sees one crop per person.
-# SimpleBaseline (arXiv 1804.06208) on the 133 keypoints of COCO-WholeBody (arXiv 2007.11858) or the
-# 17 of COCO, which are their first, with the recipe of TCFormer (arXiv 2204.08680) by mmpose 0.x.
-# Letters: P persons, K keypoints, h x w heat maps, a quarter of the crop. A person's frame is the
-# region of the image that the crop shows: centre, size, angle. Person boxes: x, y, w, h, score.
+# SimpleBaseline (arXiv 1804.06208) on the 133 keypoints of COCO-WholeBody (arXiv 2007.11858), or on
+# the first 17 of them, which are COCO's, with TCFormer's recipe (arXiv 2204.08680) by mmpose 0.x.
+# Letters: P persons of an image, K keypoints (133 or 17), H x W crops, h x w heat maps, H/4 x W/4.
+# A person's box is x, y, w, h, score. Its frame, given by centre, size and angle, is the region of
+# the image that becomes the crop: its box, enlarged to the aspect of a crop.
 PERSON = 1              # COCO's category
 ASPECT = 3 / 4          # width of a crop divided by its height
-BOX_PADDING = 1.25      # size of a person's frame divided by that of its box
+BOX_PADDING = 1.25      # size of a frame divided by that of its box
 CROPS_PER_BATCH = 32    # in inference
 STRIDE = 4              # pixels of the crop per pixel of a heat map
 PARTS = {
-    "body": slice(0, 17),
-    "foot": slice(17, 23),
-    "face": slice(23, 91),
-    "lefthand": slice(91, 112),
-    "righthand": slice(112, 133),
+    "body": slice(0, 17), "foot": slice(17, 23), "face": slice(23, 91),
+    "lefthand": slice(91, 112), "righthand": slice(112, 133),
 }
 FIELDS = {part: f"{part}_kpts" for part in PARTS} | {"body": "keypoints"}   # names in the files
 
-# COCO-WholeBody's deviations of the annotators, relative to the size of the person.
-BODY_SIGMAS = (
-    0.026, 0.025, 0.025, 0.035, 0.035,                              # nose, eyes, ears
-    0.079, 0.079, 0.072, 0.072, 0.062, 0.062,                       # shoulders, elbows, wrists
-    0.107, 0.107, 0.087, 0.087, 0.089, 0.089,                       # hips, knees, ankles
-)
-FOOT_SIGMAS = (0.068, 0.066, 0.066, 0.092, 0.094, 0.094)
-FACE_SIGMAS = (
-    0.042, 0.043, 0.044, 0.043, 0.040, 0.035, 0.031, 0.025, 0.020,  # contour
-    0.023, 0.029, 0.032, 0.037, 0.038, 0.043, 0.041, 0.045,
-    0.013, 0.012, 0.011, 0.011, 0.012, 0.012, 0.011, 0.011, 0.013, 0.015,   # eyebrows
-    0.009, 0.007, 0.007, 0.007, 0.012, 0.009, 0.008, 0.016, 0.010,  # nose
-    0.017, 0.011, 0.009, 0.011, 0.009, 0.007,                       # eyes
-    0.013, 0.008, 0.011, 0.012, 0.010, 0.034,
-    0.008, 0.008, 0.009, 0.008, 0.008, 0.007, 0.010, 0.008, 0.009, 0.009,   # mouth
-    0.009, 0.007, 0.007, 0.008, 0.011, 0.008, 0.008, 0.008, 0.010, 0.008,
-)
-HAND_SIGMAS = (
-    0.029, 0.022, 0.035, 0.037, 0.047,                              # wrist, thumb
-    0.026, 0.025, 0.024, 0.035, 0.018, 0.024, 0.022, 0.026,         # index, middle finger
-    0.017, 0.021, 0.021, 0.032, 0.020, 0.019, 0.022, 0.031,         # ring, little finger
-)
-SIGMAS = np.array(BODY_SIGMAS + FOOT_SIGMAS + FACE_SIGMAS + 2 * HAND_SIGMAS)    # (133,)
-
-
-def finger_lines(wrist):
-    return [(wrist, i, i + 1, i + 2, i + 3) for i in range(wrist + 1, wrist + 21, 4)]
-
-
-LINES = [  # of an overlay, each through several keypoints
-    (15, 13, 11, 5, 7, 9),                                          # left ankle to hip to wrist
-    (16, 14, 12, 6, 8, 10),
-    (11, 12),
-    (5, 6),
-    (3, 1, 0, 2, 4),                                                # ear to ear
-    (17, 15, 18),                                                   # left toes to ankle
-    (15, 19),                                                       # ankle to heel
-    (20, 16, 21),
-    (16, 22),
-    *finger_lines(91),
-    *finger_lines(112),
+# COCO-WholeBody's sigmas: how much annotators disagree, in thousandths of the person's size. Rows:
+# body, feet, contour of the face, eyebrows and nose, eyes, mouth, hands.
+SIGMAS = np.array("""
+    26 25 25 35 35 79 79 72 72 62 62 107 107 87 87 89 89
+    68 66 66 92 94 94
+    42 43 44 43 40 35 31 25 20 23 29 32 37 38 43 41 45
+    13 12 11 11 12 12 11 11 13 15 9 7 7 7 12 9 8 16 10
+    17 11 9 11 9 7 13 8 11 12 10 34
+    8 8 9 8 8 7 10 8 9 9 9 7 7 8 11 8 8 8 10 8
+    29 22 35 37 47 26 25 24 35 18 24 22 26 17 21 21 32 20 19 22 31
+    29 22 35 37 47 26 25 24 35 18 24 22 26 17 21 21 32 20 19 22 31
+""".split(), float) / 1000
+BODY_SIGMAS = SIGMAS[PARTS["body"]]
+MIRROR_ORDER = np.r_[   # the keypoint that each of the 133 becomes in a mirror
+    0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15,       # left and right alternate
+    20:23, 17:20,                                                   # feet
+    39:22:-1, 49:39:-1,                                             # contour, eyebrows
+    50:54, 58:53:-1,                                                # bridge of the nose, nostrils
+    68, 67, 66, 65, 70, 69, 62, 61, 60, 59, 64, 63,                 # eyes
+    77:70:-1, 82:77:-1, 87:82:-1, 90:87:-1,                         # outer and inner lips
+    112:133, 91:112,                                                # hands
 ]
-
-
-def mirror_order():
-    """(133,): the keypoint that each one becomes in a mirror; the first 17 are a permutation."""
-    order = np.arange(133)
-    order[1:17] += np.tile((1, -1), 8)                              # left, right, left, ...
-    order[17:23] += np.repeat((3, -3), 3)
-    for line in ((23, 40), (40, 50), (54, 59), (71, 78), (78, 83), (83, 88), (88, 91)):
-        across_face = slice(*line)
-        order[across_face] = order[across_face][::-1]
-    order[59:71] = (68, 67, 66, 65, 70, 69, 62, 61, 60, 59, 64, 63)     # eyes
-    order[91:133] += np.repeat((21, -21), 21)
-    return order
-
-
-MIRROR_ORDER = mirror_order()
+LINES = [               # of an overlay, each through several keypoints
+    (15, 13, 11, 5, 7, 9), (16, 14, 12, 6, 8, 10),                  # ankle to hip to wrist
+    (11, 12), (5, 6), (3, 1, 0, 2, 4),                              # hips, shoulders, ear to ear
+    (17, 15, 18), (15, 19), (20, 16, 21), (16, 22),                 # toes and heels to ankles
+]
+LINES += [(91, *range(i, i + 4)) for i in range(92, 112, 4)]         # fingers
+LINES += [(112, *range(i, i + 4)) for i in range(113, 133, 4)]
 
 
 class Persons:
     """Persons of folder/SPLIT2017 with 133 keypoints (COCO-WholeBody's file) or COCO's 17.
 
-    The 17 come from COCO's own file, or from the other one if there is none. A training sample is
-    a person, a validation sample an image with all its persons, as annotated or as in the COCO
-    detection file `boxes`. Arrays hold what training needs, since loader processes share them;
-    `annotations`, {image id: list of dicts}, is filled for validation only.
-
+    The 17 come from COCO's own file, or from COCO-WholeBody's if there is none. A training sample
+    is a person, a validation sample an image with all its persons, as annotated or, if `boxes` is
+    a COCO detection file, as detected. Persons are in arrays, which loader processes share.
+    Only in validation, `ids` holds the samples' image ids, and `annotations` {image id: [dicts]}.
     Raises: InputError if a file is missing or malformed (names the id) or has no usable person.
     """
 
     def __init__(self, folder, split, keypoints, boxes=None):
-        files = Path(folder) / "annotations"
-        path = files / f"person_keypoints_{split}2017.json"
-        if keypoints == 133 or not path.is_file():
-            path = files / f"coco_wholebody_{split}_v1.0.json"
-        data = read_annotations(path)
+        self.split = split
         self.folder = Path(folder) / f"{split}2017"
+        path = Path(folder) / "annotations" / f"person_keypoints_{split}2017.json"
+        if keypoints == 133 or not path.is_file():
+            path = path.with_name(f"coco_wholebody_{split}_v1.0.json")
+        data = read_annotations(path)
         if not self.folder.is_dir():
             expected = "DIR/{train,val}2017 and DIR/annotations/*.json"
             raise InputError(f"{self.folder} is not a folder; expected {expected}")
-
         images = {image["id"]: image for image in data["images"]}
-        people = [a for a in data["annotations"] if a["category_id"] == PERSON]
-        rows = annotated_persons(people, images, keypoints, path)
+        persons = [a for a in data["annotations"] if a["category_id"] == PERSON]
+        rows = annotated_persons(persons, images, keypoints, path)
         problem = f"{path} holds no person with keypoints"
-        self.annotations = {}
-        if split == "val":
-            self.annotations = {image_id: [] for image_id in images}
-            for person in people:
-                self.annotations[person["image_id"]].append(person)
         if split == "val" and boxes:
-            rows = detected_persons(read_person_boxes(boxes), images, keypoints)
+            no_points = np.zeros((keypoints, 3))
+            rows = [(i, box, no_points) for i, box in read_person_boxes(boxes) if i in images]
             problem = f"{boxes} holds no person in an image of {path}"
         if not rows:
             raise InputError(problem)
-        self.classes = keypoint_names()[:keypoints]
-        self.store(images, rows, split)
+        self.store(rows, images)
+        self.annotations = {image_id: [] for image_id in self.ids}
+        if split == "val":
+            for person in persons:
+                self.annotations[person["image_id"]].append(person)
+        names = []
+        for part, indices in PARTS.items():
+            names += [f"{part} {i}" for i in range(indices.stop - indices.start)]
+        self.classes = names[:keypoints]
 
-    def store(self, images, rows, split):
-        """Turn images, {id: dict}, and persons, rows (image id, box, points), into arrays."""
+    def store(self, rows, images):
+        """Turn persons, rows (image id, box, points), into arrays, ordered by image id."""
         rows.sort(key=lambda row: row[0])                       # stable: keeps the file's order
         image_ids, boxes, points = zip(*rows)
-        self.ids = sorted(images)
-        self.files = np.array([os.fsencode(images[i]["file_name"]) for i in self.ids])
+        self.image_ids = np.array(image_ids)                    # (persons of all images,)
         self.boxes = np.array(boxes, np.float64)                # (persons of all images, 5)
         self.points = np.array(points, np.float32)              # (persons of all images, K, 3)
-        if split == "train":
-            image_index = np.searchsorted(self.ids, image_ids)
-            first = np.arange(len(rows))
-            end = first + 1
-        else:
-            image_index = np.arange(len(self.ids))
-            first = np.searchsorted(image_ids, self.ids)
-            end = np.searchsorted(image_ids, self.ids, side="right")
-        self.samples = np.stack([image_index, first, end], 1)   # an image, a range of its persons
+        self.ids = sorted(images) if self.split == "val" else []
+        files = [os.fsencode(images[i]["file_name"]) for i in self.ids or image_ids]
+        self.files = np.array(files)                            # (samples,)
 
     def __len__(self):
-        return len(self.samples)
+        return len(self.files)
 
     def name(self, index):
-        file = self.files[self.samples[index, 0]]
-        return str(self.folder / os.fsdecode(bytes(file)))
+        return str(self.folder / os.fsdecode(bytes(self.files[index])))
 
     def read(self, index):
         """RGB image, boxes (P, 5), points (P, K, 3), which are all 0 for detections."""
-        _, first, end = self.samples[index]
-        return read_image(self.name(index)), self.boxes[first:end], self.points[first:end]
+        persons = slice(index, index + 1)
+        if self.split == "val":
+            persons = self.image_ids == self.ids[index]
+        return read_image(self.name(index)), self.boxes[persons], self.points[persons]
 
 
-def keypoint_names():
-    """Names of the 133 keypoints, such as "face 7"."""
-    names = []
-    for part, indices in PARTS.items():
-        names += [f"{part} {i}" for i in range(indices.stop - indices.start)]
-    return names
+def annotated_persons(persons, images, keypoints, path):
+    """Rows (image id, box (5,), points (K, 3)) of the annotations that mmpose keeps.
 
-
-def annotated_persons(people, images, keypoints, path):
-    """Rows (image id, box (5,), points (K, 3)) of the annotations that mmpose also uses.
-
-    They are no crowds and have an area, an extent after clipping, and a body keypoint not all 0.
+    They are not crowds, and have an area, an extent inside the image and a body keypoint not all 0.
+    As in mmpose, a clipped box is one pixel short at the right and the bottom.
     """
     rows = []
-    for person in people:
+    for person in persons:
         points = read_points(person, keypoints, f"{path}: annotation {person.get('id')}")
-        x, y, w, h = clip_person_box(person["bbox"], images[person["image_id"]])
-        has_extent = w > 0 and h > 0 and person["area"] > 0
+        image = images[person["image_id"]]
+        x, y, w, h = person["bbox"]
+        left = max(x, 0)
+        top = max(y, 0)
+        width = min(x + w, image["width"]) - 1 - left
+        height = min(y + h, image["height"]) - 1 - top
+        has_extent = width > 0 and height > 0 and person["area"] > 0
         if has_extent and not person["iscrowd"] and points[PARTS["body"]].any():
-            rows.append((person["image_id"], (x, y, w, h, 1.0), points.astype(np.float32)))
-    return rows
-
-
-def clip_person_box(box, image):
-    """x, y, w, h inside a COCO image, as in mmpose one pixel short at the right and the bottom."""
-    x, y, w, h = box
-    left = max(x, 0)
-    top = max(y, 0)
-    right = min(x + w, image["width"]) - 1
-    bottom = min(y + h, image["height"]) - 1
-    return left, top, right - left, bottom - top
-
-
-def detected_persons(person_boxes, images, keypoints):
-    """The same rows of detections in the images; all keypoints are 0."""
-    no_points = np.zeros((keypoints, 3), np.float32)
-    rows = []
-    for image_id in person_boxes.keys() & images.keys():
-        rows += [(image_id, box, no_points) for box in person_boxes[image_id]]
+            box = left, top, width, height, 1.0
+            rows.append((image["id"], box, points.astype(np.float32)))
     return rows
 
 
@@ -2489,56 +2433,55 @@ def read_points(entry, keypoints, where):
         size = 3 * (PARTS[part].stop - PARTS[part].start)
         is_complete = isinstance(values, list) and len(values) == size
         if not (is_complete and all(map(is_finite, values))):
-            rule = f"must be {size} finite numbers: x, y, v"
-            raise InputError(f"{where}: {FIELDS[part]} {rule}")
-        points.append(np.array(values, np.float64).reshape(-1, 3))
-    return np.concatenate(points)
+            raise InputError(f"{where}: {FIELDS[part]} must be {size} finite numbers: x, y, v")
+        points += values
+    return np.array(points, np.float64).reshape(-1, 3)
 
 
 def read_person_boxes(path):
-    """Persons of a COCO detection file, {image id: boxes (P, 5)}, without those of no extent.
+    """Persons with an extent of a COCO detection file: list of (image id, box (5,)).
 
     Raises: InputError that names the file and the image of a malformed detection.
     """
-    people = {}
+    persons = []
     for result in read_results(path):
         image_id = result["image_id"]
         box = result.get("bbox")
         if box is None:
             raise InputError(f"{path}: image {image_id}: expected a bbox x, y, width, height")
         if result["category_id"] == PERSON and min(box[2:]) > 0:
-            people.setdefault(image_id, []).append((*box, result["score"]))
-    return {image_id: np.array(boxes, np.float64) for image_id, boxes in people.items()}
+            persons.append((image_id, (*box, result["score"])))
+    return persons
 
 
-def crop_frame(corner, size, padding):
-    """Centres and sizes (..., 2) of the frames of boxes, which are given by corner and size.
+def crop_frame(boxes, padding):
+    """Centres and sizes (..., 2) of the frames of boxes (..., 4 or 5).
 
-    One side grows until the aspect is a crop's, then both grow by the factor `padding`.
+    One side grows to a crop's aspect, then both grow by the factor `padding`.
     """
-    w, h = np.moveaxis(np.maximum(size, 1e-3), -1, 0)
+    corner = boxes[..., :2]
+    size = boxes[..., 2:4]
+    w, h = np.maximum(size, 1e-3).T
     sides = np.stack([np.maximum(w, ASPECT * h), np.maximum(h, w / ASPECT)], -1)
     return corner + size / 2, padding * sides
 
 
 def crop_person(image, points, centre, size, angle, height):
-    """Cut a frame out of a PIL image, rotate it upright by `angle` (radians) and resize it.
+    """Cut a frame, tilted by `angle` (radians, clockwise), out of a PIL image and resize it.
 
-    Returns: uint8 crop (height, 3/4 height, 3), black outside of the image, and the points (K, 3)
-    of the image in pixels of the crop.
+    Returns: uint8 crop (height, 3/4 height, 3), black outside the image, and the points (K, 3) of
+    the image in pixels of the crop.
     """
     cos = np.cos(angle)
     sin = np.sin(angle)
-    middle = np.array([ASPECT * height, height]) / 2
-    to_crop = ASPECT * height / size[0] * np.array([[cos, -sin], [sin, cos]])   # for row vectors
+    width = int(ASPECT * height)
+    middle = np.array([width, height]) / 2
+    to_crop = width / size[0] * np.array([[cos, -sin], [sin, cos]])     # of row vectors
     to_image = np.linalg.inv(to_crop)
     offset = centre + 0.5 - (middle + 0.5) @ to_image   # Pillow's pixels are centred at 0.5, 1.5
-    crop = image.transform(
-        (int(ASPECT * height), height),
-        Image.Transform.AFFINE,
-        np.column_stack([to_image.T, offset]).ravel().tolist(),
-        Image.Resampling.BILINEAR,
-    )
+    affine = np.column_stack([to_image.T, offset]).ravel().tolist()
+    bilinear = Image.Resampling.BILINEAR
+    crop = image.transform((width, height), Image.Transform.AFFINE, affine, bilinear)
     xy = (points[:, :2] - centre) @ to_crop + middle
     return np.array(crop), np.concatenate([xy, points[:, 2:]], 1)
 
@@ -2550,7 +2493,7 @@ def augment_person(raw, rng, *, height, jitter):
     Returns: uint8 crop (height, 3/4 height, 3), float32 points (K, 3) in its pixels.
     """
     image, boxes, (points,) = raw
-    centre, size = crop_frame(boxes[0, :2], boxes[0, 2:4], BOX_PADDING)
+    centre, size = crop_frame(boxes[0], BOX_PADDING)
     if rng.random() < 0.3:
         shift = [rng.uniform(-1, 1), rng.uniform(-1, 1)]
         centre = centre + jitter * 0.16 * size * shift
@@ -2563,14 +2506,15 @@ def augment_person(raw, rng, *, height, jitter):
     if labelled.sum() > 8 and rng.random() < 0.3 * jitter:
         half = half_body(points, labelled, rng)                 # (n, 2)
         if len(half) >= 2:
+            half_box = np.append(half.min(0), np.ptp(half, 0))
             centre = half.mean(0)
-            _, size = crop_frame(half.min(0), np.ptp(half, 0), 1.5)
+            _, size = crop_frame(half_box, 1.5)
     zoom = 1 + jitter * 0.5 * rng.gauss(0, 1)
     size = size * min(max(zoom, 0.5), 1.5)
-    angle = 0.0
+    degrees = 0
     if rng.random() < 0.6:
         degrees = jitter * 40 * rng.gauss(0, 1)
-        angle = math.radians(min(max(degrees, -80), 80))
+    angle = math.radians(min(max(degrees, -80), 80))
     crop, points = crop_person(image, points, centre, size, angle, height)
     return crop, points.astype(np.float32)
 
@@ -2578,7 +2522,7 @@ def augment_person(raw, rng, *, height, jitter):
 def half_body(points, labelled, rng):
     """The labelled keypoints (n, 2) of one half of the body, at random unless one has too few.
 
-    As in mmpose the lower half is all from index 11 on, with 133 keypoints also face and hands.
+    As in mmpose, the lower half is all from index 11 on, which includes face and hands.
     """
     is_upper = np.arange(len(points)) < 11
     upper = points[is_upper & labelled, :2]
@@ -2592,15 +2536,17 @@ def half_body(points, labelled, rng):
 class SimpleBaseline(nn.Module):
     """Three deconvolutions on the backbone's coarsest map (arXiv 1804.06208, sec. 2).
 
-    forward: images (B, 3, H, W), normalised -> heat maps (B, K, H/4, W/4). In train mode also
+    forward: images (B, 3, H, W), normalised -> heat maps (B, K, H/4, W/4); in train mode, with
     points (B, K, 3) in pixels of the images -> {"loss_heatmap": scalar}.
     """
 
     def __init__(self, backbone, classes, dim=256):
         super().__init__()
         self.backbone = backbone
-        in_dims = (*backbone.channels, dim, dim)
-        self.deconvs = nn.Sequential(*(deconv_norm(in_dim, dim) for in_dim in in_dims))
+        self.deconvs = nn.Sequential()
+        for in_dim in (*backbone.channels, dim, dim):           # each doubles height and width
+            deconv = nn.ConvTranspose2d(in_dim, dim, 4, stride=2, padding=1, bias=False)
+            self.deconvs.append(nn.Sequential(deconv, nn.BatchNorm2d(dim), nn.ReLU(inplace=True)))
         self.classifier = nn.Conv2d(dim, classes, 1)
         for deconv, *_ in self.deconvs:
             nn.init.normal_(deconv.weight, std=0.001)
@@ -2609,35 +2555,23 @@ class SimpleBaseline(nn.Module):
     def forward(self, images, points=None):
         coarsest, = self.backbone(images)                       # (B, C, H/32, W/32)
         heat_maps = self.classifier(self.deconvs(coarsest))     # (B, K, H/4, W/4)
-        if self.training:
-            return {"loss_heatmap": heatmap_loss(heat_maps, points)}
-        return heat_maps
-
-
-def deconv_norm(in_dim, dim):
-    """Deconvolution that doubles height and width, BatchNorm, ReLU."""
-    deconv = nn.ConvTranspose2d(in_dim, dim, 4, stride=2, padding=1, bias=False)
-    return nn.Sequential(deconv, nn.BatchNorm2d(dim), nn.ReLU(inplace=True))
-
-
-def heatmap_loss(heat_maps, points):
-    """Mean squared error of heat maps (B, K, h, w) for points (B, K, 3) in pixels of the crop.
-
-    Maps of weight 0 add 0 and still count in the mean, as in mmpose.
-    """
-    targets, weights = gaussian_maps(points, heat_maps.shape[2:])
-    return F.mse_loss(heat_maps.float() * weights[..., None, None], targets)
+        if not self.training:
+            return heat_maps
+        targets, weights = gaussian_maps(points, heat_maps.shape[2:])
+        weighted = heat_maps.float() * weights[..., None, None]
+        loss = F.mse_loss(weighted, targets)    # maps of weight 0 count in the mean, as in mmpose
+        return {"loss_heatmap": loss}
 
 
 def gaussian_maps(points, size):
-    """Target heat maps of points (B, K, 3) in the crop; size: h and w of the maps.
+    """Target heat maps of points (B, K, 3) in pixels of the crop; size: h and w of the maps.
 
-    Returns: maps (B, K, h, w), Gaussians of peak 1 in squares of 2 reach + 1 pixels, and weights
-    (B, K), 1 if a point is labelled and its square overlaps the map. Maps of weight 0 are 0.
+    Returns: maps (B, K, h, w), Gaussians of peak 1 cut off at 3 sigma along both axes, and weights
+    (B, K), 1 if the point is labelled and its Gaussian overlaps the map. Maps of weight 0 are 0.
     """
-    sigma = 2.0                                                 # in pixels of the map, as reach
-    reach = 6
-    peak = (points[..., :2] / STRIDE + 0.5).trunc()             # as int() does, towards 0
+    sigma = 2.0                                                 # in pixels of the map
+    reach = 3 * sigma
+    peak = (points[..., :2] / STRIDE + 0.5).trunc()             # towards 0, as in mmpose
     weights = points[..., 2] > 0
     factors = []
     for side, position in zip(size, peak.flip(-1).unbind(-1)):  # y, then x
@@ -2647,49 +2581,15 @@ def gaussian_maps(points, size):
         weights = weights & (position >= -reach) & (position < side + reach)
     rows, columns = factors                                     # (B, K, h), (B, K, w)
     weights = weights.to(points.dtype)
-    maps = weights[..., None, None] * rows[..., None] * columns[..., None, :]
-    return maps, weights
-
-
-@torch.no_grad()
-def estimate_pose(model, image, boxes, args, device):
-    """Keypoints of the persons of a PIL image, given by their boxes (P, 5).
-
-    A person's score is the box's times the mean confidence of the keypoints above 0.2. OKS NMS
-    removes duplicates.
-
-    Returns: points (n, K, 3) in pixels of the image, scores (n,), best first.
-    """
-    centres, sizes = crop_frame(boxes[:, :2], boxes[:, 2:4], BOX_PADDING)
-    no_points = np.zeros((0, 3))
-    points = np.zeros((len(boxes), args.keypoints, 3))
-    for first in range(0, len(boxes), CROPS_PER_BATCH):
-        part = slice(first, first + CROPS_PER_BATCH)
-        crops = []
-        for centre, size in zip(centres[part], sizes[part]):
-            crop, _ = crop_person(image, no_points, centre, size, 0.0, args.img_size)
-            crops.append(crop)
-        x = normalize(torch.from_numpy(np.stack(crops)).to(device))     # (n, 3, H, W)
-        with autocast(args, device):
-            maps = mean_of_mirrored(model, x)                           # (n, K, h, w)
-        h, w = maps.shape[2:]
-        in_map = peaks(maps).double().cpu().numpy()                     # (n, K, 3)
-        in_frame = in_map[..., :2] / (w, h) - 0.5
-        points[part, :, :2] = in_frame * sizes[part, None] + centres[part, None]
-        points[part, :, 2] = in_map[..., 2]
-    confident = points[..., 2] > 0.2                                    # (P, K)
-    total = (points[..., 2] * confident).sum(1)
-    scores = boxes[:, 4] * total / np.maximum(confident.sum(1), 1)
-    keep = oks_nms(points, scores, sizes.prod(1), SIGMAS[:args.keypoints])
-    return points[keep], scores[keep]
+    return weights[..., None, None] * rows[..., None] * columns[..., None, :], weights
 
 
 def mean_of_mirrored(model, x):
-    """Mean of the heat maps of crops (B, 3, H, W) and of the mirrored crops, mirrored back.
+    """Mean heat maps (B, K, h, w) of crops (B, 3, H, W) and of the mirrored crops, mirrored back.
 
-    Mirrored back, a map of stride 4 is 3/4 of a pixel too far left. As in mmpose it moves by one.
+    At stride 4 the latter lie 3/4 of a pixel too far left; as in mmpose they are moved by one.
     """
-    maps = model(x).float()                                             # (B, K, h, w)
+    maps = model(x).float()
     mirrored = model(x.flip(3)).float().flip(3)
     mirrored = mirrored[:, MIRROR_ORDER[:maps.shape[1]]]
     shifted = torch.cat([mirrored[..., :1], mirrored[..., :-1]], 3)
@@ -2705,26 +2605,22 @@ def peaks(maps):
     h, w = maps.shape[2:]
     values = maps.flatten(2)                                            # (B, K, h * w)
     value, index = values.max(2)                                        # (B, K)
-    x = index % w
-    y = index // w
-
-    def neighbour(offset):
-        return values.gather(2, (index + offset).clamp(0, h * w - 1)[..., None])[..., 0]
-
-    slope_x = neighbour(1) - neighbour(-1)
-    slope_y = neighbour(w) - neighbour(-w)
-    direction = torch.stack([slope_x, slope_y], -1).sign()              # (B, K, 2)
-    inside = (x > 1) & (x < w - 1) & (y > 1) & (y < h - 1)
-    xy = torch.stack([x, y], -1) + 0.25 * direction * inside[..., None]
+    xy = torch.stack([index % w, index // w], -1)                       # (B, K, 2)
+    offsets = torch.tensor([1, w, -1, -w], device=maps.device)          # right, below, left, above
+    neighbours = values.gather(2, (index[..., None] + offsets).clamp(0, h * w - 1))     # (B, K, 4)
+    direction = (neighbours[..., :2] - neighbours[..., 2:]).sign()      # (B, K, 2)
+    last = torch.tensor([w - 1, h - 1], device=maps.device)
+    inside = ((xy > 1) & (xy < last)).all(-1, keepdim=True)             # (B, K, 1)
+    xy = xy + 0.25 * direction * inside
     xy = xy.masked_fill((value <= 0)[..., None], -1)
     return torch.cat([xy, value[..., None]], -1)
 
 
 def oks_nms(points, scores, areas, sigmas, oks_threshold=0.9):
-    """Greedy suppression: indices, best first, of the people (P, K, 3) to keep.
+    """Greedy suppression: indices, best first, of the persons (P, K, 3) to keep.
 
-    A person is dropped if the OKS with a better one that is kept exceeds the threshold. OKS counts
-    all keypoints here; its area is the mean of the areas (P,) of both people.
+    A person is dropped if its OKS with a better one that is kept exceeds the threshold. This OKS
+    counts all keypoints, and its area is the mean of both persons' areas (P,).
     """
     distance = ((points[:, None, :, :2] - points[:, :, :2]) ** 2).sum(-1)   # (P, P, K), squared
     area = (areas[:, None] + areas)[..., None] / 2                          # (P, P, 1)
@@ -2736,89 +2632,35 @@ def oks_nms(points, scores, areas, sigmas, oks_threshold=0.9):
     return np.array(keep, np.int64)
 
 
-def match_people(image_id, annotations, results, keypoints):
-    """Match one image's results with its annotations: {run: what `match_image` returns}.
+def match_persons(image_id, annotations, results, keypoints):
+    """Match one image's results, pairs (COCO dict, points (K, 3)), with its annotations.
 
-    A run is a part of the body or "whole"; with 17 keypoints "body" is the only one. Of 133, a run
-    leaves out results without a keypoint of confidence > 0, and takes its own score ("foot_score",
-    ..., "wholebody_score") of a result that has one. Raises: InputError for malformed keypoints.
+    Returns: {part: what `match_image` returns}, for 17 keypoints of the body only, for 133 of each
+    part and "wholebody". There, as in COCO-WholeBody's evaluation, a part leaves out results
+    without a keypoint of confidence > 0 in it and prefers its own score, such as "foot_score".
     """
-    where = f"image {image_id}"
-    gt_points = [read_points(annotation, keypoints, where) for annotation in annotations]
-    dt_points = [read_points(result, keypoints, where) for result in results]
-    runs = {"body": PARTS["body"]}
+    gt_points = [read_points(a, keypoints, f"image {image_id}") for a in annotations]
+    parts = {"body": PARTS["body"]}
     if keypoints == 133:
-        runs = PARTS | {"whole": slice(0, 133)}
+        parts = PARTS | {"wholebody": slice(0, 133)}
     matches = {}
-    for run, part in runs.items():
+    for part, indices in parts.items():
         gt = []
         for annotation, points in zip(annotations, gt_points):
-            fields = {"keypoints": points[part], "num_keypoints": (points[part, 2] > 0).sum()}
+            num_keypoints = (points[indices, 2] > 0).sum()
+            fields = {"keypoints": points[indices], "num_keypoints": num_keypoints}
             gt.append(annotation | fields)
         dt = []
-        for result, points in zip(results, dt_points):
-            if keypoints == 17 or (points[part, 2] > 0).any():
-                dt.append(part_result(result, points, run, part))
-        image = {"id": image_id}
-        matches[run] = match_image(image, gt, dt, "keypoints", sigmas=SIGMAS[part])
+        for result, points in results:
+            score = result["score"]
+            if part != "body":
+                score = result.get(f"{part}_score", score)
+            area = np.ptp(points[PARTS["body"], :2], axis=0).prod()     # also of the other parts
+            entry = {"category_id": PERSON, "keypoints": points[indices]}
+            if keypoints == 17 or (points[indices, 2] > 0).any():
+                dt.append(entry | {"score": score, "area": area})
+        matches[part] = match_image({"id": image_id}, gt, dt, "keypoints", SIGMAS[indices])
     return matches
-
-
-def part_result(result, points, run, part):
-    """A COCO result with the keypoints of one part. The area of all parts is the body's extent."""
-    score = result["score"]
-    if run != "body":
-        own_field = "wholebody_score" if run == "whole" else f"{run}_score"
-        score = result.get(own_field, score)
-    area = np.ptp(points[PARTS["body"], :2], axis=0).prod()
-    return {"category_id": PERSON, "keypoints": points[part], "score": score, "area": area}
-
-
-def people_metrics(records):
-    """Metrics of all images, of what `match_people` returned for each.
-
-    Returns: COCO's ten metrics of 17 keypoints; of 133 AP and AR of the whole body, then of each
-    part ("foot_AP", ...) and as "hand_AP", "hand_AR" the means over both hands.
-    """
-    runs = {}
-    for run in records[0]:
-        matches = [record[run] for record in records]
-        runs[run] = accumulate(matches, "keypoints", [PERSON])
-    if "whole" not in runs:
-        return runs["body"]
-    metrics = {"AP": runs["whole"]["AP"], "AR": runs["whole"]["AR"]}
-    for part in PARTS:
-        metrics[f"{part}_AP"] = runs[part]["AP"]
-        metrics[f"{part}_AR"] = runs[part]["AR"]
-    for name in ("AP", "AR"):
-        hands = np.array([metrics[f"lefthand_{name}"], metrics[f"righthand_{name}"]])
-        metrics[f"hand_{name}"] = mean_of_valid(hands)
-    return metrics
-
-
-def overlay_people(image, points, score_threshold=0.3):
-    """Image with people (P, K, 3): lines of body, feet and fingers, dots of the face.
-
-    Keypoints of a confidence below `score_threshold` are left out.
-    """
-    figure = image.copy()
-    canvas = ImageDraw.Draw(figure)
-    thick = max(1, round(max(image.size) / 250))
-    thin = max(1, thick // 3)
-    radius = thick // 4
-    colours = palette(len(LINES)).tolist()
-    face = PARTS["face"]
-    for person in points:
-        visible = person[:, 2] >= score_threshold
-        for line, colour in zip(LINES, colours):
-            width = thick if max(line) < face.start else thin
-            for a, b in zip(line, line[1:]):
-                if max(a, b) < len(person) and visible[a] and visible[b]:
-                    ends = person[[a, b], :2].ravel().tolist()
-                    canvas.line(ends, tuple(colour), width)
-        for x, y in person[face, :2][visible[face]].round():
-            canvas.rectangle((x - radius, y - radius, x + radius, y + radius), "white")
-    return figure
 
 
 class Pose(DenseTask):
@@ -2834,66 +2676,116 @@ class Pose(DenseTask):
 
     def collate(self, samples):
         """[(crop, points), ...] -> crops (B, H, W, 3) uint8, points (B, K, 3)."""
-        crops, points = zip(*samples)
-        return torch.from_numpy(np.stack(crops)), torch.from_numpy(np.stack(points))
+        return tuple(torch.from_numpy(np.stack(arrays)) for arrays in zip(*samples))
 
     def losses(self, net, batch):
         crops, points = batch
         return net(normalize(crops), points)
 
+    @torch.no_grad()
     def predict(self, model, image, boxes=None):
-        """Points (n, K, 3), scores (n,); without boxes (P, 5) the whole image is one person."""
+        """Poses of the persons in boxes (P, 5) of a PIL image; by default it is one person.
+
+        A pose's score is the box's times the mean confidence of the keypoints above 0.2.
+        Returns: points (n, K, 3) in pixels of the image, scores (n,), best first.
+        """
         if boxes is None:
             boxes = np.array([[0, 0, image.width, image.height, 1.0]])
-        return estimate_pose(model, image, boxes, self.args, self.device)
+        K = self.args.keypoints
+        H = self.args.img_size
+        centres, sizes = crop_frame(boxes, BOX_PADDING)
+        no_points = np.zeros((0, 3))
+        points = np.zeros((len(boxes), K, 3))                           # x, y, confidence
+        for first in range(0, len(boxes), CROPS_PER_BATCH):
+            batch = slice(first, first + CROPS_PER_BATCH)
+            frames = zip(centres[batch], sizes[batch])
+            crops = [crop_person(image, no_points, *frame, 0.0, H)[0] for frame in frames]
+            x = normalize(torch.from_numpy(np.stack(crops)).to(self.device))    # (n, 3, H, W)
+            with autocast(self.args, self.device):
+                maps = mean_of_mirrored(model, x)                       # (n, K, h, w)
+            points[batch] = peaks(maps).double().cpu().numpy()          # in pixels of the maps
+        in_frame = points[..., :2] / (ASPECT * H / STRIDE, H / STRIDE) - 0.5
+        points[..., :2] = in_frame * sizes[:, None] + centres[:, None]
+        confidence = points[..., 2]                                     # (P, K)
+        confident = confidence > 0.2
+        total = (confidence * confident).sum(1)
+        scores = boxes[:, 4] * total / np.maximum(confident.sum(1), 1)
+        keep = oks_nms(points, scores, sizes.prod(1), SIGMAS[:K])
+        return points[keep], scores[keep]
 
     def boxes_in(self, path, person_boxes):
-        """Boxes (P, 5) of an image file, of what `read_person_boxes` returned.
-
-        The last number in the file's name must be its image id, as in COCO. Raises: InputError.
-        """
+        """Those of `read_person_boxes` (P, 5) for an image file whose name ends in the image id."""
         numbers = re.findall("[0-9]+", Path(path).stem)
         if not numbers:
             rule = "with --boxes the last number in an image's name must be its id"
             raise InputError(f"{path}: {rule}")
-        return person_boxes.get(int(numbers[-1]), np.zeros((0, 5)))
+        boxes = [box for image_id, box in person_boxes if image_id == int(numbers[-1])]
+        return np.array(boxes, np.float64).reshape(-1, 5)
 
-    def overlay(self, image, prediction, _classes):
+    def overlay(self, image, prediction, _classes, score_threshold=0.3):
+        """Lines of body, feet and fingers and dots of the face, where keypoints are confident."""
+        figure = image.copy()
+        canvas = ImageDraw.Draw(figure)
+        thick = max(1, round(max(image.size) / 250))
+        thin = max(1, thick // 3)
+        radius = thick // 4
+        colours = palette(len(LINES)).tolist()
+        face = PARTS["face"]
         points, _ = prediction
-        return overlay_people(image, points)
+        for person in points:
+            visible = person[:, 2] >= score_threshold
+            for line, colour in zip(LINES, colours):
+                width = thick if max(line) < face.start else thin
+                for a, b in zip(line, line[1:]):
+                    if max(a, b) < len(person) and visible[a] and visible[b]:
+                        ends = person[[a, b], :2].ravel().tolist()
+                        canvas.line(ends, tuple(colour), width)
+            for x, y in person[face, :2][visible[face]].round():
+                canvas.rectangle((x - radius, y - radius, x + radius, y + radius), "white")
+        return figure
 
     def record(self, model, source, sample):
         """What the metrics need of one image: its poses matched with its persons."""
         index, (image, boxes, _) = sample
         points, scores = self.predict(model, image, boxes)
-        results = []
-        for person, score in zip(points, scores):
-            result = {"score": float(score)}
-            for part, field in FIELDS.items():
-                result[field] = person[PARTS[part]].ravel().tolist()
-            results.append(result)
+        results = [({"score": score}, person) for person, score in zip(points, scores)]
         image_id = source.ids[index]
         annotations = source.annotations[image_id]
-        return match_people(image_id, annotations, results, self.args.keypoints)
+        return match_persons(image_id, annotations, results, self.args.keypoints)
 
     def summarize(self, _source, records):
-        return people_metrics(records)
+        """COCO's ten metrics for 17 keypoints; for 133 AP and AR of the whole body ("AP", "AR"),
+        of each part ("foot_AP", ...), and their means over both hands ("hand_AP", "hand_AR").
+        """
+        metrics_of = {}
+        for part in records[0]:
+            matches = [record[part] for record in records]
+            metrics_of[part] = accumulate(matches, "keypoints", [PERSON])
+        if self.args.keypoints == 17:
+            return metrics_of["body"]
+        metrics = {name: metrics_of["wholebody"][name] for name in ("AP", "AR")}
+        for part in PARTS:
+            metrics[f"{part}_AP"] = metrics_of[part]["AP"]
+            metrics[f"{part}_AR"] = metrics_of[part]["AR"]
+        for name in ("AP", "AR"):
+            hands = np.array([metrics[f"lefthand_{name}"], metrics[f"righthand_{name}"]])
+            metrics[f"hand_{name}"] = mean_of_valid(hands)
+        return metrics
 
     def score_results(self, source, path):
         """Metrics of a COCO or COCO-WholeBody keypoint results file."""
+        K = self.args.keypoints
         results = {image_id: [] for image_id in source.ids}
         for result in read_results(path, set(source.ids), {PERSON}):
-            results[result["image_id"]].append(result)
-        records = []
+            image_id = result["image_id"]
+            points = read_points(result, K, f"{path}: image {image_id}")
+            results[image_id].append((result, points))
+        persons = source.annotations
         try:
-            for image_id, annotations in source.annotations.items():
-                people = results[image_id]
-                record = match_people(image_id, annotations, people, self.args.keypoints)
-                records.append(record)
-        except (ValueError, TypeError) as error:
+            records = [match_persons(i, persons[i], results[i], K) for i in persons]
+        except (ValueError, TypeError) as error:                # a part's own score is no number
             raise InputError(f"{path}: {error}") from None
-        return people_metrics(records)
-
+        return self.summarize(source, records)
 
 # --------------------------------------------------------------------- COCO's files, masks, metrics
 # Annotation and results files, checked on reading; run-length masks and polygons; average precision

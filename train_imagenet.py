@@ -147,6 +147,7 @@ RUN_FLAGS = {  # of both scripts
                           "stays"),
     "resume": OnceFlag(text, None, "checkpoint to continue exactly; it restores every flag you do "
                        "not override; auto: the one of the highest step in --output, if any"),
+    "overwrite": OnceFlag(bool, False, "replace an earlier run in --output"),
     "weights": OnceFlag(text, None, "start from these weights"),
     "eval": OnceFlag(bool, False, "only evaluate --weights and print one JSON line"),
 }
@@ -1460,6 +1461,7 @@ def train(task, args, procs, checkpoint):
     task: see `Classification`; checkpoint: that of the run to continue, or None.
     """
     train_set, val_set = task.open_data(procs, "train", "val")
+    check_output(args)
     procs.wait()                # listing a million files takes different times on different nodes
     schedule = dict(batch=args.batch_size, micro=args.micro_batch, rank=procs.rank,
                     world=procs.world, seed=args.seed)
@@ -1559,6 +1561,17 @@ def seed_micro_batch(seed, step, index):
     torch.manual_seed(random.getrandbits(63))
 
 
+RUN_FILES = ("log.jsonl", "last.pt", "best.pt", "curves.png")
+
+
+def check_output(args):
+    """Raise InputError if a new run on a user's data would overwrite the files of another one."""
+    holds_run = any((Path(args.output) / name).exists() for name in RUN_FILES)
+    if holds_run and args.data and not (args.resume or args.overwrite):
+        raise InputError(f"{args.output} holds a run: continue it with --resume auto, replace it "
+                         "with --overwrite, or name another --output")
+
+
 def announce(task, log, state, total, loaded):
     """Open the log and say what starts, on rank 0."""
     args = log.args
@@ -1566,8 +1579,13 @@ def announce(task, log, state, total, loaded):
     if procs.rank > 0:
         return
     Path(args.output).mkdir(parents=True, exist_ok=True)
-    if state.step == 0:
-        log.path.unlink(missing_ok=True)
+    if args.resume == "auto" and state.step == 0:
+        print(f"{args.output} holds no checkpoint of this run: starting from the beginning")
+    elif args.resume:
+        print(f"continuing from update {state.step}")
+    else:
+        for name in RUN_FILES:  # those of an earlier run
+            (Path(args.output) / name).unlink(missing_ok=True)
     log.write(**describe_run(args, procs, state.model), resumed_at=state.step)
     if loaded:
         print(loaded)

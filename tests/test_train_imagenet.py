@@ -942,13 +942,13 @@ def renamed(folder, tmp_path):
 
 
 def test_resume_refuses_classes_of_other_names(finished, renamed, tmp_path):
-    message = r"checkpoint knows the classes 2 \(cat, dog.*the data has 2 \(cat, wolf"
+    message = r"checkpoint has the classes 2 \(cat, dog.*the data has 2 \(cat, wolf"
     with pytest.raises(train_imagenet.InputError, match=message):
         run("--resume", finished / "last.pt", "--data", renamed, "--output", tmp_path / "o")
 
 
 def test_eval_refuses_classes_of_other_names(finished, renamed):
-    message = r"last.pt knows the classes 2 \(cat, dog.*the data has 2 \(cat, wolf"
+    message = r"last.pt has the classes 2 \(cat, dog.*the data has 2 \(cat, wolf"
     with pytest.raises(train_imagenet.InputError, match=message):
         run("--eval", "--weights", finished / "last.pt", "--data", renamed)
 
@@ -1534,3 +1534,19 @@ def test_an_unreadable_training_image_is_named_and_counted(tiny, folder, tmp_pat
     assert "cat/00.png" in named[0]
     assert sum(record["unreadable"] for record in evaluations) == 2
     assert capsys.readouterr().err.count("using the next file") == 1
+
+
+# ------------------------------------------------------------------------------ an earlier run
+def test_a_new_run_does_not_overwrite_another(tiny, folder, tmp_path):
+    run(*FAST, "--max-steps", 1, "--data", folder, "--output", tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(train_imagenet.InputError, match="holds a run: .*--resume auto.*--overwrite"):
+        run(*FAST, "--max-steps", 2, "--data", folder, "--output", tmp_path)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_overwrite_removes_the_other_runs_files(tiny, folder, tmp_path):
+    (tmp_path / "best.pt").write_bytes(b"of another run")
+    run(*FAST, "--max-steps", 1, "--data", folder, "--output", tmp_path, "--overwrite")
+    assert not (tmp_path / "best.pt").exists()
+    assert (tmp_path / "last.pt").exists()
