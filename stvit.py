@@ -132,6 +132,8 @@ def upsample_super_tokens(supers, association, grid, size):
 def associate(tokens, supers):
     """Association Q of each token with the 3x3 super tokens around it (Eq. 5), without gradient.
 
+    Eq. 4 is the form of superpixel sampling networks, which the paper replaces with Eq. 5.
+
     Args:
         tokens: (B, H', W', P, C), X.
         supers: (B, H', W', C), S.
@@ -156,7 +158,8 @@ def update_super_tokens(tokens, association):
     column_sum = fold_neighbours(association.mT.sum(4, keepdim=True))   # (B, H', W', 1)
     parts = association.to(tokens.dtype).mT @ tokens                    # (B, H', W', 9, C)
     total = FoldNeighbours.apply(parts)                                 # (B, H', W', C), Q^T X
-    return (total / (column_sum + 1e-12)).to(total.dtype)
+    supers = total / (column_sum + 1e-12)                               # Eq. 6; 1e-12 as released
+    return supers.to(total.dtype)
 
 
 def split_cells(x, grid):
@@ -191,11 +194,11 @@ def fold_neighbours(parts):
 
     Adds each cell's nine contributions to its neighbours; those outside the map are dropped.
     """
-    B, H, W, _, C = parts.shape
-    total = parts.new_zeros(B, H + 2, W + 2, C)
+    B, rows, columns, _, C = parts.shape
+    total = parts.new_zeros(B, rows + 2, columns + 2, C)
     for i in range(9):
         row, column = divmod(i, 3)
-        total[:, row:row + H, column:column + W] += parts[:, :, :, i]
+        total[:, row:row + rows, column:column + columns] += parts[:, :, :, i]
     return total[:, 1:-1, 1:-1]
 
 
