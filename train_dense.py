@@ -3,29 +3,26 @@
     python train_dense.py                          # no data needed: Semantic FPN on drawn scenes
     python train_dense.py --task retinanet
     torchrun --nproc-per-node 8 train_dense.py --task upernet --backbone stvit_s \\
-        --backbone-weights runs/s/best.pt --data /data/ade20k
-    torchrun --nproc-per-node 8 train_dense.py --task retinanet --backbone linglo_b1 \\
-        --data /data/coco --resume auto
+        --backbone-weights runs/s/best.pt --data /data/ade20k --resume auto
     python train_dense.py --eval --ms-test --weights runs/upernet_stvit_s/best.pt
     python train_dense.py --predict a.jpg b.jpg --weights runs/upernet_stvit_s/best.pt
     python train_dense.py --task retinanet --score results.json --data /data/coco
     python train_dense.py --eval --boxes detections.json --weights runs/pose_clustr_s/best.pt
 
-One chapter per task: settings and what all share; segmentation; boxes and RetinaNet; Mask R-CNN;
-pose; COCO's files, masks and metrics; the drawn scenes; command line. Inside a chapter the code
-stands in the order in which data flow: files, augmentation, model, loss, inference, task. The
-training loop is train_imagenet.py's; a task object tells it how to build data, model, losses and
-metrics. So its promises hold here, too: randomness depends only on seed, epoch, step and sample,
-a resumed run continues exactly, a user's mistake ends in one line on stderr.
+One chapter per task: settings and what all tasks share; segmentation; RetinaNet; Mask R-CNN; pose;
+COCO's files, masks and metrics; drawn scenes; command line. A chapter follows the data: files,
+augmentation, model, loss, inference, task. The training loop is train_imagenet.py's; a task object
+gives it data, model, losses and metrics. So randomness depends on seed, epoch, step and sample
+only, a resumed run continues exactly, and a user's mistake ends in one line on stderr.
 
 Letters: B batch, C channels, H x W a map, K classes, A anchors, G objects of an image (padded to
-the largest number in the batch). Boxes are float x1, y1, x2, y2 in pixels without "+ 1"; COCO
-files hold x, y, width, height. Keypoints are x, y, v: pixels, (0, 0) the centre of the first one,
-and visibility (labelled if > 0) or, in results, confidence.
+the largest number in the batch). Boxes are float x1, y1, x2, y2 in pixels, their width x2 - x1;
+COCO's files hold x, y, width, height. Keypoints are x, y, v: pixels, (0, 0) the centre of the first
+one, and visibility (labelled if > 0) or, in results, confidence.
 
-Rules follow mmsegmentation 0.x, mmdetection 2.x and mmpose 0.x, which produced the papers' dense
-results. Known differences: images are resized by Pillow, which smooths when it shrinks; hue is
-shifted in Pillow's 256 steps per turn.
+Rules are those of mmsegmentation 0.x, mmdetection 2.x and mmpose 0.x, which the papers used. Known
+differences: Pillow resizes images and smooths when it shrinks them; hue is one of Pillow's 256
+steps per turn.
 """
 import json
 import math
@@ -56,28 +53,27 @@ from train_imagenet import (
     InputError,
     OnceFlag,
     StepSampler,
-    UnreadableImage,
     autocast,
     normalize,
     number,
     read_image,
+    text,
 )
 
 # ----------------------------------------------------------------------------------------- settings
 SEGMENTATION = ("semfpn", "upernet")
 DETECTION = ("retinanet", "mask_rcnn", "cascade_mask_rcnn")
-SCHEDULES = {  # epochs, and those after which the rate falls to a tenth
+SCHEDULES = {  # epochs in all, and the epochs after which the learning rate is divided by ten
     "1x": (12, (8, 11)),
     "3x": (36, (27, 33)),
     "pose": (210, (170, 200)),
 }
 FLAGS = {
-    "task": Flag(str, "semfpn", "one of semfpn, upernet, retinanet, mask_rcnn, cascade_mask_rcnn, "
-                 "pose"),
-    "backbone": Flag(str, "secvit_s", f"one of {', '.join(MODELS)}"),
-    "backbone_weights": Flag(str, None, "classification weights to start from: train_imagenet.py's "
-                             "or an authors' file"),
-    "data": OnceFlag(str, None, "folder in ADE20K's layout (segmentation) or COCO's; default: "
+    "task": Flag(text, "semfpn", f"one of {', '.join((*SEGMENTATION, *DETECTION, 'pose'))}"),
+    "backbone": Flag(text, "secvit_s", f"one of {', '.join(MODELS)}"),
+    "backbone_weights": Flag(text, None, "classification weights to start from: "
+                             "train_imagenet.py's or an authors' file"),
+    "data": OnceFlag(text, None, "folder in ADE20K's layout (segmentation) or COCO's; default: "
                      "drawn scenes"),
     "iters": Flag(COUNT, None, "length of training in updates"),
     "epochs": Flag(COUNT, None, "length of training in epochs instead"),
@@ -103,13 +99,13 @@ FLAGS = {
     "ms_test": OnceFlag(bool, False, "evaluate segmentation at six scales, each also mirrored"),
     "keypoints": Flag((133, 17), None, "pose: the whole body, or COCO's 17"),
     "jitter": Flag(FRACTION, None, "strength of pose's augmentation; weak on small data sets"),
-    "boxes": OnceFlag(str, None, "COCO detections whose persons pose evaluates or draws, instead "
+    "boxes": OnceFlag(text, None, "COCO detections whose persons pose evaluates or draws, instead "
                       "of the annotated ones"),
-    "predict": OnceFlag(str, None, "write overlays of these images to --output", several=True),
-    "score": OnceFlag(str, None, "score a COCO results file, or a folder of label PNGs, without "
+    "predict": OnceFlag(text, None, "write overlays of these images to --output", several=True),
+    "score": OnceFlag(text, None, "score a COCO results file, or a folder of label PNGs, without "
                       "a model"),
 }
-TASK_FLAGS = {  # flags of some tasks only
+TASK_FLAGS = {  # flags that only some tasks have, and these tasks
     "schedule": DETECTION,
     "rois": ("mask_rcnn", "cascade_mask_rcnn"),
     "box_head": ("cascade_mask_rcnn",),
@@ -119,7 +115,7 @@ TASK_FLAGS = {  # flags of some tasks only
     "jitter": ("pose",),
     "compile": ("semfpn", "upernet", "retinanet", "pose"),  # the others' regions vary in number
 }
-OVERRIDES = {  # what a task, a family's paper, the drawn scenes set differently, in this order
+OVERRIDES = {  # defaults of a task, a family's paper, the drawn scenes; the last one wins
     # Semantic FPN, RetinaNet: PVT's settings; UPerNet, Cascade Mask R-CNN: Swin's; pose: TCFormer's
     "semfpn": dict(iters=80000, warmup_iters=0, img_size=512, sync_bn=True),
     "upernet": dict(iters=160000, lr=6e-5, weight_decay=0.01, warmup_iters=1500, img_size=512,
@@ -147,10 +143,7 @@ OVERRIDES = {  # what a task, a family's paper, the drawn scenes set differently
 
 
 def resolve_args(argv=None):
-    """The command line with every flag filled in, and the checkpoint it names, if any.
-
-    Raises: InputError for an unknown task or backbone and flags that contradict each other.
-    """
+    """The command line with all flags filled in, and its checkpoint or None. Raises: InputError."""
     description = "Train or evaluate a backbone on ADE20K- or COCO-like data."
     typed = train_imagenet.make_parser(description, FLAGS, OVERRIDES).parse_args(argv)
     checkpoint = open_checkpoint(typed)
@@ -158,10 +151,9 @@ def resolve_args(argv=None):
     typed.task = typed.task or saved.get("task") or FLAGS["task"].default
     typed.data = typed.data or saved.get("data")
     typed.backbone = typed.backbone or saved.get("backbone") or default_backbone(typed.data)
-    check_names(typed, saved)
+    check_flags(typed, saved)
     if typed.resume and typed.boxes is None:
         typed.boxes = saved.get("boxes")
-
     family = typed.backbone.split("_")[0]
     overrides = [OVERRIDES[typed.task], OVERRIDES.get(f"{family} {typed.task}", {})]
     if typed.schedule:
@@ -169,8 +161,7 @@ def resolve_args(argv=None):
     if not typed.data:
         overrides += [OVERRIDES["drawn scenes"], OVERRIDES[f"drawn {typed.task}"]]
     if typed.iters or typed.epochs:  # a typed length replaces the recipe's and the checkpoint's
-        overrides.append(dict(iters=None, epochs=None))
-        saved = {name: v for name, v in saved.items() if name not in ("iters", "epochs")}
+        saved = saved | dict(iters=None, epochs=None)
     args = train_imagenet.fill_defaults(typed, FLAGS, overrides, saved)
     train_imagenet.resolve_run(args, saved, f"runs/{args.task}_{args.backbone}")
     resolve_model(args, family)
@@ -180,10 +171,7 @@ def resolve_args(argv=None):
 
 
 def open_checkpoint(typed):
-    """The checkpoint that --eval, --predict or --resume continue from, or None.
-
-    Raises: InputError for commands that exclude each other, and for a file of another kind.
-    """
+    """The checkpoint that --eval, --predict or --resume needs, or None. Raises: InputError."""
     if sum(map(bool, (typed.eval, typed.predict, typed.score, typed.resume))) > 1:
         raise InputError("--eval, --predict, --score and --resume are mutually exclusive")
     if typed.eval or typed.predict:
@@ -208,13 +196,12 @@ def default_backbone(data):
     return FLAGS["backbone"].default if data else OVERRIDES["drawn scenes"]["backbone"]
 
 
-def check_names(typed, saved):
-    """Raise InputError for an unknown task or backbone, or flags of another task or checkpoint."""
-    if typed.task not in TASKS:
-        raise InputError(f"unknown --task {typed.task!r}, expected one of {', '.join(TASKS)}")
-    if typed.backbone not in MODELS:
-        raise InputError(f"unknown --backbone {typed.backbone!r}, expected one of "
-                         f"{', '.join(MODELS)}")
+def check_flags(typed, saved):
+    """Raise InputError for an unknown name and for flags that do not fit the task or checkpoint."""
+    for flag, names in (("task", TASKS), ("backbone", MODELS)):
+        name = getattr(typed, flag)
+        if name not in names:
+            raise InputError(f"unknown --{flag} {name!r}, expected one of {', '.join(names)}")
     for flag, tasks in TASK_FLAGS.items():
         if typed.task not in tasks and getattr(typed, flag) is not None:
             raise InputError(f"--{flag.replace('_', '-')} is for {' and '.join(tasks)}, "
@@ -229,7 +216,7 @@ def check_names(typed, saved):
 
 def resolve_model(args, family):
     """Fill the flags that depend on the backbone, in place. Raises: InputError."""
-    if args.drop_path is None and family not in ("secvit", "sec"):  # theirs are classification's
+    if args.drop_path is None and family not in ("secvit", "sec"):  # those keep classification's
         large = args.task == "upernet" or args.backbone in ("stvit_b", "stvit_l")
         args.drop_path = 0.3 if large else 0.1
     if args.frozen_bn is None:
@@ -237,23 +224,21 @@ def resolve_model(args, family):
     if args.released and family != "secvit":
         raise InputError(f"--released is a variant of SecViT, not of {args.backbone}")
     if args.task == "pose" and args.img_size % 128:
-        raise InputError(f"--img-size {args.img_size}: pose needs a multiple of 128, so that 3/4 "
-                         "of it, the width, is one of 32")
+        raise InputError(f"--img-size {args.img_size}: pose needs a multiple of 128, so that the "
+                         "width, 3/4 of it, is a multiple of 32")
 
 
 def resolve_batch(args):
     """Fill --micro-batch, in place. Raises: InputError if UPerNet cannot be trained with it."""
-    max_micro_batch = 16
-    if args.task == "pose":
-        max_micro_batch = 64
-    elif args.task in DETECTION and args.data:
+    max_micro_batch = 64 if args.task == "pose" else 16
+    if args.task in DETECTION and args.data:
         max_micro_batch = 2  # the papers' losses are means over two images
     args.micro_batch = train_imagenet.choose_micro_batch(args, max_micro_batch)
     if args.task != "upernet":
         return
     cuda = torch.cuda.is_available()
-    shared_bn = args.sync_bn and cuda and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if args.micro_batch == 1 and not shared_bn:
+    syncs_bn = args.sync_bn and cuda and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if args.micro_batch == 1 and not syncs_bn:
         raise InputError("--micro-batch 1 leaves batch norm a single value per channel of "
                          "UPerNet's coarsest pool; use 2 or more")
     if args.deterministic and cuda:
@@ -266,19 +251,19 @@ IGNORED = 255  # label of pixels that are not evaluated
 
 
 class DenseTask:
-    """What the tasks share. Each one adds:
+    """What the training loop asks of a task, see `Classification`; each task adds:
 
     metric: name of the metric that picks best.pt, larger is better
-    open_split(folder, split) -> source, with __len__, name(index), read(index) and classes
-    augment(raw, rng) -> training sample, of what source.read(index) returns
+    open_split(folder, split) -> source with __len__, name(index), read(index), classes (names)
+    augment(raw, rng) -> training sample; raw is what source.read(index) returns
     collate(samples) -> tuple of tensors; losses(net, batch) -> {name: scalar}
     predict(model, image) -> prediction; overlay(image, prediction, classes) -> image
     record(model, source, sample) -> what the metrics need of one image
     summarize(source, records) -> {metric: value}; score_results(source, path) -> the same
     """
 
-    train_mode = True  # what the loop calls model.train() with
-    test_batch = 1     # evaluation goes image by image, since their sizes differ
+    train_mode = True  # argument of model.train()
+    test_batch = 1     # images differ in size
     decimals = 3
 
     def __init__(self, args, device):
@@ -287,7 +272,10 @@ class DenseTask:
         self.identity = {"task": args.task, "backbone": args.backbone}
 
     def open_data(self, procs, *splits):
-        """The splits ("train", "val") of --data, or of scenes drawn beside --output."""
+        """The splits ("train", "val") of --data, or of scenes drawn beside --output.
+
+        Raises: InputError now, not at the first evaluation, for a missing validation image.
+        """
         folder = self.args.data
         if folder is None:
             folder = Path(self.args.output).parent / "scenes"
@@ -296,7 +284,10 @@ class DenseTask:
                 write_scenes(folder)
             procs.wait()
         sources = [self.open_split(folder, split) for split in splits]
-        require_images(sources[-1])
+        val_set = sources[-1]
+        for file in map(val_set.name, range(len(val_set))):
+            if not os.path.isfile(file):
+                raise InputError(f"validation image {file} is missing")
         return sources
 
     def sampler(self, source, **schedule):
@@ -314,106 +305,83 @@ class DenseTask:
     def build_model(self, classes):
         """The model that the flags name, for these class names."""
         args = self.args
-        options = {}
-        if args.rois:
-            options["samples"] = args.rois
-        if args.box_head:
-            options["box_head"] = args.box_head
-        overrides = {}
+        flags = {"samples": args.rois, "box_head": args.box_head}
+        options = {name: value for name, value in flags.items() if value is not None}
+        overrides = {"released": True} if args.released else {}
         if args.drop_path is not None:
             overrides["drop_path_rate"] = args.drop_path
-        if args.released:
-            overrides["released"] = True
         return build_model(args.task, args.backbone, len(classes), frozen_bn=args.frozen_bn,
                            options=options, **overrides)
 
     def load_pretrained(self, model):
-        """Load --backbone-weights, if given. Returns: one line that says so, or None."""
-        if not self.args.backbone_weights:
+        """Load --backbone-weights, if given, averaged ones if the file has them.
+
+        Returns: a line to print, or None. Raises: InputError for another model's weights.
+        """
+        path = self.args.backbone_weights
+        if not path:
             return None
-        unused = load_backbone(model.backbone, self.args)
-        return f"{self.args.backbone_weights}: loaded, without {' and '.join(unused)}"
+        options = {"released": True} if self.args.released else {}
+        classifier = MODELS[self.args.backbone](**options)
+        checkpoint = train_imagenet.read_checkpoint(path)
+        entry = "ema" if checkpoint.get("ema") else "model"
+        train_imagenet.load_weights(classifier, checkpoint, entry)
+        weights = classifier.state_dict()
+        needed = model.backbone.net.state_dict().keys()
+        model.backbone.net.load_state_dict({name: weights[name] for name in needed})
+        unused = {name.split(".")[0] for name in weights.keys() - needed}
+        return f"{path}: loaded, without {' and '.join(sorted(unused))}"
 
     def param_groups(self, model):
-        return decay_groups(model, self.args.weight_decay, norms=self.args.task == "pose")
+        """AdamW's groups. With Swin's decay (0.01 or more) norms are exempt, except in pose."""
+        decay = self.args.weight_decay
+        decays_norms = self.args.task == "pose" or decay < 0.01
+        named = list(model.named_parameters())
+        decayed = [p for name, p in named if decays_norms or "norm" not in name]
+        exempt = [p for name, p in named if "norm" in name and not decays_norms]
+        return [dict(params=decayed, weight_decay=decay), dict(params=exempt, weight_decay=0.0)]
 
     def total_updates(self, per_epoch):
         return self.args.iters or self.args.epochs * per_epoch
 
     def eval_every(self, per_epoch, total):
-        default = per_epoch if self.args.epochs else -(-total // 10)
+        default = per_epoch if self.args.epochs else math.ceil(total / 10)
         return self.args.eval_every or default
 
     def lr_at(self, step, total, _per_epoch):
-        return lr_at(step, self.args, total)
+        """Learning rate of update `step` of `total`: linear warm-up, then --schedule's steps.
 
-
-def lr_at(step, args, total):
-    """Learning rate of update `step` of `total`: linear warm-up, then polynomial decay or steps.
-
-    Segmentation decays by a polynomial; a schedule divides the rate by ten after some epochs.
-    """
-    if args.schedule:
-        epochs, falls = SCHEDULES[args.schedule]
-        rate = args.lr * 0.1 ** sum(step >= total * epoch / epochs for epoch in falls)
-        start = 1e-3
-    else:
-        power = 0.9 if args.task == "semfpn" else 1.0
-        rate = (args.lr - args.min_lr) * (1 - step / total) ** power + args.min_lr
-        start = 1e-6
-    if step >= args.warmup_iters:
-        return rate
-    return rate * (1 - (1 - step / args.warmup_iters) * (1 - start))
-
-
-def decay_groups(model, weight_decay, norms=False):
-    """AdamW groups. With Swin's decay (0.01 or more) norms are exempt unless `norms` is set."""
-    decayed = []
-    exempt = []
-    for name, p in model.named_parameters():
-        keep = norms or weight_decay < 0.01 or "norm" not in name
-        (decayed if keep else exempt).append(p)
-    return [dict(params=decayed, weight_decay=weight_decay), dict(params=exempt, weight_decay=0.0)]
+        Without a schedule (segmentation) it decays by a polynomial.
+        """
+        args = self.args
+        if args.schedule:
+            epochs, milestones = SCHEDULES[args.schedule]
+            rate = args.lr * 0.1 ** sum(step >= total * epoch / epochs for epoch in milestones)
+            start = 1e-3  # fraction of the rate at update 0
+        else:
+            power = 0.9 if args.task == "semfpn" else 1.0
+            rate = (args.lr - args.min_lr) * (1 - step / total) ** power + args.min_lr
+            start = 1e-6
+        if step >= args.warmup_iters:
+            return rate
+        return rate * (1 - (1 - step / args.warmup_iters) * (1 - start))
 
 
 def build_model(task, backbone, num_classes, *, frozen_bn=True, options=None, **overrides):
     """The model of a task around a backbone named as in train_imagenet.py.
 
-    options: arguments of the task's own class, such as {"box_head": "2fc"}; `overrides` go to the
-    backbone's factory.
+    options: arguments of the task's model, such as {"box_head": "2fc"}; overrides: the backbone's.
     """
     architecture, levels = ARCHITECTURES[task]
-    trunk = Backbone(backbone, levels, frozen_bn, **overrides)
-    return architecture(trunk, num_classes, **(options or {}))
-
-
-def load_backbone(backbone, args):
-    """Load --backbone-weights, averaged ones if the file has them, into a `Backbone`.
-
-    Returns: what the file holds and a backbone does not need. Raises: InputError if the weights
-    are another model's.
-    """
-    whole = MODELS[args.backbone](**({"released": True} if args.released else {}))
-    state = train_imagenet.read_checkpoint(args.backbone_weights)
-    train_imagenet.load_weights(whole, state, "ema" if state.get("ema") else "model")
-    weights = whole.state_dict()
-    needed = backbone.net.state_dict().keys()
-    backbone.net.load_state_dict({name: weights[name] for name in needed})
-    return sorted({name.split(".")[0] for name in weights.keys() - needed})
-
-
-def require_images(source):
-    """Raise InputError now, not at the first evaluation, if an image of `source` is missing."""
-    for index in range(len(source)):
-        if not os.path.isfile(source.name(index)):
-            raise InputError(f"validation image {source.name(index)} is missing")
+    net = Backbone(backbone, levels, frozen_bn, **overrides)
+    return architecture(net, num_classes, **(options or {}))
 
 
 class Backbone(nn.Module):
     """A classification model without its classifier: images (B, 3, H, W) -> maps, finest first.
 
-    levels: the stages (0 to 3) whose maps are returned. SecViT, SEC-* and STViT, which end their
-    stages without a norm, get a LayerNorm on each map. frozen_bn: BatchNorm statistics stay fixed.
+    levels: the stages (0 to 3) whose maps are returned; frozen_bn: keep BatchNorm's statistics.
+    SecViT, SEC-* and STViT, which end their stages without a norm, get a LayerNorm on each map.
     """
 
     def __init__(self, name, levels, frozen_bn, **overrides):
@@ -426,15 +394,13 @@ class Backbone(nn.Module):
         needs_norm = hasattr(self.net, "proj")
         if needs_norm:
             self.net.proj = nn.Identity()
-        norms = [nn.LayerNorm(dim) if needs_norm else nn.Identity() for dim in self.channels]
+        norms = (nn.LayerNorm(c) if needs_norm else nn.Identity() for c in self.channels)
         self.norms = nn.ModuleList(norms)
 
     def forward(self, images):
         maps = self.net.forward_features(images)
-        outputs = []
-        for i, norm in zip(self.levels, self.norms):
-            outputs.append(norm(maps[i].permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-        return outputs
+        maps = [maps[i].permute(0, 2, 3, 1) for i in self.levels]       # each (B, H, W, C)
+        return [norm(x).permute(0, 3, 1, 2) for norm, x in zip(self.norms, maps)]
 
     def train(self, mode=True):
         super().train(mode)
@@ -470,18 +436,17 @@ def init_classifier(conv, std=0.01, bias=0.0):
 class FPN(nn.Module):
     """Feature pyramid (arXiv 1612.03144): maps, finest first -> as many maps of `dim` channels.
 
-    extra_levels: coarser maps added by strided convolutions on the coarsest input, without ReLU
-    between them, as RetinaNet's configuration here has them.
+    extra_levels: 0 or 2 coarser maps, by strided convolutions on the coarsest input without ReLU
+    between them.
     """
 
     def __init__(self, channels, extra_levels=0, dim=256):
         super().__init__()
         self.laterals = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in channels)
         self.outputs = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in channels)
-        self.extra = nn.ModuleList()
-        for level in range(extra_levels):
-            in_dim = dim if level else channels[-1]
-            self.extra.append(nn.Conv2d(in_dim, dim, 3, stride=2, padding=1))
+        extra_dims = (channels[-1], dim)[:extra_levels]
+        extra = [nn.Conv2d(c, dim, 3, stride=2, padding=1) for c in extra_dims]
+        self.extra = nn.ModuleList(extra)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
@@ -489,10 +454,10 @@ class FPN(nn.Module):
 
     def forward(self, maps):
         laterals = [lateral(x) for lateral, x in zip(self.laterals, maps)]
-        for i in range(len(maps) - 1, 0, -1):
-            size = laterals[i - 1].shape[2:]
-            coarser = F.interpolate(laterals[i], size=size, mode="nearest")
-            laterals[i - 1] = laterals[i - 1] + coarser
+        for i in reversed(range(len(maps) - 1)):
+            size = laterals[i].shape[2:]
+            coarser = F.interpolate(laterals[i + 1], size=size, mode="nearest")
+            laterals[i] = laterals[i] + coarser
         outputs = [output(x) for output, x in zip(self.outputs, laterals)]
         x = maps[-1]
         for layer in self.extra:
@@ -509,73 +474,63 @@ def fit_size(size, longer, shorter):
 
 
 def pad_images(images, multiple, min_size=0):
-    """Stack uint8 images (h, w, 3) of several sizes, padded right and bottom to a multiple.
+    """uint8 images (h, w, 3) of several sizes, padded right and bottom to one size, a multiple.
 
     Returns: batch (B, H, W, 3) uint8 and sizes (B, 2), h and w of each image.
     """
     sizes = torch.tensor([image.shape[:2] for image in images])
     H, W = (max(min_size, -(-side // multiple) * multiple) for side in sizes.amax(0).tolist())
     batch = torch.zeros(len(images), H, W, 3, dtype=torch.uint8)
-    for slot, image in zip(batch, images):
+    for padded, image in zip(batch, images):
         h, w, _ = image.shape
-        slot[:h, :w] = torch.from_numpy(np.array(image))
+        padded[:h, :w] = torch.from_numpy(np.array(image))
     return batch, sizes
 
 
 def normalize_padded(images, sizes):
-    """uint8 (B, H, W, 3) with sizes (B, 2) -> float (B, 3, H, W), 0 (the mean) in the padding."""
+    """`pad_images`' batch and sizes -> float (B, 3, H, W), 0 (the mean colour) in the padding."""
     row = torch.arange(images.shape[1], device=images.device)
     column = torch.arange(images.shape[2], device=images.device)
     inside_rows = row[:, None] < sizes[:, :1, None]             # (B, H, 1)
     inside_columns = column < sizes[:, 1:, None]                # (B, 1, W)
-    inside = inside_rows & inside_columns                       # (B, H, W)
-    return normalize(images) * inside[:, None]
+    return normalize(images) * (inside_rows & inside_columns)[:, None]
 
 
 def palette(count):
-    """Colours (count, 3) uint8 that no two classes share, hues in golden-ratio steps."""
-    colours = []
-    for i in range(count):
-        hue = 255 * i * 0.618034 % 256
-        colours.append((hue, 160 + 95 * (i % 2), 255 - 60 * (i % 3)))
-    hsv = np.array([colours], np.float32).astype(np.uint8)
-    return np.array(Image.fromarray(hsv, "HSV").convert("RGB"))[0]
+    """Colours (count, 3) uint8, all different: hues in steps of the golden ratio."""
+    i = np.arange(count)
+    hues = 255 * i * 0.618034 % 256
+    hsv = np.stack([hues, 160 + 95 * (i % 2), 255 - 60 * (i % 3)], 1).astype(np.uint8)
+    return np.array(Image.fromarray(hsv[None], "HSV").convert("RGB"))[0]
 
 
 # ------------------------------------------------------------------------------------- segmentation
 # Semantic FPN (arXiv 1901.02446) and UPerNet (arXiv 1807.10221) on data in ADE20K's layout (arXiv
-# 1608.05442), by the rules of mmsegmentation 0.x. A label map holds one class per pixel, 0 to
-# K - 1, or IGNORED. Letters: S side of a training crop (--img-size), K classes.
+# 1608.05442). Letters: S side of a training crop (--img-size), K classes. A label map (H, W) uint8
+# holds one class per pixel, 0 to K - 1, or IGNORED.
 class Ade20k:
     """Images and label maps of folder/images/SPLIT and folder/annotations/SPLIT, sorted by name.
 
-    In the label PNGs 0 is not evaluated and 1 to K are the classes. split: "train" or "val".
+    The label PNGs hold 1 to K for the classes and 0 for ignored pixels. split: "train" or "val".
     Raises: InputError for a missing folder or file, or more classes than 8 bits hold.
     """
 
     def __init__(self, folder, split):
         split = {"train": "training", "val": "validation"}[split]
-        self.image_folder = Path(folder) / "images" / split
+        images = Path(folder) / "images" / split
         self.label_folder = Path(folder) / "annotations" / split
-        for part in (self.image_folder, self.label_folder):
+        for part in (images, self.label_folder):
             if not part.is_dir():
                 expected = "DIR/images/{training,validation} and DIR/annotations/..."
                 raise InputError(f"{part} is not a folder; expected {expected}")
-        self.files = self._image_files()
-        self.classes = read_class_names(Path(folder))
-
-    def _image_files(self):
-        """Sorted paths of the images, each of which has a label map."""
-        Image.init()  # fills Image.EXTENSION
-        files = sorted(self.image_folder.iterdir())
-        files = [file for file in files if file.suffix.lower() in Image.EXTENSION]
-        if not files:
-            raise InputError(f"{self.image_folder} holds no image")
-        missing = [file.name for file in files if not self.label_path(file).is_file()]
+        self.files = [images / name for name in train_imagenet.image_files(images)]
+        if not self.files:
+            raise InputError(f"{images} holds no image")
+        missing = [file.name for file in self.files if not self.label_path(file).is_file()]
         if missing:
-            count = f"{len(missing)} of {len(files)} are missing"
+            count = f"{len(missing)} of {len(self.files)} are missing"
             raise InputError(f"{self.label_folder} lacks the label map of {missing[0]}; {count}")
-        return files
+        self.classes = read_class_names(Path(folder))
 
     def __len__(self):
         return len(self.files)
@@ -587,21 +542,17 @@ class Ade20k:
         return self.label_folder / f"{file.stem}.png"
 
     def read(self, index):
-        """RGB image (PIL) and its label map, see `read_labels`."""
+        """RGB image (PIL) and its label map. Raises: InputError if their sizes differ."""
         file = self.files[index]
         image = read_image(file)
         labels = self.read_labels(self.label_path(file))
         H, W = labels.shape
         if image.size != (W, H):
-            w, h = image.size
-            raise InputError(f"{file} is {w} x {h}, its label map {W} x {H}")
+            raise InputError(f"{file} is {image.width} x {image.height}, its label map {W} x {H}")
         return image, labels
 
     def read_labels(self, path):
-        """A label PNG as uint8 (H, W): classes 0 to K - 1, IGNORED where it holds 0 or 255.
-
-        Raises: InputError if the file is not a label map of these classes.
-        """
+        """The label map of a PNG, IGNORED where it holds 0 or 255. Raises: InputError."""
         try:
             with Image.open(path) as image:
                 labels = np.array(image)
@@ -613,38 +564,32 @@ class Ade20k:
         count = len(self.classes)
         if largest > count:
             raise InputError(f"{path}: label {largest} out of range, there are {count} classes")
-        return np.where(labels == IGNORED, IGNORED, labels - 1)  # 0 wraps around to 255
+        return np.where(labels == IGNORED, IGNORED, labels - 1)  # 0 wraps around to IGNORED
 
 
 def read_class_names(folder):
-    """Last column of folder/objectInfo*.txt, first synonym; without the file "1" to "150"."""
+    """First synonyms in the last column of folder/objectInfo*.txt, or "1" to "150" without it."""
     files = sorted(folder.glob("objectInfo*.txt"))
     rows = files[0].read_text().splitlines()[1:] if files else []
     synonyms = [row.split("\t")[-1] for row in rows if row]
+    if len(synonyms) > 254:
+        raise InputError(f"{files[0]} names {len(synonyms)} classes, label maps of 8 bits hold at "
+                         "most 254")
     names = [words.split(",")[0].strip() for words in synonyms]
-    if len(names) > 254:
-        message = f"names {len(names)} classes, label maps of 8 bits hold at most 254"
-        raise InputError(f"{files[0]} {message}")
     return names or [str(i) for i in range(1, 151)]
 
 
 def augment_segmentation(raw, rng, size):
-    """Random scale, crop, flip and colour of an image and its label map.
+    """Random scale, crop, flip and colours of `raw`, an RGB PIL image and its label map.
 
-    Args:
-        raw: RGB PIL image and its label map (H, W), uint8.
-        rng: random.Random.
-        size: S. The image is resized to fit into 4 S x S, times 0.5 to 2, and cropped to S x S.
-
+    size: S; the image is resized to fit into 4 S x S, times 0.5 to 2, and cropped to S x S.
     Returns: uint8 pixels (h, w, 3) and labels (h, w), h and w at most S.
     """
     image, labels = raw
     scaled = size * rng.uniform(0.5, 2.0)
     W, H = fit_size(image.size, int(4 * scaled), int(scaled))
     image = image.resize((W, H), Image.Resampling.BILINEAR)
-    labels = Image.fromarray(labels).resize((W, H), Image.Resampling.NEAREST)
-    labels = np.asarray(labels)
-
+    labels = np.asarray(Image.fromarray(labels).resize((W, H), Image.Resampling.NEAREST))
     x, y = choose_crop(labels, size, rng)
     image = image.crop((x, y, min(x + size, W), min(y + size, H)))
     labels = labels[y:y + size, x:x + size]
@@ -655,24 +600,20 @@ def augment_segmentation(raw, rng, size):
 
 
 def choose_crop(labels, size, rng):
-    """Corner (x, y) of a random crop of a label map in which no class fills 75 % or more.
-
-    If eleven crops in a row fail, the last one is taken.
-    """
+    """Corner (x, y) of a random crop in which no class fills 75 % or more, or of the 11th try."""
     H, W = labels.shape
     for _ in range(11):
         y = rng.randint(0, max(H - size, 0))
         x = rng.randint(0, max(W - size, 0))
         crop = labels[y:y + size, x:x + size]
-        count = np.bincount(crop[crop != IGNORED])  # pixels per class
-        is_mixed = np.count_nonzero(count) > 1
-        if is_mixed and count.max() < 0.75 * count.sum():
+        pixels = np.bincount(crop[crop != IGNORED], minlength=1)  # per class
+        if pixels.max() < 0.75 * pixels.sum():
             break
     return x, y
 
 
 def distort(pixels, rng):
-    """Random brightness, contrast, saturation and hue of uint8 RGB (H, W, 3), as in mmsegmentation.
+    """Random brightness, contrast, saturation and hue of uint8 RGB (H, W, 3).
 
     Each changes with probability 1/2; contrast comes before or after saturation and hue.
     """
@@ -689,7 +630,7 @@ def distort(pixels, rng):
 
 
 def distort_hue_and_saturation(pixels, rng):
-    """Random saturation and hue of uint8 RGB (H, W, 3), each changed with probability 1/2."""
+    """The saturation and hue part of `distort`."""
     change_saturation = rng.random() < 0.5
     change_hue = rng.random() < 0.5
     if not change_saturation and not change_hue:
@@ -698,22 +639,21 @@ def distort_hue_and_saturation(pixels, rng):
     if change_saturation:
         hsv[..., 1] = scale_and_shift(hsv[..., 1], scale=rng.uniform(0.5, 1.5))
     if change_hue:
-        steps = rng.randint(-18, 17)  # of OpenCV's 180 per turn, Pillow has 256
+        steps = rng.randint(-18, 17)  # mmsegmentation's, 180 per turn; Pillow has 256
         hsv[..., 0] += np.uint8(round(steps * 256 / 180) % 256)  # wraps around
     return np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
 
 
 def scale_and_shift(pixels, scale=1.0, shift=0.0):
     """pixels * scale + shift, in float32, clipped to uint8."""
-    changed = pixels * np.float32(scale) + np.float32(shift)
-    return changed.clip(0, 255).astype(np.uint8)
+    return (pixels * np.float32(scale) + np.float32(shift)).clip(0, 255).astype(np.uint8)
 
 
 class SemanticFPN(nn.Module):
     """Semantic FPN (arXiv 1901.02446, fig. 3): images (B, 3, H, W) -> logits (B, K, H/4, W/4).
 
-    The pyramid's level i, of stride 4 * 2^i, passes i blocks of convolution and upsampling by 2
-    (level 0: a convolution); the sum of the four maps is classified.
+    Level i of the pyramid, of stride 4 * 2^i, passes i times through a convolution and upsampling
+    by 2, level 0 through a convolution only; the sum of the four maps is classified.
     """
 
     def __init__(self, backbone, classes):
@@ -722,10 +662,8 @@ class SemanticFPN(nn.Module):
         self.neck = FPN(backbone.channels)
         self.scales = nn.ModuleList()
         for level in range(4):
-            blocks = nn.ModuleList([conv_norm(256, 128, 3)])
-            for _ in range(level - 1):
-                blocks.append(conv_norm(128, 128, 3))
-            self.scales.append(blocks)
+            in_dims = [256] + [128] * (level - 1)               # level 0: [256]
+            self.scales.append(nn.ModuleList(conv_norm(c, 128, 3) for c in in_dims))
         self.scales.apply(init_head)
         self.dropout = nn.Dropout2d(0.1)
         self.classifier = nn.Conv2d(128, classes, 1)
@@ -739,7 +677,7 @@ class SemanticFPN(nn.Module):
                 x = block(x)
                 if level > 0:
                     x = resize(x, [2 * side for side in x.shape[2:]])
-            if level > 0:  # twice a side that was rounded up is too large
+            if level > 0:  # the maps' sides are rounded up, so twice a side can be too large
                 x = resize(x, maps[0].shape[2:])
             total = total + x                                   # (B, 128, H/4, W/4)
         return self.classifier(self.dropout(total))
@@ -748,11 +686,11 @@ class SemanticFPN(nn.Module):
 class UPerNet(nn.Module):
     """UPerNet (arXiv 1807.10221) with an auxiliary FCN head on the third stage.
 
-    Images (B, 3, H, W) -> logits (B, K, H/4, W/4); in train mode a pair of these and the auxiliary
-    logits (B, K, H/16, W/16). dim: channels of pyramid and fusion.
+    Images (B, 3, H, W) -> logits (B, K, H/4, W/4), in train mode also the auxiliary logits
+    (B, K, H/16, W/16). dim: channels of pyramid and fusion.
     """
 
-    pool_sides = (1, 2, 3, 6)  # of pyramid pooling, PSPNet's
+    pool_sides = (1, 2, 3, 6)  # of pyramid pooling (arXiv 1612.01105)
 
     def __init__(self, backbone, classes, dim=512):
         super().__init__()
@@ -784,17 +722,16 @@ class UPerNet(nn.Module):
     def fuse(self, maps):
         """Maps of the four stages -> one map (B, dim, H/4, W/4)."""
         levels = [lateral(x) for lateral, x in zip(self.laterals, maps)]
-        levels.append(self.pool_pyramid(maps[3]))
+        levels.append(self.pool_pyramid(maps[3]))               # as many maps of dim channels
         for i in (2, 1, 0):
             levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[2:])
-        size = levels[0].shape[2:]
         outputs = [output(x) for output, x in zip(self.outputs, levels)]
         outputs.append(levels[3])
-        resized = [resize(x, size) for x in outputs]
+        resized = [resize(x, levels[0].shape[2:]) for x in outputs]
         return self.fusion(torch.cat(resized, 1))
 
     def pool_pyramid(self, x):
-        """Pyramid pooling (arXiv 1612.01105): coarsest map (B, C, h, w) -> (B, dim, h, w)."""
+        """Pyramid pooling of the coarsest map: (B, C, h, w) -> (B, dim, h, w)."""
         branches = [x]
         for conv, side in zip(self.pools, self.pool_sides):
             pooled = conv(F.adaptive_avg_pool2d(x, side))       # (B, dim, side, side)
@@ -803,22 +740,20 @@ class UPerNet(nn.Module):
 
 
 def segmentation_losses(outputs, labels):
-    """Cross-entropy of logits (B, K, h, w), or of UPerNet's pair, and labels (B, H, W).
+    """Losses of a model's training outputs, logits (B, K, h, w) or UPerNet's pair of them.
 
-    The mean is over all pixels: ignored ones add 0 and still count, as in mmsegmentation.
-    Returns: {"loss_seg"}, of a pair also "loss_aux" with its weight 0.4.
+    labels (B, H, W). A mean is over all pixels: ignored ones add 0 and still count.
     """
     if not isinstance(outputs, tuple):
         return {"loss_seg": sum_cross_entropy(outputs, labels) / labels.numel()}
     logits, auxiliary = outputs
-    return {
-        "loss_seg": sum_cross_entropy(logits, labels) / labels.numel(),
-        "loss_aux": 0.4 * sum_cross_entropy(auxiliary, labels) / labels.numel(),
-    }
+    loss_seg = sum_cross_entropy(logits, labels) / labels.numel()
+    loss_aux = 0.4 * sum_cross_entropy(auxiliary, labels) / labels.numel()
+    return {"loss_seg": loss_seg, "loss_aux": loss_aux}
 
 
 def sum_cross_entropy(logits, labels):
-    """Sum over all pixels that are not ignored; the logits are resized to the label maps."""
+    """Sum over the pixels that are not ignored; the logits are resized to the labels' size."""
     logits = resize(logits.float(), labels.shape[1:])           # (B, K, H, W)
     logits = logits.permute(0, 2, 3, 1).flatten(0, 2)           # (B*H*W, K)
     labels = labels.flatten().long()  # flat, since the 2-D CUDA kernel is not deterministic
@@ -826,7 +761,7 @@ def sum_cross_entropy(logits, labels):
 
 
 def count_pixels(prediction, labels, classes):
-    """Pixels per class of label maps (H, W); none count where `labels` is IGNORED.
+    """Pixels per class of two label maps (H, W), without those that `labels` ignores.
 
     Returns: int (3, K): intersection of prediction and labels, prediction, labels.
     """
@@ -838,10 +773,9 @@ def count_pixels(prediction, labels, classes):
 
 
 def mean_iou(counts):
-    """Metrics of a data set from its summed `count_pixels`, as fractions.
+    """mIoU and mAcc, means over the classes that occur, and aAcc, over all pixels, as fractions.
 
-    Returns: mIoU and mAcc, means over the classes that occur, and aAcc, the accuracy over all
-    pixels; all -1 if no pixel is labelled.
+    counts: sum of the images' `count_pixels`. All three are -1 if no pixel is labelled.
     """
     intersection, predicted, labelled = counts.astype(np.float64)
     if not labelled.any():
@@ -849,11 +783,8 @@ def mean_iou(counts):
     union = predicted + labelled - intersection
     iou = intersection[union > 0] / union[union > 0]
     accuracy = intersection[labelled > 0] / labelled[labelled > 0]
-    return {
-        "mIoU": float(iou.mean()),
-        "mAcc": float(accuracy.mean()),
-        "aAcc": float(intersection.sum() / labelled.sum()),
-    }
+    total_accuracy = float(intersection.sum() / labelled.sum())
+    return {"mIoU": float(iou.mean()), "mAcc": float(accuracy.mean()), "aAcc": total_accuracy}
 
 
 class Segmentation(DenseTask):
@@ -868,7 +799,7 @@ class Segmentation(DenseTask):
         return augment_segmentation(raw, rng, self.args.img_size)
 
     def collate(self, samples):
-        """[(pixels, labels), ...] -> images (B, S, S, 3), labels (B, S, S), sizes (B, 2)."""
+        """Images (B, S, S, 3), labels (B, S, S), sizes (B, 2) of crops before padding."""
         images, label_maps = zip(*samples)
         batch, sizes = pad_images(images, multiple=1, min_size=self.args.img_size)
         labels = torch.full(batch.shape[:3], IGNORED, dtype=torch.uint8)
@@ -883,36 +814,31 @@ class Segmentation(DenseTask):
 
     @torch.no_grad()
     def predict(self, model, image):
-        """Class of every pixel of a PIL image, uint8 (H, W), computed from the whole image.
-
-        With --ms-test, the class of the largest mean probability at six scales, each also mirrored.
-        """
-        if not self.args.ms_test:
-            logits = self.image_logits(model, image, scale=1.0, mirror=False)
-            return logits[0].argmax(0).to(torch.uint8).cpu().numpy()
-        total = 0
-        for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
-            for mirror in (False, True):
-                logits = self.image_logits(model, image, scale, mirror)
-                total += logits.softmax(1)                      # (1, K, H, W)
-        return total[0].argmax(0).to(torch.uint8).cpu().numpy()
+        """Label map (H, W) of a PIL image; --ms-test averages six scales, each also mirrored."""
+        if self.args.ms_test:
+            scores = 0
+            for scale in (0.5, 0.75, 1.0, 1.25, 1.5, 1.75):
+                for mirror in (False, True):
+                    scores += self.image_logits(model, image, scale, mirror).softmax(1)
+        else:
+            scores = self.image_logits(model, image, scale=1.0, mirror=False)
+        return scores[0].argmax(0).to(torch.uint8).cpu().numpy()
 
     def image_logits(self, model, image, scale, mirror):
-        """Logits (1, K, height, width) of the image, computed at `scale` times --img-size."""
+        """Logits (1, K, height, width) of the whole image, computed at `scale` times --img-size."""
         size = self.args.img_size * scale
         W, H = fit_size(image.size, int(4 * size), int(size))
-        image_size = (image.height, image.width)
-        image = image.resize((max(W, 32), max(H, 32)), Image.Resampling.BILINEAR)
-        x = normalize(torch.from_numpy(np.array(image))[None].to(self.device))
+        resized = image.resize((max(W, 32), max(H, 32)), Image.Resampling.BILINEAR)
+        x = normalize(torch.from_numpy(np.array(resized))[None].to(self.device))
         if mirror:
             x = x.flip(3)
         with autocast(self.args, self.device):
             logits = model(x)                                   # (1, K, H/4, W/4)
-        logits = resize(resize(logits.float(), x.shape[2:]), image_size)
+        logits = resize(resize(logits.float(), x.shape[2:]), (image.height, image.width))
         return logits.flip(3) if mirror else logits
 
     def overlay(self, image, prediction, classes):
-        """The image blended with its classes' colours; up to eight large classes are named."""
+        """The image blended with its classes' colours; up to eight classes are named."""
         colours = np.zeros((256, 3), np.uint8)
         colours[:len(classes)] = palette(len(classes))
         result = Image.blend(image, Image.fromarray(colours[prediction]), 0.5)
@@ -922,7 +848,7 @@ class Segmentation(DenseTask):
         for label in count.argsort()[::-1][:8]:
             if count[label] > prediction.size / 200:
                 y, x = (prediction == label).nonzero()
-                nearest = np.hypot(y - y.mean(), x - x.mean()).argmin()  # a pixel of the class
+                nearest = np.hypot(y - y.mean(), x - x.mean()).argmin()  # to the class's centre
                 position = (x[nearest], y[nearest])
                 draw.text(position, classes[label], "white", anchor="mm", **outline)
         return result
@@ -936,10 +862,7 @@ class Segmentation(DenseTask):
         return mean_iou(sum(records))
 
     def score_results(self, source, path):
-        """Metrics of a folder of label PNGs that are named like the images.
-
-        Raises: InputError for a missing label map or one of another size than the image.
-        """
+        """Metrics of a folder of label PNGs named like the images. Raises: InputError."""
         records = []
         for file in source.files:
             result = Path(path) / f"{file.stem}.png"
@@ -3573,7 +3496,7 @@ TASKS = {
     "cascade_mask_rcnn": InstanceSegmentation,
     "pose": Pose,
 }
-ARCHITECTURES = {  # the model and the backbone's stages that it reads
+ARCHITECTURES = {  # of each task: the model, the backbone's stages (0 to 3) that it reads
     "semfpn": (SemanticFPN, (0, 1, 2, 3)),
     "upernet": (UPerNet, (0, 1, 2, 3)),
     "retinanet": (RetinaNet, (1, 2, 3)),
@@ -3587,33 +3510,28 @@ def predict(task, args, procs, checkpoint):
     """--predict: write an overlay of every image to --output."""
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    persons = read_person_boxes(args.boxes) if args.boxes else None
+    person_boxes = read_person_boxes(args.boxes) if args.boxes else {}
     classes = checkpoint["classes"]
     model = task.build_model(classes)
     train_imagenet.load_weights(model, checkpoint)
     model.to(procs.device).eval()
-    targets = overlay_names(args)
+    names = overlay_names(args)
     for path in args.predict[procs.rank::procs.world]:
-        try:
-            image = read_image(path, upright=True)
-        except UnreadableImage as error:
-            raise InputError(str(error)) from None
-        if persons is None:
-            prediction = task.predict(model, image)
-        else:
-            prediction = task.predict(model, image, task.boxes_in(path, persons))
-        task.overlay(image, prediction, classes).save(output / targets[path])
-        print(f"wrote {output / targets[path]}")
+        image = read_image(path, upright=True)
+        options = {"boxes": task.boxes_in(path, person_boxes)} if args.boxes else {}
+        prediction = task.predict(model, image, **options)
+        task.overlay(image, prediction, classes).save(output / names[path])
+        print(f"wrote {output / names[path]}")
 
 
 def overlay_names(args):
-    """{image: file name of its overlay}; a stem that occurred before gets a number."""
+    """{image: file name of its overlay}; an image named like an earlier one gets a number."""
     names = {}
     stems = set()
     for i, path in enumerate(args.predict):
         stem = Path(path).stem
-        number = f"_{i}" if stem in stems else ""
-        names.setdefault(path, f"{stem}{number}_{args.task}.png")
+        suffix = f"_{i}" if stem in stems else ""
+        names.setdefault(path, f"{stem}{suffix}_{args.task}.png")  # an image may be given twice
         stems.add(stem)
     return names
 
@@ -3628,10 +3546,8 @@ def score(task, args, procs, _checkpoint):
 def main(argv=None):
     """Resolve the arguments, then train, evaluate, predict or score."""
     args, checkpoint = resolve_args(argv)
-    command = train_imagenet.train
-    if args.eval:
-        command = train_imagenet.test
-    elif args.predict:
+    command = train_imagenet.test if args.eval else train_imagenet.train
+    if args.predict:
         command = predict
     elif args.score:
         command = score

@@ -11,21 +11,18 @@
         --weights runs/s/last.pt --output runs/s384 --frozen-bn --img-size 384 --epochs 30 \\
         --batch-size 512 --lr 5e-6 --min-lr 5e-6 --warmup-epochs 0 --weight-decay 1e-8
 
-Reading order: settings, processes, data, augmentation, schedule, checkpoints, log, the task, the
-training loop, command line. The loop is in `train`; train_dense.py uses the same one with other
-task objects (see `Classification` for what a task is).
+Reading order: settings, processes, data, augmentation, checkpoints, log, the task, the training
+loop (`train`), command line. train_dense.py runs the same loop with other task objects.
 
-Defaults are the papers' (DeiT's recipe, arXiv 2012.12877); OVERRIDES holds what a model family or
-the drawn images change. Randomness is stateless: a sample's augmentation depends on (seed, epoch,
-sample), a micro-batch's mixing and drop path on (seed, step, its index in the step). So the run is
-the same for any number of workers and after any interruption, and any number of processes with the
-same --micro-batch (and no SyncBN) has the same training loss; BatchNorm's running statistics are
-those of the first process.
+Defaults are DeiT's (arXiv 2012.12877); OVERRIDES holds what a model family and the drawn images
+change. Randomness is stateless: augmentation depends on (seed, epoch, sample), mixing and drop path
+on (seed, step, micro-batch). So a run is the same for any number of workers and after any
+interruption, and with one --micro-batch and no SyncBN any number of processes has the same loss;
+BatchNorm's running statistics are those of the first process.
 
-Differences from the authors' scripts, on purpose: --batch-size is global; the rate is a function
-of the step, not of the epoch; a plain run reshuffles every epoch; layer-scale vectors are exempt
-from weight decay (theirs are 4-D tensors and decayed); evaluation counts each image once. SecViT's
-peak rate 2e-3 is from the authors' logs, the paper gives none.
+Deliberate differences from the authors' scripts: --batch-size is global; the rate is a function of
+the step; a plain run reshuffles every epoch; layer-scale vectors are exempt from weight decay;
+evaluation counts each image once. SecViT's peak rate 2e-3 is from the authors' logs.
 """
 import argparse
 import copy
@@ -42,7 +39,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -192,18 +189,14 @@ def raise_input_error(message):
 
 def make_parser(description, flags, overrides):
     """The parser of a table of flags; what is not given is None, see `fill_defaults`."""
-    def formatter(prog):
-        return argparse.HelpFormatter(prog, max_help_position=28, width=100)
-
+    formatter = partial(argparse.HelpFormatter, max_help_position=28, width=100)
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=formatter)
     parser.error = raise_input_error
     for name, flag in flags.items():
         options = dict(default=None, help=help_text(name, flag, overrides))
-        if flag.type is bool:
-            options["action"] = "store_true"
-        elif flag.type is ON_OFF:
-            options["action"] = ON_OFF
+        if flag.type in (bool, ON_OFF):
+            options["action"] = "store_true" if flag.type is bool else ON_OFF
         elif isinstance(flag.type, tuple):
             options["choices"] = flag.type
             options["type"] = type(flag.type[0])
@@ -374,9 +367,7 @@ class Processes:
 
     def share_buffers(self, *models):
         """Copy the first process's BatchNorm statistics to all."""
-        if self.world == 1:
-            return
-        for model in models:
+        for model in models if self.world > 1 else ():
             for buffer in model.buffers():
                 self.run_collective(dist.broadcast, buffer, 0)
 
@@ -385,10 +376,7 @@ class Processes:
         items = [item.cpu() if isinstance(item, torch.Tensor) else item for item in items]
         lists = [items] * self.world
         self.run_collective(dist.all_gather_object, lists, items, group=self.gloo_group)
-        joined = []
-        for part in lists:
-            joined += part
-        return joined
+        return sum(lists, [])
 
     def wait(self):
         """Wait until all processes are here, however long the first one writes."""
@@ -417,7 +405,7 @@ class StopSignal:
 
 
 # --------------------------------------------------------------------------------------------- data
-class UnreadableImage(Exception):
+class UnreadableImage(InputError):
     """An image file that cannot be decoded; the message names the file and the reason."""
 
 
@@ -430,15 +418,19 @@ def read_image(path, upright=False):
     try:
         with Image.open(path) as image:
             if upright:
-                image = turn_upright(image)
+                turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+                image = image if turn is None else image.transpose(turn)
             if image.mode.startswith(("I", "F")):
-                image = stretch(image)
+                values = np.asarray(image, np.float32)
+                grey = 255 * (values - values.min()) / max(np.ptp(values), 1e-9)
+                image = Image.fromarray(grey.astype(np.uint8))
             return image.convert("RGB")
     except Exception as error:  # broken files make Pillow raise nearly anything
         raise UnreadableImage(f"{path}: {error}") from None
 
 
-TURNS = {  # EXIF orientation: how to turn the image upright
+# How to turn an image upright; ImageOps.exif_transpose rewrites all tags, which can fail.
+TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -447,19 +439,6 @@ TURNS = {  # EXIF orientation: how to turn the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-def turn_upright(image):
-    """Turn by the EXIF orientation. ImageOps.exif_transpose rewrites all tags, which can fail."""
-    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    return image if turn is None else image.transpose(turn)
-
-
-def stretch(image):
-    """A grey image of any depth as one of 8 bits, darkest value 0, brightest 255."""
-    values = np.asarray(image, np.float32)
-    stretched = 255 * (values - values.min()) / max(np.ptp(values), 1e-9)
-    return Image.fromarray(stretched.astype(np.uint8))
 
 
 class ImageFolder:
@@ -613,15 +592,11 @@ class Samples(torch.utils.data.Dataset):
 
 
 def collate(collate_samples, items):
-    """A list of `Samples` items -> batch or None if a sample is missing, all unreadable files."""
-    samples = []
-    unreadable = []
-    for sample, files in items:
-        samples.append(sample)
-        unreadable += files
-    if any(sample is None for sample in samples):
-        return None, unreadable
-    return collate_samples(samples), unreadable
+    """`Samples` items -> batch, or None if a sample is missing; all unreadable files."""
+    samples, file_lists = zip(*items)
+    unreadable = sum(file_lists, [])
+    complete = all(sample is not None for sample in samples)
+    return collate_samples(samples) if complete else None, unreadable
 
 
 class StepSampler:
@@ -845,12 +820,9 @@ def erase(x, probability, rng):
     if probability == 0:
         return x
     B, _, H, W = x.shape
-    boxes = np.zeros((B, 4), np.int64)                                  # top, bottom, left, right
-    for i in range(B):
-        if rng.random() <= probability:
-            boxes[i] = random_box(H, W, rng)
-    boxes = torch.from_numpy(boxes)
-    boxes = (boxes.pin_memory() if x.is_cuda else boxes).to(x.device, non_blocking=True)
+    nothing = (0, 0, 0, 0)
+    boxes = [random_box(H, W, rng) if rng.random() <= probability else nothing for _ in range(B)]
+    boxes = torch.tensor(boxes, pin_memory=x.is_cuda).to(x.device, non_blocking=True)
     top, bottom, left, right = boxes[:, :, None, None, None].unbind(1)  # each (B, 1, 1, 1)
     row = torch.arange(H, device=x.device)[:, None]
     column = torch.arange(W, device=x.device)
@@ -974,10 +946,9 @@ class TrainState:
         if procs.rank == 0:
             fields = (*self.counters, "per_epoch", "classes")
             state = {field: getattr(self, field) for field in fields}
-            state["model"] = self.model.state_dict()
+            for part in ("model", "optimizer", "scaler"):
+                state[part] = getattr(self, part).state_dict()
             state["ema"] = self.average.state_dict() if self.average else None
-            state["optimizer"] = self.optimizer.state_dict()
-            state["scaler"] = self.scaler.state_dict()
             state["args"] = vars(args)
             save_checkpoint(Path(args.output) / name, state)
         procs.wait()
@@ -1072,15 +1043,15 @@ def read_checkpoint(path):
     return state
 
 
-def find_checkpoint(resume, output, owner):
+def find_checkpoint(resume, output, script_key):
     """The checkpoint that --resume means: the file itself; for "auto" the latest one of `output`.
 
-    owner: the argument, "model" or "task", that a checkpoint of this script holds.
+    script_key: the argument, "model" or "task", that only this script's checkpoints hold.
     Returns: None if there is none for "auto". Raises: InputError for a file that is no checkpoint.
     """
     if resume != "auto":
         state = read_checkpoint(resume)
-        if not is_checkpoint(state, owner):
+        if not is_checkpoint(state, script_key):
             raise InputError(f"{resume} is no checkpoint of this script; "
                              "to start from its weights use --weights")
         return state
@@ -1091,17 +1062,17 @@ def find_checkpoint(resume, output, owner):
         except InputError as error:
             print(f"skipped: {error}", file=sys.stderr)
             continue
-        if is_checkpoint(state, owner) and (latest is None or state["step"] > latest["step"]):
+        if is_checkpoint(state, script_key) and (latest is None or state["step"] > latest["step"]):
             latest = state
     return latest
 
 
-def is_checkpoint(state, owner):
-    """Whether a file's dict is a whole checkpoint of the script whose arguments include `owner`."""
+def is_checkpoint(state, script_key):
+    """Whether a file's dict is a whole checkpoint whose arguments include `script_key`."""
     fields = {"model", "ema", "optimizer", "scaler", "per_epoch", "classes", "args"}
     if not fields | set(TrainState.counters) <= state.keys():
         return False
-    return isinstance(state["args"], dict) and owner in state["args"]
+    return isinstance(state["args"], dict) and script_key in state["args"]
 
 
 def load_weights(model, state, entry="model"):
@@ -1112,21 +1083,15 @@ def load_weights(model, state, entry="model"):
     Returns: names of the classifier's tensors that were not loaded.
     Raises: InputError if anything else does not fit.
     """
-    for key in (entry, "state_dict"):
-        if isinstance(state.get(key), dict):
-            state = state[key]
-            break
-    weights = {}
-    for name, tensor in state.items():
-        if isinstance(name, str) and isinstance(tensor, torch.Tensor):
-            weights[re.sub(r"^(module\.|_orig_mod\.)+", "", name)] = tensor
+    dicts = [state[key] for key in (entry, "state_dict") if isinstance(state.get(key), dict)]
+    state = dicts[0] if dicts else state
+    tensors = {str(name): t for name, t in state.items() if isinstance(t, torch.Tensor)}
+    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): t for name, t in tensors.items()}
     if "patch_embed.proj.0.weight" in weights and hasattr(model, "convert_released"):
         weights = model.convert_released(weights)
     expected = model.state_dict()
-    matching = {}
-    for name, tensor in weights.items():
-        if name in expected and tensor.shape == expected[name].shape:
-            matching[name] = tensor
+    shapes = {name: tensor.shape for name, tensor in expected.items()}
+    matching = {name: t for name, t in weights.items() if shapes.get(name) == t.shape}
     missing = expected.keys() - matching.keys()
     different = missing | (weights.keys() - matching.keys())
     mismatched = [name for name in different if not name.startswith("head.")]
@@ -1255,6 +1220,9 @@ class RunLog:
                    scaler_skips=state.step - int(first["step"]),  # fp16 overflows
                    train_seconds=self.train_seconds, time=time.time())
         self.train_seconds = 0.0
+        state.evaluated_at = state.step
+        state.period_losses = {}
+        state.unreadable = 0
 
 
 COLOURS = ("#1f6fb4", "#d9541e", "#3a923a", "#7d4fa0", "#8c564b", "#c44e8c", "#7f7f7f", "#17a2b0")
@@ -1262,9 +1230,13 @@ COLOURS = ("#1f6fb4", "#d9541e", "#3a923a", "#7d4fa0", "#8c564b", "#c44e8c", "#7
 
 def draw_curves(output, metrics):
     """Plot curves.png of a run's log: losses and the `metrics` of its evaluations, over updates."""
-    records = read_log(output / "log.jsonl")
-    logged = {r["step"]: r for r in records if "step" in r and "lr" in r}
-    evaluated = {r["step"]: r for r in records if "step" in r and "lr" not in r}
+    records = []
+    for line in (output / "log.jsonl").read_text().splitlines():
+        with suppress(ValueError):  # a kill or a full disk can leave half a line
+            records.append(json.loads(line))
+    updates = [r for r in records if "step" in r]
+    logged = {r["step"]: r for r in updates if "lr" in r}
+    evaluated = {r["step"]: r for r in updates if "lr" not in r}
     losses = {"training loss": {s: r["loss"] for s, r in logged.items()}}
     losses["validation loss"] = {s: r["loss"] for s, r in evaluated.items() if "loss" in r}
     names = list(next(iter(logged.values()), {}).get("losses", {}))
@@ -1279,17 +1251,6 @@ def draw_curves(output, metrics):
     plot_lines(ImageDraw.Draw(sheet), 60, losses)
     plot_lines(ImageDraw.Draw(sheet), 560, scores)
     sheet.save(output / "curves.png")
-
-
-def read_log(path):
-    """The records of a log; a kill or a full disk can leave half a line, which is passed over."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
-    return records
 
 
 def plot_lines(draw, left, lines):
@@ -1344,7 +1305,9 @@ class Classification:
 
     def open_data(self, procs, *splits):
         """Sources of the splits "train" and "val", with read(index), labels and classes."""
-        return open_data(self.args.data, *splits, announce=procs.rank == 0)
+        sources = open_data(self.args.data, *splits, announce=procs.rank == 0)
+        self.num_classes = len(sources[0].classes)
+        return sources
 
     def sampler(self, source, **schedule):
         return StepSampler(images=len(source), repeats=self.args.repeated_aug, **schedule)
@@ -1379,7 +1342,6 @@ class Classification:
             options["drop_path_rate"] = self.args.drop_path
         if self.args.released:
             options["released"] = True
-        self.classes = len(classes)
         return MODELS[self.args.model](**options)
 
     def load_pretrained(self, model):
@@ -1407,7 +1369,7 @@ class Classification:
         """Named losses of a micro-batch; mixing draws from `random`, which the loop has seeded."""
         images, labels = batch
         x = erase(normalize(images), self.args.random_erase, random)
-        x, targets = mix(x, labels, classes=self.classes, smoothing=self.args.label_smoothing,
+        x, targets = mix(x, labels, classes=self.num_classes, smoothing=self.args.label_smoothing,
                          mixup=self.args.mixup, cutmix=self.args.cutmix, rng=random)
         return {"loss_cls": F.cross_entropy(net(x).float(), targets)}
 
@@ -1475,7 +1437,7 @@ def train(task, args, procs, checkpoint):
 
     torch.manual_seed(args.seed)
     model = task.build_model(train_set.classes)
-    loaded = None if checkpoint else task.load_pretrained(model)
+    report = None if checkpoint else task.load_pretrained(model)
     if args.sync_bn and procs.world > 1 and procs.device.type == "cuda":
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     layout = torch.channels_last if args.channels_last else torch.preserve_format
@@ -1490,7 +1452,7 @@ def train(task, args, procs, checkpoint):
     net = wrap_model(model, args, procs)
 
     with closing(RunLog(args, procs, state, last_step)) as log:
-        announce(task, log, state, total, loaded)
+        start_run(task, log, state, total, report)
         samples = Samples(train_set, task.train_sample, args.seed, max_replacements=9)
         sampler = task.sampler(train_set, **schedule, first=state.step, last=last_step)
         batches = iter(make_loader(samples, sampler, task.collate, args.workers, procs.device))
@@ -1498,7 +1460,7 @@ def train(task, args, procs, checkpoint):
         stop = StopSignal()
         stopping = False
         scores = {}
-        if evaluation_due(state, eval_every, total):  # the run was killed while it was evaluating
+        if evaluation_due(state, eval_every, total):  # killed during an evaluation, after its save
             scores = evaluate_and_save(task, state, val_set, log)
 
         while state.step < last_step and not stopping:
@@ -1541,7 +1503,8 @@ def train(task, args, procs, checkpoint):
     if state.saved_at != state.step:
         state.save("last.pt", args, procs)
     if procs.rank == 0:
-        print(last_words(task, args, state, stopping and state.evaluated_at < total, scores))
+        unfinished = stopping and state.evaluated_at < total
+        print(last_words(task, args, state, unfinished, scores))
 
 
 def wrap_model(model, args, procs):
@@ -1572,7 +1535,7 @@ def check_output(args):
                          "with --overwrite, or name another --output")
 
 
-def announce(task, log, state, total, loaded):
+def start_run(task, log, state, total, report):
     """Open the log and say what starts, on rank 0."""
     args = log.args
     procs = log.procs
@@ -1587,8 +1550,8 @@ def announce(task, log, state, total, loaded):
         for name in RUN_FILES:  # those of an earlier run
             (Path(args.output) / name).unlink(missing_ok=True)
     log.write(**describe_run(args, procs, state.model), resumed_at=state.step)
-    if loaded:
-        print(loaded)
+    if report:
+        print(report)
     print(f"{' with '.join(task.identity.values())}: batch {args.batch_size}, {args.micro_batch} "
           f"at once on each of {procs.world} processes, peak rate {args.lr:g}, {total} updates, "
           f"{state.per_epoch} per epoch, on {procs.device.type}, amp {args.amp}")
@@ -1610,14 +1573,10 @@ def evaluate_and_save(task, state, val_set, log):
         averaged = evaluate(task, state.average, val_set, args, procs)
         scores |= {f"ema_{name}": value for name, value in averaged.items()}
     metrics = [m for m in (task.metric, f"ema_{task.metric}") if m in scores]
-    score = max(scores[m] for m in metrics)
-    improved = score > state.best
-    state.best = max(score, state.best)
+    previous = state.best
+    state.best = max(previous, *(scores[m] for m in metrics))
     log.write_evaluation(state, scores)
-    state.evaluated_at = state.step
-    state.period_losses = {}
-    state.unreadable = 0
-    if improved:
+    if state.best > previous:
         state.save("best.pt", args, procs)
     state.save("last.pt", args, procs)
     if procs.rank == 0:

@@ -149,15 +149,26 @@ def small_secvit(monkeypatch):
     monkeypatch.setitem(train_dense.MODELS, "secvit_t", factory)
 
 
-def test_backbone_weights_load_with_a_report(small_secvit, tmp_path):
-    whole = train_dense.MODELS["secvit_t"]()
+def weights_task(backbone, path):
+    """A task that starts from --backbone-weights."""
+    args = argparse.Namespace(
+        task="semfpn", backbone=backbone, backbone_weights=str(path), released=False)
+    return train_dense.Segmentation(args, CPU)
+
+
+@pytest.mark.parametrize("entry", ["model", "ema"])
+def test_backbone_weights_load_with_a_report(small_secvit, tmp_path, entry):
+    """Averaged weights, if the file has them."""
+    classifiers = {"model": train_dense.MODELS["secvit_t"]()}
+    if entry == "ema":
+        classifiers["ema"] = train_dense.MODELS["secvit_t"]()
     path = tmp_path / "weights.pt"
-    torch.save({"model": whole.state_dict()}, path)
-    args = argparse.Namespace(backbone="secvit_t", backbone_weights=str(path), released=False)
-    backbone = train_dense.build_model("semfpn", "secvit_t", 3).backbone
-    assert train_dense.load_backbone(backbone, args) == ["head", "proj"]
-    expected = whole.state_dict()
-    for name, tensor in backbone.net.state_dict().items():
+    torch.save({name: net.state_dict() for name, net in classifiers.items()}, path)
+    model = train_dense.build_model("semfpn", "secvit_t", 3)
+    report = weights_task("secvit_t", path).load_pretrained(model)
+    assert report == f"{path}: loaded, without head and proj"
+    expected = classifiers[entry].state_dict()
+    for name, tensor in model.backbone.net.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
 
 
@@ -165,16 +176,17 @@ def test_weights_of_another_family_are_refused(tmp_path):
     weights = {"patch_embed.proj.0.weight": torch.zeros(3), "head.weight": torch.zeros(5, 3)}
     path = tmp_path / "released.pt"
     torch.save({"model": weights}, path)
-    args = argparse.Namespace(backbone="clustr_t", backbone_weights=path, released=False)
-    backbone = train_dense.build_model("semfpn", "clustr_t", 3).backbone
+    model = train_dense.build_model("semfpn", "clustr_t", 3)
     with pytest.raises(train_dense.InputError, match="do not fit ClusTR"):
-        train_dense.load_backbone(backbone, args)
+        weights_task("clustr_t", path).load_pretrained(model)
 
 
-@pytest.mark.parametrize("weight_decay, is_exempt", [(0.01, True), (1e-4, False)])
-def test_decay_exempts_norms_in_swins_settings_only(small_secvit, weight_decay, is_exempt):
+@pytest.mark.parametrize("name, weight_decay, is_exempt", [
+    ("upernet", 0.01, True), ("upernet", 1e-4, False), ("pose", 0.01, False)])
+def test_decay_exempts_norms_in_swins_settings_only(small_secvit, name, weight_decay, is_exempt):
     model = train_dense.build_model("upernet", "secvit_t", 3)
-    decayed, exempt = train_dense.decay_groups(model, weight_decay)
+    args = argparse.Namespace(task=name, backbone="secvit_t", weight_decay=weight_decay)
+    decayed, exempt = train_dense.DenseTask(args, CPU).param_groups(model)
     assert decayed["weight_decay"] == weight_decay and exempt["weight_decay"] == 0
     ids = {id(p) for p in exempt["params"]}
     assert (id(model.backbone.net.stages[0][0].norm1.weight) in ids) == is_exempt
@@ -182,20 +194,23 @@ def test_decay_exempts_norms_in_swins_settings_only(small_secvit, weight_decay, 
     assert len(ids) + len(decayed["params"]) == len(list(model.parameters()))
 
 
+def rates(steps, total, **flags):
+    """Learning rates of some updates of a run."""
+    args = argparse.Namespace(backbone="secvit_t", **flags)
+    task = train_dense.DenseTask(args, CPU)
+    return [task.lr_at(step, total, None) for step in steps]
+
+
 def test_learning_rate_of_semantic_fpn():
-    args = argparse.Namespace(
-        task="semfpn", lr=1e-4, min_lr=1e-6, warmup_iters=0, schedule=None)
-    assert train_dense.lr_at(0, args, 100) == pytest.approx(1e-4)
-    expected = 99e-6 * 0.4 ** 0.9 + 1e-6
-    assert train_dense.lr_at(60, args, 100) == pytest.approx(expected)
+    flags = dict(task="semfpn", lr=1e-4, min_lr=1e-6, warmup_iters=0, schedule=None)
+    expected = [1e-4, 99e-6 * 0.4 ** 0.9 + 1e-6]
+    assert rates([0, 60], 100, **flags) == pytest.approx(expected)
 
 
 def test_learning_rate_of_upernet():
-    args = argparse.Namespace(
-        task="upernet", lr=6e-5, min_lr=0.0, warmup_iters=1500, schedule=None)
-    assert train_dense.lr_at(0, args, 160000) == pytest.approx(6e-11)
-    expected = 6e-5 * (1 - 750 / 160000) * (1 - 0.5 * (1 - 1e-6))
-    assert train_dense.lr_at(750, args, 160000) == pytest.approx(expected)
+    flags = dict(task="upernet", lr=6e-5, min_lr=0.0, warmup_iters=1500, schedule=None)
+    expected = [6e-11, 6e-5 * (1 - 750 / 160000) * (1 - 0.5 * (1 - 1e-6))]
+    assert rates([0, 750], 160000, **flags) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("schedule, total, expected", [
@@ -204,9 +219,8 @@ def test_learning_rate_of_upernet():
     ("3x", 36000, {26999: 1e-4, 27000: 1e-5, 32999: 1e-5, 33000: 1e-6}),
 ])
 def test_learning_rates_of_detection(schedule, total, expected):
-    args = argparse.Namespace(task="retinanet", lr=1e-4, warmup_iters=500, schedule=schedule)
-    rates = {step: train_dense.lr_at(step, args, total) for step in expected}
-    assert rates == pytest.approx(expected)
+    flags = dict(task="retinanet", lr=1e-4, warmup_iters=500, schedule=schedule)
+    assert rates(expected, total, **flags) == pytest.approx(list(expected.values()))
 
 
 # --------------------------------------------------------------------------------------------- data
