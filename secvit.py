@@ -48,7 +48,7 @@ The text is silent.
   LayerNorm's eps 1e-6; layer scale 1e-6 in stages 3 and 4 of SecViT-B and -L; initial weights
   N(0, 0.02); one cluster in stage 4.
 - Our choice: ties keep the order of the tokens, similarities are compared in at least float32,
-  initial biases are N(0, 0.02) (see init_weights).
+  initial biases of convolutions are N(0, 0.02) (see init_weights).
 - Without the convolutional stem SecViT has Swin's patch embedding and patch merging: Table 6's 14 M
   and 2.1 G need both. Stripes of the cross-shaped windows are CSWin's.
 - SEC-Swin and SEC-FasterViT follow Swin and FasterViT, drop path rates included, but their
@@ -441,21 +441,24 @@ def build_stages(depths, drop_path_rate, block):
 
 
 def init_weights(module):
-    """Weights and biases N(0, 0.02) truncated; norms and layer scales stay as constructed.
+    """Weights and convolution biases N(0, 0.02) truncated, linear biases 0, the rest unchanged.
 
-    With biases of 0, as in the released code, padding and black images would give tokens that are
+    With all biases 0, as in the released code, padding and black images would give tokens that are
     exactly 0 in all blocks, and each LayerNorm multiplies the gradient of such a token by
     1 / sqrt(eps) = 1000.
     Raises: TypeError for a module with parameters and no rule.
     """
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+    if isinstance(module, nn.Conv2d):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.trunc_normal_(module.bias, std=0.02)
-        return
-    has_parameters = len(list(module.parameters(recurse=False))) > 0
-    if has_parameters and not isinstance(module, (nn.LayerNorm, nn.BatchNorm2d, LayerScale)):
-        raise TypeError(f"no initialization rule for {type(module).__name__}")
+    elif isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif list(module.parameters(recurse=False)):
+        if not isinstance(module, (nn.LayerNorm, nn.BatchNorm2d, LayerScale)):
+            raise TypeError(f"no initialization rule for {type(module).__name__}")
 
 
 class SecViT(nn.Module):
