@@ -887,11 +887,9 @@ class Coco:
     """Images of folder/SPLIT2017, objects of folder/annotations/instances_SPLIT2017.json.
 
     The training split keeps what mmdetection keeps: images that have annotations and sides of at
-    least 32 pixels; objects that are no crowds, overlap their image and are 1 x 1 or larger. The
-    validation split keeps all images, and `annotations` {image id: [...]} as they are in the file.
-
-    masks: whether `read` also returns masks, of the training split only.
-    Raises: InputError for a malformed annotation file, naming the file and the offending id.
+    least 32 pixels, and objects as in `is_trainable`. The validation split keeps all images, and
+    `annotations` {image id: [...]} as they are in the file. masks: `read` returns masks, too, in
+    training. Raises: InputError for a malformed annotation file, naming it and the offending id.
     """
 
     def __init__(self, folder, split, masks=False):
@@ -905,34 +903,27 @@ class Coco:
         names = {category["id"]: category["name"] for category in data["categories"]}
         self.categories = sorted(names)
         self.classes = [names[category] for category in self.categories]
-        images = {image["id"]: image for image in data["images"]}
-        annotations = {image_id: [] for image_id in images}
+        images = sorted(data["images"], key=lambda image: image["id"])
+        annotations = {image["id"]: [] for image in images}
         for annotation in data["annotations"]:
             annotations[annotation["image_id"]].append(annotation)
-        entries = []
-        is_landscape = []
-        for image_id, image in sorted(images.items()):
-            large_enough = min(image["width"], image["height"]) >= 32
-            if split == "val" or (annotations[image_id] and large_enough):
-                entries.append(self.make_entry(image, annotations[image_id]))
-                is_landscape.append(image["width"] > image["height"])
-        if not entries:
+        if split == "train":
+            images = [image for image in images if annotations[image["id"]]]
+            images = [image for image in images if min(image["width"], image["height"]) >= 32]
+        if not images:
             kind = "image with annotations" if split == "train" else "image"
             raise InputError(f"{self.path} holds no {kind}")
+        entries = [self.make_entry(image, annotations[image["id"]]) for image in images]
         self.entries = Packed(entries)
-        self.is_landscape = np.array(is_landscape)
+        self.is_landscape = np.array([image["width"] > image["height"] for image in images])
         self.annotations = annotations if split == "val" else {}  # 1 GB for COCO's training split
 
     def make_entry(self, image, annotations):
-        """What is kept of an image: its own dict, boxes, labels and, with masks, annotations."""
+        """An image's dict, and boxes (x, y, w, h), labels and, for masks, dicts of its objects."""
         kept = [annotation for annotation in annotations if is_trainable(annotation, image)]
-        boxes = []
-        for annotation in kept:
-            x, y, w, h = annotation["bbox"]
-            boxes.append((x, y, x + w, y + h))
         return {
             "image": image,
-            "boxes": boxes,
+            "boxes": [annotation["bbox"] for annotation in kept],
             "labels": [self.categories.index(annotation["category_id"]) for annotation in kept],
             "objects": kept if self.masks else [],
         }
@@ -947,26 +938,24 @@ class Coco:
         """RGB image, boxes (G, 4), labels (G,) and, with masks, these (G, H, W) bool."""
         entry = self.entries[index]
         image = read_image(self.name(index))
-        boxes = np.array(entry["boxes"], np.float32).reshape(-1, 4)
-        labels = np.array(entry["labels"], np.int64)
-        if not self.masks:
-            return image, boxes, labels
-        return image, boxes, labels, self.read_masks(entry, image.height, image.width)
+        boxes = np.array(entry["boxes"], float).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        sample = image, boxes.astype(np.float32), np.array(entry["labels"], np.int64)
+        return (*sample, self.read_masks(entry, image.size)) if self.masks else sample
 
-    def read_masks(self, entry, height, width):
-        image = dict(entry["image"], height=height, width=width)
-        masks = np.zeros((len(entry["objects"]), height, width), bool)
-        for mask, annotation in zip(masks, entry["objects"]):
-            try:
-                runs = segmentation_runs(annotation, image)
-                mask[:] = rle_decode({"size": mask.shape, "counts": runs})
-            except ValueError as error:
-                raise InputError(f"{self.path}: {error}") from None
-        return masks
+    def read_masks(self, entry, size):
+        W, H = size                                             # the annotation file may differ
+        image = entry["image"] | {"height": H, "width": W}
+        try:
+            runs = [segmentation_runs(annotation, image) for annotation in entry["objects"]]
+        except ValueError as error:
+            raise InputError(f"{self.path}: {error}") from None
+        masks = [rle_decode({"size": (H, W), "counts": counts}) for counts in runs]
+        return np.array(masks, bool).reshape(-1, H, W)
 
 
 def is_trainable(annotation, image):
-    """Whether mmdetection trains on an annotation."""
+    """Whether an object is no crowd, overlaps its image and is 1 x 1 pixels or larger."""
     x, y, w, h = annotation["bbox"]
     overlap_width = min(x + w, image["width"]) - max(x, 0)
     overlap_height = min(y + h, image["height"]) - max(y, 0)
@@ -977,10 +966,7 @@ def is_trainable(annotation, image):
 
 
 class Packed:
-    """A list stored as JSON texts in one array, which loader processes share.
-
-    Reference counting would copy a list of Python objects into every process.
-    """
+    """Dicts as JSON in one shared array; reference counting would copy a list into each process."""
 
     def __init__(self, entries):
         texts = [json.dumps(entry).encode() for entry in entries]
@@ -991,17 +977,16 @@ class Packed:
         return len(self.ends) - 1
 
     def __getitem__(self, index):
-        start = self.ends[index]
-        end = self.ends[index + 1]
-        return json.loads(self.text[start:end].tobytes())
+        text = self.text[self.ends[index]:self.ends[index + 1]]
+        return json.loads(text.tobytes())
 
 
 class GroupSampler(StepSampler):
     """StepSampler whose micro-batches hold images of one orientation, so that padding is small.
 
     In every epoch each orientation is padded to whole micro-batches by repeating its first images,
-    as in mmdetection; then the micro-batches are shuffled. is_landscape (N,): bool array, which
-    images are wider than high; schedule: StepSampler's arguments except `images`.
+    as in mmdetection; then the micro-batches are shuffled. is_landscape (N,): whether an image is
+    wider than high; schedule: StepSampler's arguments except `images`.
     """
 
     def __init__(self, *, is_landscape, **schedule):
@@ -1014,39 +999,30 @@ class GroupSampler(StepSampler):
         self.per_epoch = self.used // self.batch
 
     def order(self, epoch):
-        """(used, 2): image and copy, so that micro-batch j of a step is every `count`-th entry."""
+        """(used, 2): image and copy (0); a micro-batch is every `count`-th entry of its step."""
         rng = np.random.default_rng((train_imagenet.ORDER, self.seed, epoch))
         images = rng.permutation(self.images)
         is_landscape = self.is_landscape[images]
         groups = []
         for group in (images[is_landscape], images[~is_landscape]):
-            if len(group):
-                count = math.ceil(len(group) / self.micro)
-                groups.append(np.resize(group, (count, self.micro)))
+            count = math.ceil(len(group) / self.micro)
+            groups.append(np.resize(group, (count, self.micro)))
         rows = rng.permutation(np.concatenate(groups))          # (micro-batches, micro)
-        whole = len(rows) // self.count * self.count
-        steps = rows[:whole].reshape(-1, self.count, self.micro)
-        steps = steps.transpose(0, 2, 1)                        # (steps, micro, count)
+        whole = len(rows) // self.count * self.count            # those of complete steps
+        steps = rows[:whole].reshape(-1, self.count, self.micro).swapaxes(1, 2)
         order = np.concatenate([steps.ravel(), rows[whole:].ravel()])
         return np.stack([order, np.zeros_like(order)], 1)
 
 
-def mirror_objects(image, boxes, masks):
-    """Mirror a PIL image with its boxes (G, 4) and masks (G, H, W) bool."""
-    x1, y1, x2, y2 = boxes.T
-    boxes = np.stack([image.width - x2, y1, image.width - x1, y2], 1)
-    return ImageOps.mirror(image), boxes, masks[..., ::-1]
-
-
-def resize_objects(image, boxes, masks, size):
-    """Resize a PIL image with its boxes and masks to a size (W, H)."""
-    W, H = size
+def resize_objects(image, boxes, masks, longer, shorter):
+    """Resize a PIL image with its boxes and masks to fit into longer x shorter pixels."""
+    W, H = fit_size(image.size, longer, shorter)
     scale = np.array([W / image.width, H / image.height], np.float32)
-    boxes = boxes * np.tile(scale, 2)
     resized = np.zeros((len(masks), H, W), bool)
     for i, mask in enumerate(masks):
-        resized[i] = Image.fromarray(mask).resize(size, Image.Resampling.NEAREST)
-    return image.resize(size, Image.Resampling.BILINEAR), boxes, resized
+        resized[i] = Image.fromarray(mask).resize((W, H), Image.Resampling.NEAREST)
+    image = image.resize((W, H), Image.Resampling.BILINEAR)
+    return image, boxes * np.tile(scale, 2), resized
 
 
 def random_crop(image, boxes, masks, rng, shortest, longest):
@@ -1058,42 +1034,37 @@ def random_crop(image, boxes, masks, rng, shortest, longest):
     left = rng.randint(0, W - width)
     right = left + width
     bottom = top + height
-    corner = np.array([left, top], np.float32)
-    size = np.array([width, height], np.float32)
-    boxes = (boxes - np.tile(corner, 2)).clip(0, np.tile(size, 2))
+    boxes = boxes - np.array([left, top] * 2, np.float32)
+    boxes = boxes.clip(0, np.array([width, height] * 2, np.float32))
     masks = masks[:, top:bottom, left:right]
     return image.crop((left, top, right, bottom)), boxes, masks
 
 
 def augment_detection(raw, rng, *, size, multi_scale):
-    """Flip and resize at random.
+    """Mirror and resize what `Coco.read` returns at random.
 
-    Args:
-        raw: what `Coco.read` returns.
-        size: of the shorter side, in pixels; the longer one gets at most 1333 / 800 times as many.
-        multi_scale: the shorter side becomes 0.6 to 1 times `size` instead; half of the images are
-            cropped at random before (the 3x schedule of Swin, arXiv 2103.14030).
+    The shorter side gets `size` pixels, the longer one at most 1333 / 800 times as many. With
+    `multi_scale` the shorter side gets 0.6 to 1 times `size` instead, and half of the images are
+    cropped at random before (the 3x schedule of Swin, arXiv 2103.14030).
     Returns: uint8 (H, W, 3), boxes (G, 4) clipped to the image, labels (G,) and the masks, if any.
     """
-    image, boxes, labels = raw[:3]
-    has_masks = len(raw) == 4
-    no_masks = np.zeros((0, image.height, image.width), bool)
-    masks = raw[3] if has_masks else no_masks
+    image, boxes, labels, *masks = raw
+    has_masks = bool(masks)
+    masks = masks[0] if has_masks else np.zeros((0, image.height, image.width), bool)
     scale = size / 800                                      # the recipe is for images of 800 pixels
     longer = size * 1333 / 800
     if rng.random() < 0.5:
-        image, boxes, masks = mirror_objects(image, boxes, masks)
+        x1, y1, x2, y2 = boxes.T
+        boxes = np.stack([image.width - x2, y1, image.width - x1, y2], 1)
+        image = ImageOps.mirror(image)
+        masks = masks[..., ::-1]
     if multi_scale and rng.random() < 0.5:
         shorter = rng.choice((400, 500, 600)) * scale
-        target = fit_size(image.size, longer, shorter)
-        image, boxes, masks = resize_objects(image, boxes, masks, target)
+        image, boxes, masks = resize_objects(image, boxes, masks, longer, shorter)
         sides = round(384 * scale), round(600 * scale)
         image, boxes, masks = random_crop(image, boxes, masks, rng, *sides)
-    shorter = size
-    if multi_scale:
-        shorter = rng.choice(range(480, 801, 32)) * scale
-    target = fit_size(image.size, longer, shorter)
-    image, boxes, masks = resize_objects(image, boxes, masks, target)
+    shorter = rng.choice(range(480, 801, 32)) * scale if multi_scale else size
+    image, boxes, masks = resize_objects(image, boxes, masks, longer, shorter)
     boxes = boxes.clip(0, np.array(image.size * 2, np.float32))
     keep = box_size(boxes).min(1) > 0.01                    # encode() takes the size's logarithm
     sample = np.asarray(image), boxes[keep], labels[keep]
@@ -1106,17 +1077,14 @@ def box_size(boxes):
 
 
 def box_iou(a, b):
-    """Intersection over union of boxes a (..., A, 4) and b (..., G, 4): (..., A, G).
-
-    It is 0 where the union is empty.
-    """
+    """IoU (..., A, G) of boxes a (..., A, 4) and b (..., G, 4); 0 where the union is empty."""
     a_start, a_end = a[..., :, None, :].chunk(2, -1)                    # (..., A, 1, 2)
     b_start, b_end = b[..., None, :, :].chunk(2, -1)                    # (..., 1, G, 2)
     top_left = torch.maximum(a_start, b_start)                          # (..., A, G, 2)
     bottom_right = torch.minimum(a_end, b_end)
     intersection = (bottom_right - top_left).clamp(min=0).prod(-1)      # (..., A, G)
-    area_a = box_size(a).prod(-1)[..., :, None]                         # (..., A, 1)
-    area_b = box_size(b).prod(-1)[..., None, :]                         # (..., 1, G)
+    area_a = (a_end - a_start).prod(-1)
+    area_b = (b_end - b_start).prod(-1)
     union = area_a + area_b - intersection
     return intersection / union.clamp(min=1e-6)
 
@@ -1130,16 +1098,15 @@ def encode(anchors, boxes):
     start, end = boxes.chunk(2, -1)
     size = box_size(anchors)
     shift = (start + end - anchor_start - anchor_end) / 2 / size
-    growth = (box_size(boxes) / size).log()
-    return torch.cat([shift, growth], -1)
+    return torch.cat([shift, (box_size(boxes) / size).log()], -1)
 
 
 def decode(anchors, deltas):
     """The inverse of `encode`; sizes change by at most a factor of 1000 / 16."""
     start, end = anchors.chunk(2, -1)
     shift, growth = deltas.chunk(2, -1)
+    anchor_size = end - start
     limit = math.log(1000 / 16)
-    anchor_size = box_size(anchors)
     centre = (start + end) / 2 + shift * anchor_size
     size = anchor_size * growth.clamp(-limit, limit).exp()
     return torch.cat([centre - size / 2, centre + size / 2], -1)
@@ -1148,18 +1115,14 @@ def decode(anchors, deltas):
 def clip_boxes(boxes, size):
     """Boxes (..., 4) clipped to an image of size (H, W), or each box to its own size (..., 2)."""
     size = torch.as_tensor(size, dtype=boxes.dtype, device=boxes.device)
-    size = size.flip(-1)                                                # (..., 2): W, H
-    return torch.minimum(boxes.clamp(min=0), torch.cat([size, size], -1))
+    return torch.minimum(boxes.clamp(min=0), torch.cat([size, size], -1).flip(-1))
 
 
-def base_anchors(strides, scales, ratios=(0.5, 1.0, 2.0)):
-    """Anchors around the origin, one set per level: (levels, ratios * scales, 4).
-
-    Each has the area of a square of stride * scale pixels; ratio is height / width.
-    """
+def base_anchors(strides, scales):
+    """Anchors of area (stride * scale) ** 2 around the origin: (levels, num_anchors, 4)."""
     boxes = []
     for stride in strides:
-        for ratio in ratios:
+        for ratio in (0.5, 1.0, 2.0):                                   # height / width
             for scale in scales:
                 w = stride * scale / math.sqrt(ratio)
                 h = stride * scale * math.sqrt(ratio)
@@ -1168,48 +1131,33 @@ def base_anchors(strides, scales, ratios=(0.5, 1.0, 2.0)):
 
 
 def anchor_boxes(base, levels, strides):
-    """Anchors (A, 4) of all levels, ordered by level, row, column, base anchor.
-
-    Args:
-        base (levels, num_anchors, 4): of `base_anchors`.
-        levels: size (h, w) of each level's map.
-    """
+    """Anchors (A, 4), ordered by level, row, column, base anchor; levels: size (h, w) of each."""
     anchors = []
-    for base_anchor, (h, w), stride in zip(base, levels, strides):
-        x = torch.arange(w, device=base.device) * stride
+    for level_base, (h, w), stride in zip(base, levels, strides):
         y = torch.arange(h, device=base.device) * stride
-        x = x.expand(h, w)
-        y = y[:, None].expand(h, w)
-        corners = torch.stack([x, y, x, y], -1)                     # (h, w, 4)
-        boxes = corners[:, :, None] + base_anchor                   # (h, w, num_anchors, 4)
-        anchors.append(boxes.flatten(0, 2))
+        x = torch.arange(w, device=base.device) * stride
+        y, x = torch.meshgrid(y, x, indexing="ij")                  # each (h, w)
+        corners = torch.stack([x, y, x, y], -1)[:, :, None]         # (h, w, 1, 4)
+        anchors.append((corners + level_base).flatten(0, 2))
     return torch.cat(anchors)
 
 
 def cells_inside(levels, strides, sizes, num_anchors):
-    """Whether an anchor's cell lies on its image, padded to a multiple of 32: (B, A).
-
-    Args: as of `anchor_boxes`, and sizes (B, 2), h and w of each image.
-    """
-    padded = (sizes + 31) // 32 * 32                                # (B, 2)
+    """Whether anchors' cells lie on images of sizes (B, 2), padded to a multiple of 32: (B, A)."""
+    H, W = ((sizes + 31) // 32 * 32).split(1, 1)                    # each (B, 1)
     inside = []
     for (h, w), stride in zip(levels, strides):
-        cells = -(-padded // stride)                                # (B, 2): rows, columns
-        row = torch.arange(h, device=sizes.device)
-        column = torch.arange(w, device=sizes.device)
-        inside_rows = row[:, None] < cells[:, :1, None]             # (B, h, 1)
-        inside_columns = column < cells[:, 1:, None]                # (B, 1, w)
-        is_inside = inside_rows & inside_columns                    # (B, h, w)
+        inside_rows = torch.arange(h, device=sizes.device) * stride < H         # (B, h)
+        inside_columns = torch.arange(w, device=sizes.device) * stride < W      # (B, w)
+        is_inside = inside_rows[:, :, None] & inside_columns[:, None]           # (B, h, w)
         inside.append(is_inside.flatten(1).repeat_interleave(num_anchors, 1))
     return torch.cat(inside, 1)
 
 
 def best_anchors(scores, deltas, anchors, counts, size, per_level=1000):
-    """Boxes of one image's anchors of the highest scores in each level.
+    """Boxes of one image's anchors of the highest scores in each level, clipped to its size (H, W).
 
-    Args:
-        scores (A,), deltas and anchors (A, 4); counts: number of anchors of each level.
-        size: (H, W) of the image, to which the boxes are clipped.
+    Args: scores (A,), deltas and anchors (A, 4); counts: number of anchors of each level.
     Returns: boxes (n, 4), index (n,) of the anchors, level (n,).
     """
     index = []
@@ -1229,8 +1177,7 @@ def assign(boxes, labels, anchors, valid, *, positive, negative, min_pos_iou, ma
     """Max-IoU assignment of mmdetection: which object an anchor stands for.
 
     Args:
-        boxes (B, G, 4), labels (B, G): objects, label -1 where padded.
-        anchors (A, 4) or (B, A, 4).
+        boxes (B, G, 4), labels (B, G): objects, label -1 where padded; anchors ([B,] A, 4).
         valid (B, A): anchors that take part; the others get -2.
         positive: an anchor whose best IoU is at least this gets that object.
         negative: an anchor whose best IoU is below this is background.
@@ -1260,28 +1207,25 @@ def nms(boxes, scores, iou_threshold, max_keep, block=1024):
     of "no better box that stays overlaps me". It is unique, and iterating from "all stay" reaches
     it, since after i rounds the first i boxes are final.
 
-    Args:
-        boxes (n, 4), scores (n,).
-        max_keep: the number of boxes that are returned at most.
+    Args: boxes (n, 4), scores (n,); max_keep: the number of boxes that are returned at most.
     Returns: indices of the boxes that stay, best first.
     """
     order = scores.argsort(descending=True, stable=True)
     boxes = boxes[order]
-    kept = order[:0]                                        # positions in `order`
-    for block_index in torch.arange(len(boxes), device=boxes.device).split(block):
+    kept = order[:0]                                        # positions in `order`, as `candidates`
+    for candidates in torch.arange(len(boxes), device=boxes.device).split(block):
         if len(kept) >= max_keep:
             break
-        suppressed = (box_iou(boxes[block_index], boxes[kept]) > iou_threshold).any(1)
-        block_index = block_index[~suppressed]
-        iou = box_iou(boxes[block_index], boxes[block_index])
-        overlaps = (iou > iou_threshold).triu(1).to(boxes.dtype)    # (better, worse)
-        keep = torch.ones_like(block_index, dtype=boxes.dtype)
-        while True:
-            next_keep = (keep @ overlaps == 0).to(boxes.dtype)
-            if torch.equal(next_keep, keep):
-                break
-            keep = next_keep
-        kept = torch.cat([kept, block_index[keep > 0]])
+        suppressed = (box_iou(boxes[candidates], boxes[kept]) > iou_threshold).any(1)
+        candidates = candidates[~suppressed]
+        iou = box_iou(boxes[candidates], boxes[candidates])
+        overlaps = (iou > iou_threshold).triu(1).to(boxes.dtype)        # (better, worse)
+        keep = torch.ones_like(candidates, dtype=boxes.dtype)
+        previous = torch.zeros_like(keep)
+        while not torch.equal(keep, previous):
+            previous = keep
+            keep = (keep @ overlaps == 0).to(boxes.dtype)
+        kept = torch.cat([kept, candidates[keep > 0]])
     return order[kept[:max_keep]]
 
 
@@ -1296,12 +1240,10 @@ def nms_by_class(boxes, scores, labels, iou_threshold, max_keep):
 
 
 def multiclass_nms(boxes, scores, score_threshold=0.05, max_keep=100):
-    """Detections of one image: the best of all pairs of box and class, after NMS in each class.
+    """Detections of one image: the best pairs of box and class, after NMS in each class.
 
-    Args:
-        boxes (n, K, 4), or (n, 1, 4) if all classes share them; scores (n, K).
-        score_threshold: pairs of a lower score are dropped before NMS.
-    Returns: boxes (m, 4), scores (m,), labels (m,), best first.
+    Args: boxes (n, K, 4), or (n, 1, 4) if all classes share them; scores (n, K).
+    Returns: boxes (m, 4), scores (m,) above the threshold, labels (m,), best first.
     """
     row, label = (scores > score_threshold).nonzero().unbind(1)
     boxes = boxes.expand(-1, scores.shape[1], -1)[row, label]
@@ -1353,10 +1295,8 @@ class RetinaNet(nn.Module):
 
     def run_tower(self, tower, maps, dim):
         """Outputs of a tower for all levels, `dim` numbers per anchor: (B, A, dim) float32."""
-        outputs = []
-        for x in maps:
-            output = tower(x).permute(0, 2, 3, 1)               # (B, h, w, num_anchors * dim)
-            outputs.append(output.reshape(len(x), -1, dim))     # (B, h * w * num_anchors, dim)
+        outputs = [tower(x).permute(0, 2, 3, 1) for x in maps]  # (B, h, w, num_anchors * dim)
+        outputs = [x.reshape(len(x), -1, dim) for x in outputs]
         return torch.cat(outputs, 1).float()
 
 
@@ -1364,13 +1304,12 @@ def conv_tower(dim, out_dim, bias):
     """Four 3 x 3 convolutions with ReLU and an output convolution with an initial bias."""
     layers = []
     for _ in range(4):
-        layers.append(nn.Conv2d(dim, dim, 3, padding=1))
-        layers.append(nn.ReLU(inplace=True))
-    output = nn.Conv2d(dim, out_dim, 3, padding=1)
-    for hidden in layers[::2]:
-        init_classifier(hidden)
-    init_classifier(output, bias=bias)
-    return nn.Sequential(*layers, output)
+        layers += [nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(inplace=True)]
+    layers.append(nn.Conv2d(dim, out_dim, 3, padding=1))
+    for conv in layers[::2]:
+        init_classifier(conv)
+    nn.init.constant_(layers[-1].bias, bias)
+    return nn.Sequential(*layers)
 
 
 def focal_loss(logits, targets, gamma=2.0, alpha=0.25):
@@ -1387,11 +1326,8 @@ def retinanet_losses(logits, deltas, anchors, valid, targets):
     """Focal loss of all anchors and L1 loss of the positive anchors' deltas.
 
     Both are divided by the number of positive anchors, where an image without any counts as one.
-    Nothing here waits for the GPU.
-
-    Args:
-        logits (B, A, K), deltas (B, A, 4), anchors (A, 4), valid (B, A).
-        targets: {"boxes": (B, G, 4), "labels": (B, G)}, labels padded with -1.
+    Nothing here waits for the GPU. Args: logits (B, A, K), deltas (B, A, 4), anchors (A, 4),
+    valid (B, A); targets as of `RetinaNet`.
     """
     boxes = targets["boxes"]
     labels = targets["labels"]
@@ -1414,102 +1350,50 @@ def retinanet_losses(logits, deltas, anchors, valid, targets):
     matched_boxes = torch.where(positive, matched_boxes, anchors)   # avoids log(0) on padding
     distance = (deltas - encode(anchors, matched_boxes)).abs()
     regression = (distance * positive).sum()
-    return {
-        "loss_cls": classification / num_positive,
-        "loss_box": regression / num_positive,
-    }
+    return {"loss_cls": classification / num_positive, "loss_box": regression / num_positive}
 
 
 @torch.no_grad()
 def detect_image(model, image, args, device):
-    """What a detector finds in a PIL image, resized to --img-size for it.
-
-    Returns: what the model returns for one image, with boxes in pixels of the given image.
-    """
+    """What a detector finds in a resized PIL image, with boxes in pixels of the given image."""
     W, H = fit_size(image.size, args.img_size * 1333 / 800, args.img_size)
     resized = image.resize((W, H), Image.Resampling.BILINEAR)
     batch, sizes = pad_images([np.asarray(resized)], 32)
-    batch = batch.to(device)
     sizes = sizes.to(device)
+    images = normalize_padded(batch.to(device), sizes)
     with autocast(args, device):
-        boxes, *others = model(normalize_padded(batch, sizes), sizes)[0]
+        boxes, *others = model(images, sizes)[0]
     scale = boxes.new_tensor([W / image.width, H / image.height] * 2)
     return boxes / scale, *others
 
 
-def overlay_objects(image, detections, classes, score_threshold=0.3):
-    """Overlay of the detections whose score reaches the threshold.
-
-    Args:
-        detections: arrays boxes (n, 4), scores (n,), labels (n,) and optionally masks (n, H, W).
-    """
-    overlay = image.copy()
-    canvas = ImageDraw.Draw(overlay)
-    colours = palette(len(classes))
-    boxes, scores, labels = detections[:3]
-    for i in np.flatnonzero(scores >= score_threshold)[::-1]:   # the best one is on top
-        label = labels[i]
-        colour = tuple(colours[label].tolist())
-        for masks in detections[3:]:
-            opacity = Image.fromarray(masks[i].astype(np.uint8) * 128)
-            overlay.paste(colour, mask=opacity)
-        canvas.rectangle(boxes[i].tolist(), outline=colour, width=2)
-        text = f"{classes[label]} {scores[i]:.2f}"
-        position = tuple(boxes[i, :2].clip(0).tolist())
-        canvas.rectangle(canvas.textbbox(position, text), colour)
-        canvas.text(position, text, "black")
-    return overlay
-
-
 def collate_boxes(images, boxes, labels):
-    """Lists of arrays (H, W, 3), (G, 4), (G,), one per image, as a batch.
-
-    Returns: images (B, H, W, 3), sizes (B, 2), boxes (B, G, 4), labels (B, G) padded with -1.
-    """
-    batch, sizes = pad_images(images, 32)
-    most_objects = max(1, *map(len, labels))
-    padded_boxes = torch.zeros(len(images), most_objects, 4)
-    padded_labels = torch.full((len(images), most_objects), -1)
+    """Batch: images (B, H, W, 3), sizes (B, 2), boxes (B, G, 4), labels (B, G) padded with -1."""
+    G = max(1, *map(len, labels))
+    padded_boxes = torch.zeros(len(images), G, 4)
+    padded_labels = torch.full((len(images), G), -1)
     for i, count in enumerate(map(len, labels)):
         padded_boxes[i, :count] = torch.from_numpy(boxes[i])
         padded_labels[i, :count] = torch.from_numpy(labels[i])
-    return batch, sizes, padded_boxes, padded_labels
+    return *pad_images(images, 32), padded_boxes, padded_labels
 
 
-def coco_results(source, boxes, scores, labels):
-    """Detections (n, 4), (n,), (n,) of one image as results of COCO's format."""
+def match_objects(source, index, detections, kind):
+    """`match_image` of one image's detections. Raises: InputError for malformed annotations."""
+    boxes, scores, labels, *masks = detections
     boxes = np.concatenate([boxes[:, :2], box_size(boxes)], 1)
     results = []
-    for box, score, label in zip(boxes.tolist(), scores.tolist(), labels.tolist()):
+    for box, score, label in zip(boxes.tolist(), scores.tolist(), labels):
         category = source.categories[label]
         results.append({"category_id": category, "bbox": box, "score": score})
-    return results
-
-
-def match_results(source, index, results, kind):
-    """`match_image` of the results of one image. Raises: InputError for malformed annotations."""
+    if kind == "segm":
+        for result, mask in zip(results, masks[0]):
+            result["segmentation"] = {"size": mask.shape, "counts": mask_runs(mask)}
     image = source.entries[index]["image"]
     try:
         return match_image(image, source.annotations[image["id"]], results, kind)
     except ValueError as error:
         raise InputError(f"{source.path}: {error}") from None
-
-
-def score_objects(source, path):
-    """COCO's metrics of a results file, of its masks if it holds any, otherwise of its boxes."""
-    images = [source.entries[index]["image"] for index in range(len(source))]
-    image_ids = {image["id"] for image in images}
-    results = read_results(path, image_ids, set(source.categories))
-    has_masks = any("segmentation" in result for result in results)
-    kind = "segm" if has_masks else "bbox"
-    annotations = []
-    for image_annotations in source.annotations.values():
-        annotations += image_annotations
-    try:
-        return evaluate_coco(images, annotations, results, kind, source.categories)
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__} {error}"
-        raise InputError(f"{path}, scored as {kind}: {reason}") from None
 
 
 class Detection(DenseTask):
@@ -1528,7 +1412,6 @@ class Detection(DenseTask):
         return augment_detection(raw, rng, size=self.args.img_size, multi_scale=multi_scale)
 
     def collate(self, samples):
-        """Images (B, H, W, 3), sizes (B, 2), boxes (B, G, 4), labels (B, G) padded with -1."""
         return collate_boxes(*zip(*samples))
 
     def losses(self, net, batch):
@@ -1542,19 +1425,44 @@ class Detection(DenseTask):
         return tuple(x.cpu().numpy() for x in detections)
 
     def overlay(self, image, prediction, classes):
-        return overlay_objects(image, prediction, classes)
+        """The image with the detections (masks, too, if they have any) that score 0.3 or more."""
+        overlay = image.copy()
+        canvas = ImageDraw.Draw(overlay)
+        colours = palette(len(classes)).tolist()
+        boxes, scores, labels, *masks = prediction
+        for i in np.flatnonzero(scores >= 0.3)[::-1]:       # the best one is on top
+            colour = tuple(colours[labels[i]])
+            if masks:
+                opacity = Image.fromarray(masks[0][i].astype(np.uint8) * 128)
+                overlay.paste(colour, mask=opacity)
+            canvas.rectangle(boxes[i].tolist(), outline=colour, width=2)
+            text = f"{classes[labels[i]]} {scores[i]:.2f}"
+            corner = tuple(boxes[i, :2].clip(0).tolist())
+            canvas.rectangle(canvas.textbbox(corner, text), colour)
+            canvas.text(corner, text, "black")
+        return overlay
 
     def record(self, model, source, sample):
         """The image's detections, matched with its annotations."""
         index, (image, *_) = sample
-        results = coco_results(source, *self.predict(model, image))
-        return match_results(source, index, results, "bbox")
+        return match_objects(source, index, self.predict(model, image), "bbox")
 
     def summarize(self, source, records):
         return accumulate(records, "bbox", source.categories)
 
     def score_results(self, source, path):
-        return score_objects(source, path)
+        """Metrics of a COCO results file, of its masks if it holds any, otherwise of its boxes."""
+        images = [entry["image"] for entry in source.entries]
+        results = read_results(path, {image["id"] for image in images}, set(source.categories))
+        kind = "segm" if any("segmentation" in result for result in results) else "bbox"
+        annotations = []
+        for image_annotations in source.annotations.values():
+            annotations += image_annotations
+        try:
+            return evaluate_coco(images, annotations, results, kind, source.categories)
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__} {error}"
+            raise InputError(f"{path}, scored as {kind}: {reason}") from None
 
 # --------------------------------------------------------------------------------------- Mask R-CNN
 # Instance segmentation: Mask R-CNN (arXiv 1703.06870) and Cascade Mask R-CNN (arXiv 1712.00726)
@@ -1582,16 +1490,14 @@ class RPN(nn.Module):
             level_deltas = self.deltas(hidden).permute(0, 2, 3, 1)      # (B, h, w, num_anchors * 4)
             scores.append(level_scores.flatten(1))
             deltas.append(level_deltas.reshape(len(x), -1, 4))
-        scores = torch.cat(scores, 1)
-        deltas = torch.cat(deltas, 1)
-        return scores.float(), deltas.float()
+        return torch.cat(scores, 1).float(), torch.cat(deltas, 1).float()
 
 
 def select_proposals(scores, deltas, anchors, counts, size, *, per_level, max_keep):
-    """Proposals (n, 4) of one image, best first.
+    """Proposals (n, 4) of one image, best first; arguments as of `best_anchors`.
 
-    Args: as of `best_anchors`; of each level, `per_level` anchors at most go through NMS of an IoU
-    of 0.7; boxes without area are dropped; at most `max_keep` remain of all levels.
+    At most `per_level` anchors of each level go through NMS, boxes without area are dropped, and at
+    most `max_keep` remain of all levels.
     """
     boxes, index, level = best_anchors(scores, deltas, anchors, counts, size, per_level)
     has_area = (box_size(boxes) > 0).all(1)
@@ -1601,7 +1507,7 @@ def select_proposals(scores, deltas, anchors, counts, size, *, per_level, max_ke
 
 
 def pad_proposals(proposals):
-    """List of (n, 4), one per image, as one tensor (B, P, 4), P > 0, and which are valid (B, P)."""
+    """A list of (n, 4) per image as one tensor (B, P, 4), P > 0, and which are valid (B, P)."""
     length = max(1, *map(len, proposals))
     padded = proposals[0].new_zeros(len(proposals), length, 4)
     valid = torch.zeros_like(padded[..., 0], dtype=torch.bool)
@@ -1612,17 +1518,14 @@ def pad_proposals(proposals):
 
 
 def random_sample(positive, negative, count, max_positive):
-    """Choose candidates with torch's generator: positive ones, filled up by negative ones.
+    """Sample `count` of N candidates per image: up to `max_positive` positive ones, then negatives.
 
-    Args:
-        positive, negative (B, N): bool.
-        count: how many are chosen per image, if there are as many; at most `max_positive` of them
-            are positive.
+    Args: positive, negative (B, N): bool.
     Returns: sampled_index (B, n), n = min(count, N), into the N candidates, and sample_type (B, n):
     1 positive, 0 negative, -1 unused, in this order.
     """
     candidates = positive.shape[1]
-    key = torch.rand(positive.shape, device=positive.device)            # below 1
+    key = torch.rand(positive.shape, device=positive.device)            # in [0, 1); the largest win
     top = key.masked_fill(~positive, -1).topk(min(max_positive, candidates))
     chosen = torch.zeros_like(positive).scatter(1, top.indices, top.values >= 0)
     key = key.masked_fill(~negative, -1).masked_fill(chosen, 2)
@@ -1641,12 +1544,9 @@ def delta_loss(deltas, targets, kind, beta):
 def rpn_losses(scores, deltas, anchors, valid, targets, box_loss):
     """Losses of 256 random anchors per image: cross-entropy of the score, box loss of the deltas.
 
-    Both are divided by the number of sampled anchors.
-
-    Args:
-        scores (B, A), deltas (B, A, 4), anchors (A, 4); valid (B, A): anchors that take part.
-        targets: {"boxes": (B, G, 4), "labels": (B, G)}, labels padded with -1.
-        box_loss: "l1", or "smooth_l1" with beta 1/9.
+    Both are divided by the number of sampled anchors. Args: scores (B, A), deltas (B, A, 4),
+    anchors (A, 4); valid (B, A): anchors that take part; targets as of `MaskRCNN`; box_loss: "l1",
+    or "smooth_l1" with beta 1/9.
     """
     boxes = targets["boxes"]
     matched = assign(
@@ -1674,15 +1574,12 @@ def rpn_losses(scores, deltas, anchors, valid, targets, box_loss):
 
 @torch.no_grad()
 def sample_proposals(proposals, valid, targets, count, iou, *, match_low_quality):
-    """Choose the proposals that a stage is trained on, at most a quarter of them positive.
+    """Sample `count` of an image's proposals and ground-truth boxes to train a stage on.
 
-    The objects' own boxes are added to the proposals before.
-
-    Args:
-        proposals (B, P, 4), valid (B, P): whether a slot holds a proposal.
-        count: how many are chosen per image; iou: from which a proposal is positive.
+    At most a quarter of them are positive: boxes that overlap an object by `iou` or more.
+    Args: proposals (B, P, 4), valid (B, P): whether a slot holds a proposal.
     Returns: proposals (B, n, 4); matched (B, n): number of the object, -1 for background, -2 for an
-    unused slot; is_object (B, n): whether it is an object's own box.
+    unused slot; is_object (B, n): whether the box is ground truth.
     """
     boxes = targets["boxes"]
     labels = targets["labels"]
@@ -1700,21 +1597,20 @@ def sample_proposals(proposals, valid, targets, count, iou, *, match_low_quality
     return proposals, matched, index < boxes.shape[1]
 
 
-def pool_rois(maps, rois, output_size, strides):
-    """RoIAlign of RoIs (R, 5) on the level of the pyramid that suits their size (FPN, Eq. 1).
+def pool_rois(maps, rois, S, strides):
+    """RoIAlign of RoIs (R, 5) on the pyramid level that suits their size (arXiv 1612.03144, Eq. 1).
 
-    Below 112 pixels (square root of the area) it is the finest, from 112 on the second, from 224 on
-    the third, from 448 on the fourth.
+    By the square root of the area, levels change at 112, 224 and 448 pixels.
     """
     size = box_size(rois[:, 1:]).clamp(min=0)
     side = size.prod(1).sqrt()
     level = (side / 56 + 1e-6).log2().floor()
     level = level.clamp(0, len(maps) - 1).long()
     scales = [1 / stride for stride in strides]
-    return align_levels(maps, level, rois, output_size, scales)
+    return align_levels(maps, level, rois, S, scales)
 
 
-def align_levels(maps, level, rois, output_size, scales):
+def align_levels(maps, level, rois, S, scales):
     """RoIAlign (arXiv 1703.06870), each RoI on its own level, shifted by half a pixel ("aligned").
 
     A RoI is divided into S x S equal bins; a bin is the mean of bilinear samples, as many along
@@ -1722,17 +1618,12 @@ def align_levels(maps, level, rois, output_size, scales):
     `embedding_bag` computes weighted sums of table rows: the flattened maps are the table, so
     samples are never stored.
 
-    Args:
-        maps: list of (B, C, H, W).
-        level (R,): index of each RoI's map; rois (R, 5).
-        output_size: S.
-        scales: size of each map over size of the image.
-    Returns: (R, C, S, S).
+    Args: maps: list of (B, C, H, W); level (R,): index of each RoI's map; rois (R, 5); scales: size
+    of each map over size of the image. Returns: (R, C, S, S).
     """
-    S = output_size
     C = maps[0].shape[1]
     table = [x.permute(0, 2, 3, 1).reshape(-1, C) for x in maps]
-    table = torch.cat(table).to(rois.dtype)
+    table = torch.cat(table).to(rois.dtype)                             # (rows of all levels, C)
     shapes = [(x.shape[3], x.shape[2], x.shape[0]) for x in maps]
     shapes = torch.tensor(shapes, device=rois.device)                   # (levels, 3): W, H, B
     rows = shapes.prod(1)                                               # (levels,) of the table
@@ -1747,13 +1638,11 @@ def align_levels(maps, level, rois, output_size, scales):
     bin_id, bin_start, bin_xy = sample_bins(samples_per_bin, S)
     roi = bin_id // S ** 2                                              # (T,)
     point = corner[roi] + bin_xy * bin_size[roi]                        # (T, 2): x, y
-    pixel, weight = bilinear_pixels(point, map_size[roi])               # (T, 4)
-    sample_weight = 1 / samples_per_bin.prod(1)
-    pixel = first_row[roi, None] + pixel
-    weight = weight * sample_weight[roi, None]
-    bins = F.embedding_bag(
-        pixel.flatten(), table, 4 * bin_start, mode="sum", per_sample_weights=weight.flatten()
-    )
+    pixel, weight = bilinear_pixels(point, map_size[roi])               # each (T, 4)
+    row = (first_row[roi, None] + pixel).flatten()
+    sample_weight = 1 / samples_per_bin.prod(1)                         # (R,): for the bin's mean
+    weight = (weight * sample_weight[roi, None]).flatten()
+    bins = F.embedding_bag(row, table, 4 * bin_start, mode="sum", per_sample_weights=weight)
     return bins.view(-1, S, S, C).permute(0, 3, 1, 2)
 
 
@@ -1764,10 +1653,10 @@ def sample_bins(samples_per_bin, S):
     sample of each bin; bin_xy (T, 2), the sample's position in its RoI, in bins.
     """
     device = samples_per_bin.device
-    count = samples_per_bin.prod(1).long().repeat_interleave(S * S)     # of each bin
+    count = samples_per_bin.prod(1).long().repeat_interleave(S ** 2)    # of each bin
     bin_start = count.cumsum(0) - count
     bin_id = torch.arange(len(count), device=device).repeat_interleave(count)
-    number = torch.arange(len(bin_id), device=device) - bin_start[bin_id]   # in its bin
+    number = torch.arange(len(bin_id), device=device) - bin_start[bin_id]   # inside its bin
     across, down = samples_per_bin[bin_id // S ** 2].unbind(1)
     x = bin_id % S + (number % across + 0.5) / across
     y = bin_id // S % S + (number // across + 0.5) / down
@@ -1781,25 +1670,26 @@ def bilinear_pixels(point, map_size):
     """
     inside = ((point >= -1) & (point <= map_size)).all(1)
     point = torch.minimum(point.clamp(min=0), map_size - 1)
-    first = point.long()
-    x, y = first.unbind(1)
-    next_x, next_y = torch.minimum(first + 1, map_size - 1).unbind(1)
-    right, down = point.frac().unbind(1)                                # weights of the next pixels
-    row = y * map_size[:, 0]
-    next_row = next_y * map_size[:, 0]
-    pixel = torch.stack([row + x, row + next_x, next_row + x, next_row + next_x], 1)
-    left = 1 - right
-    up = 1 - down
-    weight = torch.stack([left * up, right * up, left * down, right * down], 1)
+    top_left = point.long()
+    bottom_right = torch.minimum(top_left + 1, map_size - 1)
+    left, top = top_left.unbind(1)                                      # columns and rows
+    right, bottom = bottom_right.unbind(1)
+    top = top * map_size[:, 0]                                          # now a row's first pixel
+    bottom = bottom * map_size[:, 0]
+    pixel = torch.stack([top + left, top + right, bottom + left, bottom + right], 1)
+    w_right, w_bottom = point.frac().unbind(1)
+    w_left = 1 - w_right
+    w_top = 1 - w_bottom
+    weight = [w_left * w_top, w_right * w_top, w_left * w_bottom, w_right * w_bottom]
+    weight = torch.stack(weight, 1)
     return pixel, weight * inside[:, None]
 
 
 class BoxHead(nn.Module):
     """Pooled RoIs (R, 256, 7, 7) -> class logits (R, K + 1), background last, and deltas.
 
-    Args:
-        kind: "2fc", two linear layers, or "4conv1fc", four convolutions and one linear layer.
-        class_specific: whether deltas are (R, K * 4), for each class, or (R, 4), for all classes.
+    kind: "2fc", two linear layers, or "4conv1fc", four convolutions and one linear layer. Deltas
+    are (R, K * 4) if `class_specific`, otherwise (R, 4), which all classes share.
     """
 
     def __init__(self, classes, kind, class_specific, dim=256, hidden=1024):
@@ -1807,14 +1697,13 @@ class BoxHead(nn.Module):
         num_convs = 4 if kind == "4conv1fc" else 0
         convs = [conv_norm(dim, dim, 3) for _ in range(num_convs)]
         self.convs = nn.Sequential(*convs).apply(init_head)
-        linears = [nn.Linear(dim * 7 ** 2, hidden)]
+        layers = [nn.Linear(dim * 7 ** 2, hidden), nn.ReLU(inplace=True)]
         if kind == "2fc":
-            linears.append(nn.Linear(hidden, hidden))
-        self.linears = nn.Sequential()
-        for linear in linears:
+            layers += [nn.Linear(hidden, hidden), nn.ReLU(inplace=True)]
+        for linear in layers[::2]:
             nn.init.xavier_uniform_(linear.weight)
             nn.init.zeros_(linear.bias)
-            self.linears.extend([linear, nn.ReLU(inplace=True)])
+        self.linears = nn.Sequential(*layers)
         self.classifier = nn.Linear(hidden, classes + 1)
         self.regressor = nn.Linear(hidden, 4 * classes if class_specific else 4)
         init_classifier(self.classifier)
@@ -1835,8 +1724,8 @@ def class_deltas(deltas, labels):
 def apply_deltas(boxes, deltas, labels, logits, stds):
     """Boxes (R, 4) moved by deltas (R, 4 or K * 4) in units of `stds`, without gradient.
 
-    Class-specific deltas are selected by label (R,); background (K) takes the class of the largest
-    logit (R, K + 1).
+    Class-specific deltas are selected by label (R,), those of background (K) by the largest of the
+    logits (R, K + 1) of the classes.
     """
     background = logits.shape[1] - 1
     best_class = logits[:, :-1].argmax(1)
@@ -1851,9 +1740,8 @@ def giou_loss(boxes, targets):
     target_start, target_end = targets.chunk(2, 1)
     top_left = torch.maximum(start, target_start)
     bottom_right = torch.minimum(end, target_end)
-    outer_bottom_right = torch.maximum(end, target_end)
-    outer_top_left = torch.minimum(start, target_start)
-    enclosing_area = side_product(outer_bottom_right - outer_top_left).clamp(min=1e-6)
+    enclosing_size = torch.maximum(end, target_end) - torch.minimum(start, target_start)
+    enclosing_area = side_product(enclosing_size).clamp(min=1e-6)
     intersection = side_product((bottom_right - top_left).clamp(min=0))
     area_pred = side_product(end - start)
     area_target = side_product(target_end - target_start)
@@ -1867,15 +1755,11 @@ def side_product(size):
 
 
 def box_losses(logits, deltas, boxes, labels, object_boxes, stds, box_loss):
-    """Losses of one stage's RoIs: cross-entropy of all, box loss of those with an object.
+    """Cross-entropy of one stage's RoIs and box loss of those with an object, both divided by R.
 
-    Both are sums over the RoIs, divided by R.
-
-    Args:
-        logits (R, K + 1), deltas (R, 4 or K * 4), boxes (R, 4) of the RoIs, labels (R,): K for
-            background; object_boxes (R, 4); stds: units of the deltas.
-        box_loss: "l1" or "smooth_l1" (beta 1) of the deltas, or "giou" of the boxes, times 10.
-    Returns: classification loss, box loss.
+    Args: logits (R, K + 1), deltas (R, 4 or K * 4), boxes (R, 4) of the RoIs, labels (R,): K for
+    background; object_boxes (R, 4); stds: units of the deltas; box_loss: "l1" or "smooth_l1"
+    (beta 1) of the deltas, or "giou" of the boxes, times 10.
     """
     background = logits.shape[1] - 1
     positive = (labels < background).nonzero()[:, 0]
@@ -1909,8 +1793,7 @@ def mask_head(classes, dim=256):
 def roi_targets(image, boxes, matched, targets, background):
     """What the heads are trained to predict for RoIs, given the object matched to each.
 
-    Args: image (R,): its number in the batch; boxes (R, 4); matched (R,): number of the object in
-    its image, -1 for background.
+    Args: image (R,): its number in the batch; boxes (R, 4); matched (R,), as of `sample_proposals`.
     Returns: labels (R,), objects' boxes (R, 4), positive (P,): indices of the RoIs with an object,
     and mask targets (P, 28, 28) of these.
     """
@@ -1926,20 +1809,16 @@ def roi_targets(image, boxes, matched, targets, background):
 
 @torch.no_grad()
 def mask_targets(masks, boxes, mask_index, side):
-    """Mask targets (R, side, side) bool: RoIAlign of each box's mask, at least 1/2.
+    """Mask targets (R, side, side) bool: whether RoIAlign of each box's mask is at least 1/2.
 
     Its two axes are two matrix products, since large boxes hold too many samples to list. Boxes go
-    in chunks, since each one takes a float copy of its mask.
-
-    Args:
-        masks (G, H, W): bool or uint8, of all objects.
-        boxes (R, 4): clipped to the masks; mask_index (R,): the mask of each.
+    in chunks, since each one takes a float copy of its mask. Args: masks (objects, H, W): bool or
+    uint8; boxes (R, 4): clipped to the masks; mask_index (R,): the mask of each.
     """
     if not len(boxes):
         return masks.new_zeros(0, side, side, dtype=torch.bool)
     H, W = masks.shape[1:]
-    boxes = clip_boxes(boxes, (H, W))
-    x1, y1, x2, y2 = boxes.unbind(1)
+    x1, y1, x2, y2 = clip_boxes(boxes, (H, W)).unbind(1)
     across = axis_weights(x1, x2, side, W)                              # (R, side, W)
     down = axis_weights(y1, y2, side, H)                                # (R, side, H)
     targets = []
@@ -1952,19 +1831,15 @@ def mask_targets(masks, boxes, mask_index, side):
 
 
 def axis_weights(start, end, bins, length):
-    """RoIAlign along one axis as a matrix (R, bins, length).
-
-    Args:
-        start, end (R,): intervals on an axis of `length` pixels, each divided into `bins`.
-    """
+    """Matrix (R, bins, length): RoIAlign of intervals (R,) along one axis of `length` pixels."""
     start = start[:, None, None]
     bin_size = (end[:, None, None] - start) / bins                      # (R, 1, 1)
     samples = bin_size.ceil()                                           # per bin
     sample = torch.arange(int(samples.max()), device=start.device)
     bin_number = torch.arange(bins, device=start.device)[:, None]
     point = start - 0.5 + (bin_number + (sample + 0.5) / samples) * bin_size    # (R, bins, samples)
-    counts = (sample < samples) & (point >= -1) & (point <= length)
-    sample_weight = counts / samples.clamp(min=1)
+    inside = (sample < samples) & (point >= -1) & (point <= length)
+    sample_weight = inside / samples.clamp(min=1)
     point = point.clamp(0, length - 1)
     pixel = point.long()
     next_pixel = (pixel + 1).clamp(max=length - 1)
@@ -1982,15 +1857,10 @@ def mask_loss(mask_logits, labels, targets):
 
 
 def paste_masks(probabilities, boxes, size):
-    """Masks (n, S, S) of boxes (n, 4) on an image of size (H, W): (n, H, W), 0 outside of the box.
-
-    Interpolation is bilinear, at pixel centres.
-    """
-    H, W = size
-    S = probabilities.shape[2]
+    """Masks (n, S, S) resized into boxes (n, 4) of an image (H, W), 0 outside: (n, H, W)."""
     x1, y1, x2, y2 = boxes.unbind(1)
-    rows = tent_weights(y1, y2, S, H)                                   # (n, H, S)
-    columns = tent_weights(x1, x2, S, W)                                # (n, W, S)
+    rows = tent_weights(y1, y2, probabilities.shape[1], size[0])        # (n, H, S)
+    columns = tent_weights(x1, x2, probabilities.shape[2], size[1])     # (n, W, S)
     return rows @ probabilities @ columns.mT
 
 
@@ -2001,20 +1871,16 @@ def tent_weights(start, end, cells, length):
     centre = torch.arange(length, device=start.device) + 0.5
     cell = torch.arange(cells, device=start.device)
     point = (centre - start) / extent * cells - 0.5                     # (n, length), in cells
-    distance = (point[..., None] - cell).abs()
-    return (1 - distance).clamp(min=0)
+    return (1 - (point[..., None] - cell).abs()).clamp(min=0)
 
 
 class MaskRCNN(nn.Module):
     """Mask R-CNN or, with `cascade`, Cascade Mask R-CNN, whose three stages refine the boxes.
 
-    Args:
-        box_head: "2fc", or "4conv1fc" as in the cascade's published results. The latter learns its
-            boxes, for each class, by GIoU; the cascade's "2fc" has one box for all classes.
-        samples: number of RoIs per image that each stage is trained on.
-    Args of forward: images (B, 3, H, W), normalised; sizes (B, 2), h and w of each without padding;
-    targets: in train mode {"boxes": (B, G, 4), "labels": (B, G), "masks": (objects, H, W)}, labels
-    padded with -1, the masks of all images' objects in one tensor.
+    box_head: "2fc", or "4conv1fc" as in the cascade's published results, which learns one box per
+    class by GIoU; the cascade's "2fc" has one box for all classes. samples: number of RoIs per
+    image that each stage is trained on.
+    Args of forward: as of `RetinaNet`; `targets` also has "masks" (objects, H, W) of all images.
     Returns: in train mode {"loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "loss_mask"},
     the last three as "stage1_loss_cls" and so on if `cascade`; in eval mode for each image boxes
     (n, 4), scores (n,), labels (n,) and mask probabilities (n, 28, 28), best first.
@@ -2036,18 +1902,16 @@ class MaskRCNN(nn.Module):
         self.classes = classes
         self.cascade = cascade
         self.samples = samples
-        self.box_loss = "smooth_l1" if cascade else "l1"
-        if box_head == "4conv1fc":
-            self.box_loss = "giou"
+        self.rpn_box_loss = "smooth_l1" if cascade else "l1"
+        self.box_loss = "giou" if box_head == "4conv1fc" else self.rpn_box_loss
         if not cascade:
             self.stages = self.stages[:1]
         self.register_buffer("base", base_anchors(self.strides, [8]), persistent=False)
         self.num_anchors = self.base.shape[1]
         self.rpn = RPN(self.num_anchors)
         class_specific = not cascade or box_head == "4conv1fc"
-        self.box_heads = nn.ModuleList()
-        for _ in self.stages:
-            self.box_heads.append(BoxHead(classes, box_head, class_specific))
+        box_heads = [BoxHead(classes, box_head, class_specific) for _ in self.stages]
+        self.box_heads = nn.ModuleList(box_heads)
         self.mask_heads = nn.ModuleList(mask_head(classes) for _ in self.stages)
 
     def forward(self, images, sizes, targets=None):
@@ -2058,23 +1922,19 @@ class MaskRCNN(nn.Module):
         anchors = anchor_boxes(self.base, levels, self.strides)         # (A, 4)
         proposals = self.propose(scores, deltas, anchors, levels, sizes)
         if not self.training:
-            detections = []
-            for i, size in enumerate(sizes):
-                detections.append(self.detect(maps, i, proposals[i], size))
-            return detections
+            return [self.detect(maps, i, proposals[i], size) for i, size in enumerate(sizes)]
         valid = cells_inside(levels, self.strides, sizes, self.num_anchors)
         if self.cascade:                                # only anchors fully inside of their image
             start, end = anchors.chunk(2, 1)
             image_size = sizes.flip(1)[:, None]                         # (B, 1, 2): w, h
             inside = (start >= 0) & (end < image_size)                  # (B, A, 2)
             valid = valid & inside.all(2)
-        rpn_box_loss = "smooth_l1" if self.cascade else "l1"
-        losses = rpn_losses(scores, deltas, anchors, valid, targets, rpn_box_loss)
+        losses = rpn_losses(scores, deltas, anchors, valid, targets, self.rpn_box_loss)
         return losses | self.head_losses(maps, proposals, sizes, targets)
 
     @torch.no_grad()
     def propose(self, scores, deltas, anchors, levels, sizes):
-        """Proposals (n, 4) of each image."""
+        """A list of proposals (n, 4), one per image."""
         per_level = 2000 if self.training else 1000
         max_keep = 2000 if self.training and self.cascade else 1000
         counts = [h * w * self.num_anchors for h, w in levels]
@@ -2088,7 +1948,10 @@ class MaskRCNN(nn.Module):
         return proposals
 
     def head_losses(self, maps, proposals, sizes, targets):
-        """Losses of all stages; the boxes that a stage refines are the next one's proposals."""
+        """Losses of all stages; the boxes that a stage refines are the next one's proposals.
+
+        Refined ground-truth boxes, which every stage adds itself, and non-finite ones are dropped.
+        """
         proposals, valid = pad_proposals(proposals)
         losses = {}
         for i, stage in enumerate(self.stages):
@@ -2120,12 +1983,8 @@ class MaskRCNN(nn.Module):
                 valid = torch.zeros_like(is_object).index_put((image, slot), keep)
         return losses
 
-    def detect(self, maps, image, proposals, size):
-        """Detections of one image.
-
-        Args: maps of the whole batch; image: its number; proposals (n, 4); size (2,): h and w.
-        """
-        boxes = proposals
+    def detect(self, maps, image, boxes, size):
+        """Detections of image number `image` of the batch, size (h, w), from proposals `boxes`."""
         background = torch.full_like(boxes[:, 0], self.classes, dtype=torch.long)
         logits_sum = 0
         for stage, box_head in zip(self.stages, self.box_heads):
@@ -2148,22 +2007,19 @@ class MaskRCNN(nn.Module):
 
 
 class InstanceSegmentation(DenseTask):
-    """Mask R-CNN and Cascade Mask R-CNN on COCO's layout; compare `Detection`."""
+    """Mask R-CNN and Cascade Mask R-CNN on COCO's layout."""
 
     metric = "mask_AP"
+    sampler = Detection.sampler
+    augment = Detection.augment
+    overlay = Detection.overlay
+    score_results = Detection.score_results
 
     def open_split(self, folder, split):
         return Coco(folder, split, masks=True)
 
-    def sampler(self, source, **schedule):
-        return GroupSampler(is_landscape=source.is_landscape, repeats=1, **schedule)
-
-    def augment(self, raw, rng):
-        multi_scale = self.args.schedule == "3x"
-        return augment_detection(raw, rng, size=self.args.img_size, multi_scale=multi_scale)
-
     def collate(self, samples):
-        """`collate_boxes`, and the masks of all images' objects: (objects, H, W) bool."""
+        """As `collate_boxes`, and the masks of all images' objects: (objects, H, W) bool."""
         images, boxes, labels, masks = zip(*samples)
         batch, *others = collate_boxes(images, boxes, labels)
         H, W = batch.shape[1:3]
@@ -2189,17 +2045,11 @@ class InstanceSegmentation(DenseTask):
         detections = boxes, scores, labels, torch.cat(pasted)
         return tuple(x.cpu().numpy() for x in detections)
 
-    def overlay(self, image, prediction, classes):
-        return overlay_objects(image, prediction, classes)
-
     def record(self, model, source, sample):
         """The image's detections, matched with its annotations by boxes and by masks."""
         index, (image, *_) = sample
-        boxes, scores, labels, masks = self.predict(model, image)
-        results = coco_results(source, boxes, scores, labels)
-        for result, mask in zip(results, masks):
-            result["segmentation"] = {"size": mask.shape, "counts": mask_runs(mask)}
-        return [match_results(source, index, results, kind) for kind in ("bbox", "segm")]
+        detections = self.predict(model, image)
+        return [match_objects(source, index, detections, kind) for kind in ("bbox", "segm")]
 
     def summarize(self, source, records):
         box_records, mask_records = zip(*records)
@@ -2208,9 +2058,6 @@ class InstanceSegmentation(DenseTask):
         metrics = {f"box_{name}": value for name, value in box_metrics.items()}
         metrics |= {f"mask_{name}": value for name, value in mask_metrics.items()}
         return metrics
-
-    def score_results(self, source, path):
-        return score_objects(source, path)
 
 # --------------------------------------------------------------------------------------------- pose
 # Keypoints of persons, top-down: a detector gives boxes, and the network sees one crop per person.

@@ -520,7 +520,8 @@ def test_overlay_shows_what_reaches_the_threshold(with_masks):
     detections = boxes, scores, np.array([1, 0])
     if with_masks:
         detections = *detections, masks
-    overlay = np.array(train_dense.overlay_objects(image, detections, ["a", "b"]))
+    task = make_task(train_dense.Detection)
+    overlay = np.array(task.overlay(image, detections, ["a", "b"]))
     assert overlay.shape == (40, 60, 3)
     assert overlay[12, 10].any() == 1                       # the first box's outline
     assert overlay[27, 15].any() == with_masks              # inside of it

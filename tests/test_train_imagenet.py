@@ -1540,7 +1540,8 @@ def test_an_unreadable_training_image_is_named_and_counted(tiny, folder, tmp_pat
 def test_a_new_run_does_not_overwrite_another(tiny, folder, tmp_path):
     run(*FAST, "--max-steps", 1, "--data", folder, "--output", tmp_path)
     before = (tmp_path / "last.pt").read_bytes()
-    with pytest.raises(train_imagenet.InputError, match="holds a run: .*--resume auto.*--overwrite"):
+    message = "holds a run: .*--resume auto.*--overwrite"
+    with pytest.raises(train_imagenet.InputError, match=message):
         run(*FAST, "--max-steps", 2, "--data", folder, "--output", tmp_path)
     assert (tmp_path / "last.pt").read_bytes() == before
 
