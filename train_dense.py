@@ -1266,7 +1266,7 @@ class RetinaNet(nn.Module):
     def __init__(self, backbone, classes, dim=256):
         super().__init__()
         self.backbone = backbone
-        self.neck = FPN(backbone.channels, extra_levels=2)
+        self.neck = FPN(backbone.channels, extra_levels=2, dim=dim)
         self.classes = classes
         scales = [4 * 2 ** (i / 3) for i in range(3)]
         self.register_buffer("base", base_anchors(self.strides, scales), persistent=False)
@@ -1879,7 +1879,7 @@ class MaskRCNN(nn.Module):
 
     box_head: "2fc", or "4conv1fc" as in the cascade's published results, which learns one box per
     class by GIoU; the cascade's "2fc" has one box for all classes. samples: number of RoIs per
-    image that each stage is trained on.
+    image that each stage is trained on. dim: channels of pyramid and heads.
     Args of forward: as of `RetinaNet`; `targets` also has "masks" (objects, H, W) of all images.
     Returns: in train mode {"loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "loss_mask"},
     the last three as "stage1_loss_cls" and so on if `cascade`; in eval mode for each image boxes
@@ -1893,12 +1893,13 @@ class MaskRCNN(nn.Module):
         {"iou": 0.7, "stds": (0.033, 0.033, 0.067, 0.067), "weight": 0.25},
     )
 
-    def __init__(self, backbone, classes, cascade=False, box_head="2fc", samples=512):
+    def __init__(self, backbone, classes, cascade=False, box_head="2fc", samples=512,
+                 dim=256):
         super().__init__()
         if box_head not in ("2fc", "4conv1fc"):
             raise ValueError(f"unknown box_head {box_head!r}, expected '2fc' or '4conv1fc'")
         self.backbone = backbone
-        self.neck = FPN(backbone.channels)
+        self.neck = FPN(backbone.channels, dim=dim)
         self.classes = classes
         self.cascade = cascade
         self.samples = samples
@@ -1908,11 +1909,11 @@ class MaskRCNN(nn.Module):
             self.stages = self.stages[:1]
         self.register_buffer("base", base_anchors(self.strides, [8]), persistent=False)
         self.num_anchors = self.base.shape[1]
-        self.rpn = RPN(self.num_anchors)
+        self.rpn = RPN(self.num_anchors, dim)
         class_specific = not cascade or box_head == "4conv1fc"
-        box_heads = [BoxHead(classes, box_head, class_specific) for _ in self.stages]
+        box_heads = [BoxHead(classes, box_head, class_specific, dim) for _ in self.stages]
         self.box_heads = nn.ModuleList(box_heads)
-        self.mask_heads = nn.ModuleList(mask_head(classes) for _ in self.stages)
+        self.mask_heads = nn.ModuleList(mask_head(classes, dim) for _ in self.stages)
 
     def forward(self, images, sizes, targets=None):
         maps = self.neck(self.backbone(images))

@@ -59,7 +59,7 @@ import secvit
 import stvit
 
 MODELS = {}
-for module in (clustr, linglo, secvit, stvit):
+for module in (clustr, secvit, linglo, stvit):
     MODELS |= {name: getattr(module, name) for name in module.VARIANTS}
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)

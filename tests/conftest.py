@@ -41,7 +41,7 @@ def handlers():
 
 @pytest.fixture
 def tiny(monkeypatch, handlers):
-    """train_dense.py with a tiny secvit_t, UPerNet and box heads, and few regions."""
+    """train_dense.py with a tiny secvit_t, narrow heads and few regions."""
     shrink_dense(monkeypatch.setitem, monkeypatch.setattr)
 
 
@@ -57,8 +57,9 @@ def shrink_dense(set_item, set_attribute):
         return detections(boxes, scores, 0.05, 10)
 
     set_item(train_dense.MODELS, "secvit_t", tiny_backbone)
-    upernet = partial(train_dense.UPerNet, dim=32)
-    set_item(train_dense.ARCHITECTURES, "upernet", (upernet, (0, 1, 2, 3)))
+    for task in ("upernet", "retinanet", "mask_rcnn", "cascade_mask_rcnn", "pose"):
+        architecture, levels = train_dense.ARCHITECTURES[task]
+        set_item(train_dense.ARCHITECTURES, task, (partial(architecture, dim=32), levels))
     set_attribute(train_dense, "BoxHead", partial(train_dense.BoxHead, hidden=16))
     set_attribute(train_dense, "select_proposals", few_proposals)
     set_attribute(train_dense, "multiclass_nms", few_detections)
