@@ -1,6 +1,6 @@
-"""What all model files promise alike: counts, gradients, feature maps, bad input, stochastic depth, compile, memory, command line.
+"""What all model files promise alike: sizes, arguments, gradients, maps, compiling, memory, plots.
 
-A new model file joins by an entry in CASES and lines in FACTORIES.
+A new model file joins by an entry in CASES and rows in FACTORIES.
 """
 import math
 from functools import partial
@@ -21,176 +21,276 @@ import stvit
 
 
 class Case(NamedTuple):
+    """A model that the tests build in a small size."""
     module: ModuleType
     factory: str
-    tiny: dict      # overrides that make the factory's model small
-    panels: int     # pictures side by side that `main` draws of the tiny model
+    options: dict   # overrides that make the factory's model small
+    panels: int     # panels of the figure that `main` writes for the small model
 
 
-SMALL = {"depths": (1, 2, 1, 1), "dims": (8, 16, 16, 32), "heads": (1, 2, 2, 4), "layer_scale": (None, None, 0.5, 0.5)}
-PYRAMID = {key: value for key, value in SMALL.items() if key != "layer_scale"}
+PYRAMID = {"depths": (1, 2, 1, 1), "dims": (8, 16, 16, 32), "heads": (1, 2, 2, 4)}
+SCALED = {**PYRAMID, "layer_scale": (None, None, 0.5, 0.5)}
+CLUSTERED = {**SCALED, "clusters": (32, 8, 2, 1)}
+RELEASED = {**CLUSTERED, "released": True}
+ABLATED = {**SCALED, "heads": (2, 2, 4, 4), "attention": "csw", "conv_stem": False}
 CASES = {
     "clustr": Case(clustr, "clustr_t", PYRAMID, 6),
-    "secvit": Case(secvit, "secvit_t", {**SMALL, "clusters": (32, 8, 2, 1)}, 4),
-    "secvit_released": Case(secvit, "secvit_t", {**SMALL, "clusters": (32, 8, 2, 1), "released": True}, 4),
-    "secvit_ablated": Case(secvit, "secvit_t", {**SMALL, "heads": (2, 2, 4, 4), "attention": "csw", "conv_stem": False}, 0),
-    "sec_swin": Case(secvit, "sec_swin_t", {**PYRAMID, "clusters": (1, 8, 2, 1)}, 3),         # symbolic shapes: one cluster is quick
+    "secvit": Case(secvit, "secvit_t", CLUSTERED, 4),
+    "secvit_released": Case(secvit, "secvit_t", RELEASED, 4),
+    "secvit_ablated": Case(secvit, "secvit_t", ABLATED, 0),
+    # one cluster in stage 1 is quick with symbolic sizes
+    "sec_swin": Case(secvit, "sec_swin_t", {**PYRAMID, "clusters": (1, 8, 2, 1)}, 3),
     "sec_fastervit": Case(secvit, "sec_fastervit_0", {**PYRAMID, "stem_dim": 8}, 2),
     "linglo": Case(linglo, "linglo_b0", PYRAMID, 5),
-    "stvit": Case(stvit, "stvit_s", SMALL, 3),
+    "stvit": Case(stvit, "stvit_s", SCALED, 3),
 }
-FACTORIES = [   # factory, overrides, parameters, stochastic depth of the last block
-    (secvit.secvit_t, {}, 14870440, 0.1), (secvit.secvit_t, {"released": True}, 14981800, 0.1),
-    (secvit.secvit_s, {}, 26555304, 0.15), (secvit.secvit_s, {"released": True}, 26776104, 0.15),
-    (secvit.secvit_b, {}, 54262296, 0.4), (secvit.secvit_b, {"released": True}, 54682776, 0.4),
-    (secvit.secvit_l, {}, 95924856, 0.5), (secvit.secvit_l, {"released": True}, 96495096, 0.5),
-    (secvit.sec_swin_t, {}, 28379848, 0.2), (secvit.sec_swin_s, {}, 49793224, 0.3),
-    (secvit.sec_fastervit_0, {}, 25044776, 0.2), (secvit.sec_fastervit_1, {}, 40830248, 0.2),
-    (clustr.clustr_t, {}, 11682740, 0.1), (clustr.clustr_s, {}, 22691781, 0.2), (clustr.clustr_b, {}, 40247050, 0.3),
-    (linglo.linglo_b0, {}, 3807880, 0.1), (linglo.linglo_b1, {}, 14135592, 0.1), (linglo.linglo_b2, {}, 25971880, 0.15),
-    (stvit.stvit_s, {}, 25495624, 0.1), (stvit.stvit_b, {}, 51691288, 0.4), (stvit.stvit_l, {}, 94971096, 0.6),
+FACTORIES = [  # factory, overrides, parameters, stochastic depth of the last block
+    (secvit.secvit_t, {}, 14870440, 0.1),
+    (secvit.secvit_t, {"released": True}, 14981800, 0.1),
+    (secvit.secvit_s, {}, 26555304, 0.15),
+    (secvit.secvit_s, {"released": True}, 26776104, 0.15),
+    (secvit.secvit_b, {}, 54262296, 0.4),
+    (secvit.secvit_b, {"released": True}, 54682776, 0.4),
+    (secvit.secvit_l, {}, 95924856, 0.5),
+    (secvit.secvit_l, {"released": True}, 96495096, 0.5),
+    (secvit.sec_swin_t, {}, 28379848, 0.2),
+    (secvit.sec_swin_s, {}, 49793224, 0.3),
+    (secvit.sec_fastervit_0, {}, 25044776, 0.2),
+    (secvit.sec_fastervit_1, {}, 40830248, 0.2),
+    (clustr.clustr_t, {}, 11682740, 0.1),
+    (clustr.clustr_s, {}, 22691781, 0.2),
+    (clustr.clustr_b, {}, 40247050, 0.3),
+    (linglo.linglo_b0, {}, 3807880, 0.1),
+    (linglo.linglo_b1, {}, 14135592, 0.1),
+    (linglo.linglo_b2, {}, 25971880, 0.15),
+    (stvit.stvit_s, {}, 25495624, 0.1),
+    (stvit.stvit_b, {}, 51691288, 0.4),
+    (stvit.stvit_l, {}, 94971096, 0.6),
 ]
 each_case = pytest.mark.parametrize("name", CASES)
-each_file = pytest.mark.parametrize("name", [name for name, case in CASES.items() if name == case.module.__name__])
+each_file = pytest.mark.parametrize("name", ["clustr", "secvit", "linglo", "stvit"])
 
 
-def tiny(name, **overrides):
+def small_model(name, **overrides):
+    """The model of a case with 7 classes and, unless overridden, without stochastic depth."""
     case = CASES[name]
-    return getattr(case.module, case.factory)(num_classes=7, **{"drop_path_rate": 0., **case.tiny, **overrides})
+    factory = getattr(case.module, case.factory)
+    options = {"num_classes": 7, "drop_path_rate": 0.0, **case.options, **overrides}
+    return factory(**options)
 
 
-def rates(model):
+def drop_path_rates(model):
     return [module.rate for module in model.modules() if type(module).__name__ == "DropPath"]
 
 
-# ----------------------------------------------------------------------------------------------- construction, gradients
-@pytest.mark.parametrize("factory, overrides, parameters, rate", FACTORIES, ids=lambda value: getattr(value, "__name__", ""))
-def test_parameter_count(factory, overrides, parameters, rate, monkeypatch):
-    for rule in ("trunc_normal_", "kaiming_uniform_", "uniform_"):      # values do not matter here, filling them takes seconds
-        monkeypatch.setattr(torch.nn.init, rule, lambda tensor, *_, **__: tensor)
-    model = factory(**overrides)
+# -------------------------------------------------------------------------- construction, gradients
+def factory_name(value):
+    return getattr(value, "__name__", "")
+
+
+@pytest.mark.parametrize("factory, overrides, parameters, rate", FACTORIES, ids=factory_name)
+def test_default_sizes(factory, overrides, parameters, rate):
+    with torch.device("meta"):  # shapes only
+        model = factory(**overrides)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert rates(model)[-1] == pytest.approx(rate)
+    assert drop_path_rates(model)[-1] == pytest.approx(rate)
     assert model.head.out_features == 1000
 
 
 @each_case
 def test_unknown_override_is_a_type_error(name):
     with pytest.raises(TypeError, match="depth_"):
-        tiny(name, depth_=(1, 1, 1, 1))
+        small_model(name, depth_=(1, 1, 1, 1))
+
+
+@each_case
+@pytest.mark.parametrize("option, value", [
+    ("num_classes", -1),
+    ("drop_path_rate", 1.0),
+    ("drop_path_rate", -0.1),
+    ("depths", (1, 0, 1, 1)),
+    ("depths", (1, 1, 1)),
+    ("dims", (8, 16, 16, 0)),
+    ("heads", (1, 2, 2, 4, 4)),
+])
+def test_wrong_option_raises(name, option, value):
+    with pytest.raises(ValueError, match=option):
+        small_model(name, **{option: value})
+
+
+@each_case
+def test_heads_that_do_not_divide_the_channels_raise(name):
+    with pytest.raises(ValueError, match="dim = 18 does not split into 4 heads"):
+        small_model(name, dims=(8, 16, 16, 18))
+
+
+@each_case
+def test_without_classes_the_output_is_the_pooled_features(name):
+    model = small_model(name).eval()
+    features_only = small_model(name, num_classes=0).eval()
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
+    features_only.load_state_dict(state)
+    images = torch.randn(2, 3, 33, 47)
+    assert_close(model.head(features_only(images)), model(images))
 
 
 @each_case
 def test_every_parameter_gets_a_gradient(name, device):
-    model = tiny(name).to(device).train()
+    model = small_model(name).to(device).train()
     logits = model(torch.randn(2, 3, 64, 96, device=device))
     (logits * torch.randn_like(logits)).sum().backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None, key
         assert parameter.grad.isfinite().all(), key
-        if parameter.ndim > 1:      # biases in front of a norm have none in exact arithmetic
+        if parameter.ndim > 1:  # biases before a norm have no gradient in exact arithmetic
             assert parameter.grad.count_nonzero() > 0, key
 
 
-# -------------------------------------------------------------------------------------------------- maps, input, batches
+# ---------------------------------------------------------------------------- maps, inputs, batches
 @each_case
 @pytest.mark.parametrize("H, W", [(32, 32), (33, 47), (64, 96), (50, 100)])
 @pytest.mark.parametrize("precision", ["float32", "autocast", "float64"])
 def test_feature_maps(name, H, W, precision, device):
-    model, images = tiny(name).to(device), torch.randn(2, 3, H, W, device=device)
-    if precision == "float64":
-        model, images = model.double(), images.double()
-    expected = [(2, c, math.ceil(H / s), math.ceil(W / s)) for c, s in zip(model.channels, (4, 8, 16, 32), strict=True)]
-    for mode in (True, False):
+    dtype = torch.float64 if precision == "float64" else torch.float32
+    model = small_model(name).to(device, dtype)
+    images = torch.randn(2, 3, H, W, device=device, dtype=dtype)
+    expected = []
+    for dim, stride in zip(model.channels, (4, 8, 16, 32), strict=True):
+        expected.append((2, dim, math.ceil(H / stride), math.ceil(W / stride)))
+    for training in (True, False):
+        model.train(training)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast"):
-            maps, logits = model.train(mode).forward_features(images), model(images)
-        assert [tuple(m.shape) for m in maps] == expected
+            maps = model.forward_features(images)
+            logits = model(images)
+        assert [tuple(x.shape) for x in maps] == expected
         assert logits.shape == (2, 7)
-        assert all(t.isfinite().all() for t in (*maps, logits))
+        for x in (*maps, logits):
+            assert x.isfinite().all()
 
 
 @each_case
-@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("fill", ["zero", "constant", "half"])
-def test_flat_images_stay_finite(name, mode, fill, device):
-    images = torch.full((2, 3, 64, 72), {"zero": 0., "constant": 2.5, "half": 0.}[fill], device=device)
+def test_flat_images_stay_finite(name, training, fill, device):
+    value = 2.5 if fill == "constant" else 0.0
+    images = torch.full((2, 3, 64, 72), value, device=device)
     if fill == "half":
         images[..., :32] = torch.randn(2, 3, 64, 32)
-    model = tiny(name).to(device).train(mode)
+    model = small_model(name).to(device).train(training)
     maps = model.forward_features(images)
-    sum(m.square().sum() for m in maps).backward()
-    assert all(m.isfinite().all() for m in maps)
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    sum(x.square().sum() for x in maps).backward()
+    for x in maps:
+        assert x.isfinite().all()
+    for parameter in model.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()
 
 
 @each_case
 @pytest.mark.parametrize("shape", [(1, 3, 31, 64), (1, 3, 64, 31), (1, 4, 64, 64), (3, 64, 64)])
 def test_wrong_shape_raises(name, shape):
     with pytest.raises(ValueError, match=", ".join(map(str, shape))):
-        tiny(name)(torch.zeros(shape))
+        small_model(name)(torch.zeros(shape))
 
 
 @each_case
 def test_samples_do_not_see_each_other(name, device):
-    model = tiny(name).to(device).double().eval()
-    images = torch.randn(3, 3, 50, 64, dtype=torch.float64, device=device) * torch.tensor([1., 30., 0.], device=device).view(3, 1, 1, 1)
-    together = model(images)
+    model = small_model(name).to(device).double().eval()
+    factor = torch.tensor([1.0, 30.0, 0.0], device=device).view(3, 1, 1, 1)
+    images = factor * torch.randn(3, 3, 50, 64, dtype=torch.float64, device=device)
+    batched = model(images)
     for i in range(3):
-        assert_close(together[i:i + 1], model(images[i:i + 1]))
-    assert not torch.allclose(together[0], together[1])
+        assert_close(batched[i:i + 1], model(images[i:i + 1]))
+    assert not torch.allclose(batched[0], batched[1])
 
 
-# ------------------------------------------------------------------------------------------------------ stochastic depth
+# --------------------------------------------------------------------------------- stochastic depth
 @each_file
 def test_drop_path(name):
-    x, layer = torch.randn(20000, 2, 1, 3), CASES[name].module.DropPath(0.3)
-    y = layer(x)
+    x = torch.randn(20000, 2, 1, 3)
+    y = CASES[name].module.DropPath(0.3)(x)
     kept = y[:, 0, 0, 0] != 0
     assert_close(y, torch.where(kept.view(-1, 1, 1, 1), x / 0.7, 0))
     assert abs(kept.float().mean() - 0.7) < 5 * math.sqrt(0.3 * 0.7 / 20000)
-    assert layer.eval()(x) is x
-    assert CASES[name].module.DropPath(0.)(x) is x
+
+
+@each_file
+def test_drop_path_that_drops_nothing_returns_its_input(name):
+    x = torch.randn(4, 2, 1, 3)
+    DropPath = CASES[name].module.DropPath
+    assert DropPath(0.3).eval()(x) is x
+    assert DropPath(0.0)(x) is x
 
 
 @each_case
-def test_drop_path_in_the_model(name):
-    model, images = tiny(name, drop_path_rate=0.4), torch.randn(4, 3, 32, 64)
-    assert_close(torch.tensor(rates(model)), torch.linspace(0, 0.4, sum(SMALL["depths"])))
-    model.train()
-    assert not model(images).equal(model(images))
-    model.eval()
-    assert model(images).equal(model(images))
+def test_drop_path_rates_rise_linearly(name):
+    model = small_model(name, drop_path_rate=0.4)
+    expected = torch.linspace(0, 0.4, sum(PYRAMID["depths"]))
+    assert_close(torch.tensor(drop_path_rates(model)), expected)
 
 
-# ------------------------------------------------------------------------------------------------------- compile, memory
+@each_case
+@pytest.mark.parametrize("training", [True, False])
+def test_only_training_is_random(name, training):
+    model = small_model(name, drop_path_rate=0.4).train(training)
+    images = torch.randn(4, 3, 32, 64)
+    assert model(images).equal(model(images)) != training
+
+
+# ------------------------------------------------------------------------------ compilation, memory
+def keep_blocks(model, stages):
+    """The model with one block in each of `stages` and none in the others."""
+    for i, stage in enumerate(model.stages):
+        del stage[1 if i in stages else 0:]
+    return model
+
+
 def outputs_and_gradients(function, model, images):
     logits = function(images)
-    return logits, *torch.autograd.grad((logits * torch.arange(7)).sum(), [*model.parameters()])
+    loss = (logits * torch.arange(7)).sum()
+    return logits, *torch.autograd.grad(loss, [*model.parameters()])
 
 
 @each_case
 def test_compiled_equals_eager(name):
+    """Sides that cells and clusters divide; stage 2 has the same kind of block as stage 1."""
     torch._dynamo.reset()
-    model, images = tiny(name).double(), torch.randn(2, 3, 50, 64, dtype=torch.float64)
+    model = keep_blocks(small_model(name), stages=(0, 2, 3)).double()
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_close(outputs_and_gradients(compiled, model, images), outputs_and_gradients(model, model, images))
+    result = outputs_and_gradients(compiled, model, images)
+    assert_close(result, outputs_and_gradients(model, model, images))
 
 
 @each_case
-def test_compiled_with_dynamic_sizes_equals_eager(name):
-    """One block and no aot: torch's symbolic shapes are slow, minutes for a whole model."""
+def test_one_compilation_serves_several_sizes(name):
+    """Sides that cells and clusters do not divide.
+
+    Symbolic sizes are slow, hence one block, and stripes without patch merging, which SEC-Swin has.
+    """
     torch._dynamo.reset()
-    model = tiny(name, depths=(1, 0, 0, 0)).double()
-    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=True)
-    for size in ((64, 96), (50, 100)):
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    overrides = {"conv_stem": True} if name == "secvit_ablated" else {}
+    model = keep_blocks(small_model(name, **overrides), stages=(0,)).double()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for size in ((50, 100), (60, 84)):
         images = torch.randn(2, 3, *size, dtype=torch.float64)
-        assert_close(outputs_and_gradients(compiled, model, images), outputs_and_gradients(model, model, images))
+        torch._dynamo.mark_dynamic(images, (2, 3))
+        result = outputs_and_gradients(compiled, model, images)
+        assert_close(result, outputs_and_gradients(model, model, images))
+    assert len(graphs) == 1
 
 
 @each_case
 def test_exported_equals_eager(name):
-    model, images = tiny(name).eval(), torch.randn(2, 3, 50, 64)
-    assert_close(torch.export.export(model, (images,)).module()(images), model(images))
+    model = small_model(name, depths=(1, 1, 1, 1)).eval()
+    images = torch.randn(2, 3, 50, 64)
+    exported = torch.export.export(model, (images,)).module()
+    assert_close(exported(images), model(images))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -198,42 +298,58 @@ class LargestTensor(TorchDispatchMode):
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, torch.Tensor):
-                self.numel = max(self.numel, t.numel())
-        return out
+        result = func(*args, **kwargs or {})
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
 
 
 @each_case
 def test_no_tensor_of_tokens_by_tokens(name):
-    """N = 4096 tokens in stage 1. Maps have N^2 / 64 at most; explicit attention weights of SecViT's 32 clusters have N^2 / 32.
+    """N = 4096 tokens in stage 1; maps have at most N^2 / 64 elements.
 
-    ClusTR's clustering is one operator, which this cannot look into; test_clustr.py looks at its function.
+    Explicit attention weights of SecViT's 32 clusters would have N^2 / 32. ClusTR's clustering is
+    one operator, into which this cannot look; test_clustr.py tests its function.
     """
-    model, images = tiny(name).eval(), torch.randn(1, 3, 256, 256)
+    model = small_model(name).eval()
+    images = torch.randn(1, 3, 256, 256)
     with torch.no_grad(), LargestTensor() as largest:
         model.forward_features(images)
     assert images.numel() <= largest.numel <= 4096 ** 2 / 64
 
 
-# ---------------------------------------------------------------------------------------------------------- command line
-ORIENTATION = 0x0112    # EXIF tag
+# ------------------------------------------------------------------------------------- command line
+ORIENTATION_TAG = 0x0112  # of EXIF
+ROTATED = 6  # its value if the stored left side is the top
+DEFAULT_IMAGE_SIZE = (480, 320)
+GAP = 8  # between the panels of a figure
+CAPTION_HEIGHT = 20
 
 
-def save_picture(path, mode):
-    """A 48 x 32 picture in the mode, 64 in the left half and 192 in the right."""
+def save_image(path, mode):
+    """A 48 x 32 image in the mode, 64 in the left half and 192 in the right."""
     grey = np.full((32, 48), 64, np.uint8)
     grey[:, 24:] = 192
-    picture = Image.fromarray(grey.astype(np.uint16) << 8) if mode == "I;16" else Image.fromarray(grey).convert("RGB").convert(mode)
-    assert picture.mode == mode
-    picture.save(path)
+    if mode == "I;16":
+        image = Image.fromarray(grey.astype(np.uint16) << 8)
+    else:
+        image = Image.fromarray(grey).convert("RGB").convert(mode)
+    assert image.mode == mode
+    image.save(path)
+
+
+def rotated_exif():
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = ROTATED
+    return exif
 
 
 def run_main(name, monkeypatch, *arguments):
-    """Run `main` of the model's file with its default factory made small."""
+    """Run `main` of the model's file with a small model as its default factory."""
     case = CASES[name]
-    monkeypatch.setattr(case.module, case.factory, partial(getattr(case.module, case.factory), **case.tiny))
+    factory = getattr(case.module, case.factory)
+    monkeypatch.setattr(case.module, case.factory, partial(factory, **case.options))
     monkeypatch.setattr("sys.argv", [name, *map(str, arguments)])
     case.module.main()
 
@@ -241,75 +357,108 @@ def run_main(name, monkeypatch, *arguments):
 @each_file
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "CMYK", "I;16", "1"])
 def test_load_picture_reads_the_mode(name, mode, tmp_path):
-    path = tmp_path / ("picture.tif" if mode == "CMYK" else "picture.png")
-    save_picture(path, mode)
-    picture = CASES[name].module.load_picture(path)
-    assert (picture.mode, picture.size) == ("RGB", (512, 341))
-    pixels = np.asarray(picture, float)
-    dark, bright = (0, 255) if mode == "I;16" else (64, 192)       # deep grey is stretched
-    assert abs(pixels[:, :240].mean() - dark) < 10 and abs(pixels[:, -240:].mean() - bright) < 10
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    save_image(path, mode)
+    image = CASES[name].module.load_picture(path)
+    assert image.mode == "RGB"
+    assert image.size == (512, 341)
+    pixels = np.asarray(image, float)
+    dark, bright = (0, 255) if mode == "I;16" else (64, 192)  # 16-bit values are stretched
+    assert abs(pixels[:, :240].mean() - dark) < 10
+    assert abs(pixels[:, -240:].mean() - bright) < 10
 
 
 @each_file
-def test_load_picture_turns_upright(name, tmp_path):
-    exif = Image.Exif()
-    exif[ORIENTATION] = 6                                          # the stored left side is the top
-    picture = Image.new("RGB", (40, 20), (255, 0, 0))
-    picture.paste((0, 0, 255), (20, 0, 40, 20))
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    upright = CASES[name].module.load_picture(tmp_path / "turned.jpg")
+def test_load_picture_turns_the_image_upright(name, tmp_path):
+    image = Image.new("RGB", (40, 20), (255, 0, 0))
+    image.paste((0, 0, 255), (20, 0, 40, 20))
+    image.save(tmp_path / "rotated.jpg", exif=rotated_exif())
+    upright = CASES[name].module.load_picture(tmp_path / "rotated.jpg")
     assert upright.size == (256, 512)
-    assert upright.getpixel((128, 100))[0] > 200 and upright.getpixel((128, 400))[2] > 200
+    assert upright.getpixel((128, 100))[0] > 200
+    assert upright.getpixel((128, 400))[2] > 200
 
 
 @each_file
-@pytest.mark.parametrize("size, expected", [((5, 3), (512, 307)), ((900, 40), (512, 32)), ((40, 900), (32, 512)), (None, (480, 320))])
-def test_main_draws(name, size, expected, tmp_path, monkeypatch, capsys):
-    arguments = ["-o", tmp_path / "out.png"]
+def test_load_picture_ignores_unreadable_exif_data(name, tmp_path):
+    """An EXIF block without a TIFF header: the image stays as it is stored."""
+    path = tmp_path / "exif.webp"
+    Image.new("RGB", (40, 20)).save(path, exif=rotated_exif())
+    damaged = path.read_bytes().replace(b"MM\0*", b"XX\0*")
+    assert damaged != path.read_bytes()
+    path.write_bytes(damaged)
+    assert CASES[name].module.load_picture(path).size == (512, 256)
+
+
+@each_file
+@pytest.mark.parametrize("size, shown", [
+    ((5, 3), (512, 307)),
+    ((900, 40), (512, 32)),
+    ((40, 900), (32, 512)),
+    (None, DEFAULT_IMAGE_SIZE),
+])
+def test_main_writes_a_figure(name, size, shown, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out.png"
+    arguments = ["-o", output]
     if size:
         Image.new("RGB", size, (200, 40, 90)).save(tmp_path / "in.png")
         arguments.append(tmp_path / "in.png")
     run_main(name, monkeypatch, *arguments)
-    with Image.open(tmp_path / "out.png") as drawn:
-        assert drawn.format == "PNG"
-        assert drawn.size == (CASES[name].panels * (expected[0] + 8) - 8, expected[1] + 20)      # 8 between panels, 20 for captions
-    assert capsys.readouterr().out == f"wrote {tmp_path / 'out.png'}\n"
+    width, height = shown
+    with Image.open(output) as figure:
+        assert figure.format == "PNG"
+        assert figure.width == CASES[name].panels * (width + GAP) - GAP
+        assert figure.height == height + CAPTION_HEIGHT
+    assert capsys.readouterr().out == f"wrote {output}\n"
 
 
 @each_file
 def test_main_loads_weights(name, tmp_path, monkeypatch):
-    torch.manual_seed(3)    # `main` takes 0 for random weights
-    torch.save({"model": tiny(name).state_dict()}, tmp_path / "weights.pt")
-    run_main(name, monkeypatch, "-o", tmp_path / "out.png", "--weights", tmp_path / "weights.pt")
-    run_main(name, monkeypatch, "-o", tmp_path / "random.png")
-    assert (tmp_path / "out.png").read_bytes() != (tmp_path / "random.png").read_bytes()
+    torch.manual_seed(3)  # `main` seeds its random weights with 0
+    torch.save({"model": small_model(name).state_dict()}, tmp_path / "weights.pt")
+    trained = tmp_path / "trained.png"
+    random = tmp_path / "random.png"
+    run_main(name, monkeypatch, "-o", trained, "--weights", tmp_path / "weights.pt")
+    run_main(name, monkeypatch, "-o", random)
+    assert trained.read_bytes() != random.read_bytes()
 
 
-def truncated(path):
+def do_not_write(_path):
+    pass
+
+
+def write_text(path):
+    path.write_bytes(b"text")
+
+
+def write_truncated_image(path):
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:1000])
 
 
-def with_broken_exif(path):
-    """An EXIF block whose first bytes are no TIFF header."""
-    exif = Image.Exif()
-    exif[ORIENTATION] = 6
-    Image.new("RGB", (8, 8)).save(path, exif=exif)
-    path.write_bytes(path.read_bytes().replace(b"MM\0*", b"XX\0*"))
+def write_list(path):
+    torch.save([1, 2], path)
 
 
-BROKEN = {
-    "missing.png": lambda _: None,
-    "garbage.png": lambda path: path.write_bytes(b"no picture"),
+def write_whole_module(path):
+    torch.save(torch.nn.Linear(1, 1), path)
+
+
+def write_other_weights(path):
+    torch.save({"head.weight": torch.zeros(7, 1024)}, path)
+
+
+BROKEN = {  # file -> how it is written
+    "missing.png": do_not_write,
+    "garbage.png": write_text,
     "empty.png": lambda path: path.touch(),
-    "truncated.png": truncated,
-    "exif.webp": with_broken_exif,
-    "missing.pt": lambda _: None,
-    "garbage.pt": lambda path: path.write_bytes(b"no weights"),
+    "truncated.png": write_truncated_image,
+    "missing.pt": do_not_write,
+    "garbage.pt": write_text,
     "empty.pt": lambda path: path.touch(),
-    "list.pt": lambda path: torch.save([1, 2], path),
-    "model.pt": lambda path: torch.save(torch.nn.Linear(1, 1), path),
-    "other.pt": lambda path: torch.save({"head.weight": torch.zeros(7, 1024)}, path),
+    "list.pt": write_list,
+    "model.pt": write_whole_module,
+    "other.pt": write_other_weights,
 }
 
 
@@ -317,10 +466,15 @@ BROKEN = {
 @pytest.mark.parametrize("file", BROKEN)
 def test_main_names_a_broken_file_in_one_line(name, file, tmp_path, monkeypatch, capsys):
     BROKEN[file](tmp_path / file)
+    arguments = ["-o", tmp_path / "out.png"]
+    if file.endswith(".pt"):
+        arguments.append("--weights")
+    arguments.append(tmp_path / file)
     with pytest.raises(SystemExit) as stop:
-        run_main(name, monkeypatch, "-o", tmp_path / "out.png", *["--weights"] * file.endswith(".pt"), tmp_path / file)
+        run_main(name, monkeypatch, *arguments)
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert file in message
-    assert message.endswith("\n") and message.count("\n") == 1
+    assert message.endswith("\n")
+    assert message.count("\n") == 1
     assert not (tmp_path / "out.png").exists()
