@@ -623,9 +623,7 @@ def load_weights(factory, path):
     Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
     """
     state = read_weights(path)
-    head = state.get("head.weight")
-    num_classes = 0 if head is None else len(head)
-    model = factory(num_classes=num_classes)
+    model = factory(num_classes=len(state.get("head.weight", ())))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
