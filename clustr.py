@@ -197,17 +197,6 @@ def _(x, _neighbours, clusters):  # shape and type, for torch.compile
 
 
 # ------------------------------------------------------------------------------------------- layers
-class DepthwiseConv(nn.Conv2d):
-    """Depth-wise k x k convolution with zero padding on channels-last maps (B, H, W, C)."""
-
-    def __init__(self, dim, kernel_size):
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-
-    def forward(self, x):
-        x = x.permute(0, 3, 1, 2)                       # (B, C, H, W), a view
-        return super().forward(x).permute(0, 2, 3, 1)   # (B, H, W, C)
-
-
 class DropPath(nn.Module):
     """Stochastic depth: drop a residual branch per sample with probability `rate`.
 
@@ -245,8 +234,7 @@ class ClusteringGuidedAttention(nn.Module):
     """Multi-head multi-scale clustering-guided attention (Eq. 5 to 8): (B, H, W, C) -> the same.
 
     Args:
-        dim: C.
-        heads: h, which divides `dim`.
+        dim, heads: C and h, which divides C.
         ratios: lambda, token reductions of at least 1, one per scale.
         neighbours: k of the densities.
         aggregation: "cluster", or for Tables 7 and 8 "grid" (spatial reduction) or "knn" (spatial
@@ -316,12 +304,14 @@ class ConvFFN(nn.Module):
 
     def __init__(self, dim, ratio):
         super().__init__()
-        self.fc1 = nn.Linear(dim, ratio * dim)
-        self.conv = DepthwiseConv(ratio * dim, 3)
-        self.fc2 = nn.Linear(ratio * dim, dim)
+        hidden = ratio * dim
+        self.fc1 = nn.Linear(dim, hidden)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x):
-        x = self.conv(self.fc1(x))                                          # (B, H, W, ratio * C)
+        x = self.fc1(x).permute(0, 3, 1, 2)                                 # (B, ratio * C, H, W)
+        x = self.conv(x).permute(0, 2, 3, 1)                                # (B, H, W, ratio * C)
         return self.fc2(F.gelu(x))
 
 
@@ -396,8 +386,8 @@ class ClusTR(nn.Module):
 
     Args:
         num_classes: width of the classifier; 0 for none.
-        drop_path_rate: stochastic depth of the last block, in [0, 1); rates rise linearly from 0.
-        depths, dims, heads: one number per stage, at least 1; heads divide dims.
+        drop_path_rate: stochastic depth of the last block; rates rise linearly from 0.
+        depths, dims, heads: blocks, channels and heads, one entry per stage.
         ratios: one tuple of token reductions per stage; Table 9's single-scale models are
             ((64,), (16,), (4,), (1,)) and ((16,), (4,), (1,), (1,)).
         neighbours: k of the densities.
@@ -429,11 +419,11 @@ class ClusTR(nn.Module):
         self.apply(init_weights)
 
     def forward_features(self, images):
-        """Feature maps of all stages, channels-last in memory.
+        """Feature maps of the four stages, channels-last in memory.
 
-        Args: images (B, 3, H, W), H and W at least 32.
-        Returns: four maps (B, C_i, ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32.
-        Raises: ValueError for images of another shape.
+        Args: images (B, 3, H, W), normalised.
+        Returns: four maps (B, C_i, ceil(H / s), ceil(W / s)) with s = 4, 8, 16, 32.
+        Raises: ValueError unless images are (B, 3, H, W) with both sides at least 32.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
             raise ValueError(
