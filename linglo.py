@@ -27,9 +27,9 @@ Differs from the text.
   resolution does not change.
 
 The text is ambiguous.
-- Sizes. Table 2's 3.4 and 13.1 M parameters contradict the paper's own dense models (Tables 3 and
-  4), its 25.4 M agrees with them, and no reading of the text gives all three. Here the text is
-  taken literally: 3.60, 13.73 and 25.14 M deployed, 3.81, 14.14 and 25.97 M in training.
+- Sizes. Tables 2 to 4 print the sizes of PVTv2-B0, -B1 and -B2. Table 2's 3.4 and 13.1 M contradict
+  the dense models of Tables 3 and 4, its 25.4 M agrees with them; no reading gives all three. Here
+  it is the text's model: 3.60, 13.73 and 25.14 M deployed, 3.81, 14.14 and 25.97 M in training.
 - Heads. Eq. 2 and 3 have one softmax over K of width D, sec. 3.4 has several heads. Here each head
   has its own saliency vector and softmax, scaled by 1 / sqrt(d).
 - RP-CPE. Sec. 3.2 folds branches as the Diverse Branch Block does, whose branches have BatchNorm.
@@ -144,9 +144,7 @@ class PatchEmbedding(nn.Module):
 class KeyOnlyAttention(nn.Module):
     """Key-only attention with its projections (Fig. 1, Eq. 4): (B, H, W, C) -> the same.
 
-    Args:
-        dim: C.
-        heads: h, which divides `dim`.
+    Args: dim, heads, which are C and h.
     Raises: ValueError for heads that do not divide `dim`.
     """
 
