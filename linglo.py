@@ -619,10 +619,7 @@ def saliency_panel(weights, image):
 
 @torch.no_grad()
 def draw_saliency(model, image):
-    """The image beside the attention maps (Eq. 2) of the last block of each stage.
-
-    Stages without key-only attention have no panel. Red keys weigh most in their head's context.
-    """
+    """The image beside the attention maps (Eq. 2) of each stage's last block, red for large A."""
     attns = {}
     for i, stage in enumerate(model.stages):
         attn = getattr(stage[-1], "attn", None)
