@@ -2,19 +2,19 @@
 Yutong Xie, Jianpeng Zhang, Yong Xia, Anton van den Hengel, Qi Wu; arXiv 2208.13138v1
 
 Mechanism. Tokens are clustered around density peaks, and each cluster is merged into one token.
-Every token attends to the merged tokens, at several numbers of clusters at once.
+Every token attends to the merged tokens, at several numbers of clusters (scales) at once.
 
 Symbols.
     paper                           here
-    N, C                            N = H * W tokens of C channels, B samples
-    H, the number of heads          heads, h in shapes; H and W are the sides of the token map
+    X or z_l (Eq. 9); N, C          x, N = H * W tokens of C channels; B samples
+    L, C, H (Table 1)               depths, dims, heads; in shapes h is the number of heads, H and W
+                                    are the sides of the token map, and L is the number of scales
     k (Eq. 1)                       neighbours
     rho, delta, gamma (sec. 3.1)    log_density, delta, log_gamma
-    M and G_1 ... G_M (Eq. 3)       clusters and index (B, N)
+    M and G_1 ... G_M (sec. 3.1)    clusters and index (B, N), the cluster of each token
     w_i (Eq. 3)                     weight, the softmax of `score` within the cluster
+    s (Eq. 4), W^Q, W^K, W^V, Phi   d = C / h, the width of a head; q, kv, proj
     lambda_1 ... lambda_L (Eq. 7)   ratios, one tuple per stage
-    s (Eq. 4)                       d = C / h, the width of a head
-    Phi (Eq. 6 and 8)               proj
 Inside a stage every map is channels-last, (B, H, W, C): linear layers, norms and convolutions
 share this layout.
 
@@ -22,19 +22,19 @@ Reading order. density_peaks -> assign_clusters -> aggregate -> ClusteringGuided
 -> ClusTR. What follows the factories is not needed to understand the model.
 
 Differs from the text.
-- Distances are divided by sqrt(C), as in TCFormer's code, the closest public one. That is a choice,
-  not a need: densities and gamma are logarithms here, so that they do not underflow. With undivided
-  distances, Eq. 1 to the letter, almost all centres are other tokens.
-- One clustering per layer, of the normalised input, serves K and V, all heads and all scales. By
-  Eq. 5 and 6 to the letter, K and V of every head would each be clustered.
-- Every scale has its own K and V, though W^K and W^V have no index j in Eq. 8, and the FFN ("fully
+- Distances are divided by sqrt(C), as in TCFormer's code, the closest public one. This is a choice:
+  with undivided distances, as in Eq. 1, almost all centres are other tokens.
+- One clustering per layer, of the normalised input, serves K and V, all heads and all scales.
+  Literally, Eq. 5 and 6 cluster K and V of every head separately.
+- Every scale has its own W^K and W^V, which have no index j in Eq. 8, and the FFN ("fully
   connected") has a 3x3 depth-wise convolution before its GELU. Table 2's sizes need both.
 - Tokens are aggregated first and projected to K and V afterwards. This is cheaper than Eq. 5 and
-  equal to it, since the weights of a cluster sum to one.
+  equal to it for the same clusters and weights, since the weights of a cluster sum to one.
+- Patch embeddings are PVTv2's: 7x7/4, then 3x3/2, with LayerNorm. Sec. 3.4 names Ren et al. (2022).
 
 The text is ambiguous.
 - Eq. 7 concatenates the tokens of all scales, Eq. 8 sums one attention per scale. Eq. 8 is built;
-  of Eq. 7 only the tokens remain, one tensor per scale.
+  the tokens of Eq. 7 stay in one tensor per scale.
 - w_i is "the learnable parameter for each token": here the softmax, within the cluster, of a linear
   score of the token, with one score layer per scale.
 - A token may or may not be one of its own k neighbours: here it is, as in TCFormer's code.
@@ -42,11 +42,12 @@ The text is ambiguous.
 - Tables 7 and 8 do not say their ratios. Their sizes are those of single-scale models.
 
 The text is silent.
-- k is 5. M is N / lambda, rounded up. Ratio 1 keeps the tokens as they are and has no score.
+- k is 5, s is d. M is N / lambda, rounded up. Ratio 1 keeps the tokens as they are, without score.
 - The FFN expands 8, 8, 4 and 4 times, which Table 2's sizes need.
-- As in PVTv2: 7x7/4 and 3x3/2 patch embeddings with LayerNorm, LayerNorm after every stage, initial
-  weights but for the biases of patch embeddings, see `init_weights`. Our choice: stochastic depth
-  of 0.1 / 0.2 / 0.3 for T / S / B, and that `aggregation="knn"` keeps half of the keys.
+- As in PVTv2: LayerNorm after every stage, initial weights but for the biases of patch embeddings,
+  see `init_weights`.
+- Our choice: stochastic depth of 0.1 / 0.2 / 0.3 for T / S / B; `aggregation="knn"` keeps half of
+  the keys.
 """
 import argparse
 import colorsys
@@ -71,7 +72,7 @@ FFN_RATIOS = (8, 8, 4, 4)  # expansion of the FFN in each stage, from the sizes 
 # --------------------------------------------------------------------------------------------- core
 @torch.no_grad()
 def density_peaks(x, neighbours=5, chunk=160):
-    """k-nearest-neighbour density peaks (Eq. 1 and 2; Rodriguez and Laio, Science 2014).
+    """Density and distance to denser tokens (Eq. 1 and 2; Rodriguez and Laio, Science 2014).
 
     For one sample x (N, C) without ties, with all distances at once, this is
         distance = torch.cdist(x, x) / C ** 0.5                             # (N, N)
@@ -82,18 +83,19 @@ def density_peaks(x, neighbours=5, chunk=160):
         densest = log_density.argmax()
         delta[densest] = distance[densest].max()
         parent[densest] = densest
-    The code never holds all distances. It computes them in chunks of rows, once per equation, so
-    that memory is O(B * chunk * N).
+    The code computes distances twice, once per equation, and only `chunk` rows at a time, so that
+    memory is O(B * chunk * N): see nearest_distances and nearest_before, after the factories. For
+    Eq. 2 it sorts tokens by falling density, so that the denser tokens are those before a token.
 
     Args:
         x: (B, N, C), tokens.
         neighbours: k of Eq. 1, the token itself included; all N if there are fewer than k.
         chunk: rows of distances computed at a time.
     Returns, without gradient and in at least float32 (with TF32 a few tokens change clusters):
-        log_density: (B, N).
-        delta: (B, N), distance to the nearest denser token.
-        parent: (B, N), index of that token; the densest one if several are equally near.
-    Of two equally dense tokens the one with the smaller index counts as denser.
+        log_density: (B, N), log rho. The logarithm does not underflow.
+        delta: (B, N), distance to the nearest denser token; the densest token's largest distance.
+        parent: (B, N), index of the nearest denser token, on ties the densest of them; the densest
+            token is its own parent.
     Raises: ValueError for neighbours or chunk below 1.
     """
     if neighbours < 1 or chunk < 1:
@@ -102,7 +104,7 @@ def density_peaks(x, neighbours=5, chunk=160):
     with torch.autocast(x.device.type, enabled=False):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         x = x - x.mean(1, keepdim=True)         # keeps distances and reduces rounding error
-        x = x * C ** -0.5
+        x = x * C ** -0.5                       # divides distances by sqrt(C)
         norm = x.square().sum(2)                                            # (B, N), |x_i|^2
         squared = nearest_distances(x, norm, min(neighbours, N), chunk)     # (B, N, k)
         log_density = -squared.mean(2)                                      # Eq. 1
@@ -119,15 +121,15 @@ def density_peaks(x, neighbours=5, chunk=160):
 def assign_clusters(log_density, delta, parent, clusters):
     """Cut the tree of nearest denser tokens at the density peaks (sec. 3.1).
 
-    The `clusters` tokens of largest gamma = density * delta are centres, the densest token always.
+    The `clusters` tokens of largest gamma = rho * delta are centres, the densest token always.
     Every other token joins the cluster of its parent:
-        cluster(i) = i if i is a centre, else cluster(parent[i])
-    The code follows all chains at once, and each step doubles the number of links followed.
-    (TCFormer's code sends tokens to the nearest centre instead, which the text does not say.)
+        centre(i) = i if i is a centre, else centre(parent[i])
+    The code does this for all tokens at once, and each step doubles the number of links followed.
+    (TCFormer's code assigns tokens to the nearest centre instead.)
 
-    Args: log_density, delta, parent, each (B, N), from `density_peaks`; clusters M, 1 to N.
+    Args: log_density, delta, parent, each (B, N), from `density_peaks`; clusters, M.
     Returns: (B, N), the cluster of each token in [0, M), clusters numbered by falling gamma.
-    Raises: ValueError for a number of clusters outside 1 to N.
+    Raises: ValueError unless 1 <= M <= N.
     """
     B, N = parent.shape
     if not 1 <= clusters <= N:
@@ -137,12 +139,12 @@ def assign_clusters(log_density, delta, parent, clusters):
     log_gamma = (log_density + delta.log()).masked_fill(is_densest, torch.inf)
     order = log_gamma.sort(descending=True, stable=True).indices
     centres = order[:, :clusters]                                           # (B, M)
-    pointer = parent.scatter(1, centres, centres)
+    pointer = parent.scatter(1, centres, centres)   # a centre points to itself
     for _ in range((N - 1).bit_length()):       # a chain has at most N - 1 links
         pointer = pointer.gather(1, pointer)
-    label = torch.zeros_like(parent)            # zeros are read only if the input has NaNs
-    label.scatter_(1, centres, token_ids[:, :clusters])
-    return label.gather(1, pointer)
+    index = torch.zeros_like(parent)            # zeros are read only if the input has NaNs
+    index.scatter_(1, centres, token_ids[:, :clusters])     # the m-th centre has cluster m
+    return index.gather(1, pointer)
 
 
 def aggregate(x, score, index, clusters):
@@ -155,19 +157,20 @@ def aggregate(x, score, index, clusters):
     Args:
         x: (B, N, C), tokens.
         score: (B, N), learned; w is its softmax within each cluster.
-        index: (B, N), clusters from `assign_clusters`; none may be empty.
+        index: (B, N), the cluster of each token; no cluster may be empty.
         clusters: M.
     Returns: (B, M, C) in x's type, summed in at least float32. Deterministic under
         torch.use_deterministic_algorithms(True).
     """
     B, N, C = x.shape
     score = score.to(torch.promote_types(score.dtype, torch.float32))
-    constant = score.detach()                   # the softmax does not depend on what is subtracted
-    largest = constant.new_full((B, clusters), -torch.inf)
-    largest = largest.scatter_reduce(1, index, constant, "amax")            # (B, M)
+    detached = score.detach()                   # a softmax does not depend on what is subtracted
+    largest = detached.new_full((B, clusters), -torch.inf)
+    largest = largest.scatter_reduce(1, index, detached, "amax")            # (B, M)
     weight = (score - largest.gather(1, index)).exp()[..., None]            # (B, N, 1), at most 1
     weighted = torch.cat([x * weight, weight], 2).flatten(0, 1)             # (B*N, C+1)
-    rows = flat_rows(index, clusters)                                       # (B*N,)
+    offset = clusters * torch.arange(B, device=x.device)[:, None]           # (B, 1)
+    rows = (index + offset).flatten()                                       # (B*N,)
     total = weighted.new_zeros(B * clusters, C + 1).index_add(0, rows, weighted)
     total = total.view(B, clusters, C + 1)
     return (total[..., :C] / total[..., C:]).to(x.dtype)                    # (B, M, C)
@@ -193,109 +196,7 @@ def _(x, _neighbours, clusters):  # shape and type, for torch.compile
     return x.new_empty((len(clusters), B, N), dtype=torch.int64)
 
 
-# The steps of density_peaks. Squared distances are d_ij^2 = |x_i|^2 + |x_j|^2 - 2 x_i . x_j. The
-# first term is the same for all j, so minima over j are found in the partial distances without it.
-GROUP = 32  # columns that `smallest` reduces to their minimum
-
-
-def partial_distances(rows, columns, column_norm):
-    """|x_j|^2 - 2 x_i . x_j: rows (B, R, C), columns (B, N, C), column_norm (B, N) -> (B, R, N)."""
-    return torch.baddbmm(column_norm[:, None], rows, columns.mT, alpha=-2)
-
-
-def squared_distances(partial, norm):
-    """Partial distances plus |x_i|^2, with what is within the rounding error of 0 set to 0.
-
-    So copies of a token have distance 0, in spite of rounding.
-    """
-    squared = partial + norm
-    rounding = 2 * torch.finfo(squared.dtype).eps * norm
-    return squared.masked_fill(squared < rounding, 0)
-
-
-def nearest_distances(x, norm, k, chunk):
-    """Squared distances to the k nearest tokens, in any order.
-
-    Args: x (B, N, C), norm (B, N). Returns: (B, N, k).
-    """
-    N = x.shape[1]
-    padding = -N % GROUP                        # whole groups for `smallest`
-    columns = F.pad(x, (0, 0, 0, padding))
-    column_norm = F.pad(norm, (0, padding), value=torch.inf)
-    nearest = []
-    for start in range(0, N, chunk):
-        stop = min(start + chunk, N)
-        partial = partial_distances(x[:, start:stop], columns, column_norm)
-        partial.diagonal(start, 1, 2).copy_(-norm[:, start:stop])           # d_ii is exactly 0
-        nearest.append(smallest(partial, k))                                # (B, R, k)
-    return squared_distances(torch.cat(nearest, 1), norm[..., None])
-
-
-def smallest(rows, k):
-    """The k smallest values of each row, in any order: (B, R, N) -> (B, R, k); GROUP divides N.
-
-    The same as rows.topk(k, largest=False), which is slow on long rows. The k smallest values lie
-    in the k groups with the smallest minima, so topk sees N / GROUP minima, then k groups.
-    """
-    groups = rows.unflatten(2, (GROUP, -1))                                 # (B, R, GROUP, N/GROUP)
-    minima = groups.amin(2)                                                 # (B, R, N/GROUP)
-    best = minima.topk(min(k, minima.shape[2]), largest=False, sorted=False).indices
-    best = best[:, :, None].expand(-1, -1, GROUP, -1)
-    candidates = groups.gather(3, best).flatten(2)                          # (B, R, GROUP*k)
-    return candidates.topk(k, largest=False, sorted=False).values
-
-
-def nearest_before(x, norm, chunk):
-    """Distance to, and position of, the nearest of the tokens before each token (Eq. 2).
-
-    Tokens are sorted by falling density, so the tokens before are the denser ones. This halves the
-    work, and only the diagonal block of a chunk needs a mask. The densest token, the first, gets
-    its largest distance and its own position.
-    Args: x (B, N, C), norm (B, N). Returns: two tensors (B, N).
-    """
-    N = x.shape[1]
-    not_before = x.new_full((chunk, chunk), torch.inf).triu()
-    delta = []
-    position = []
-    for start in range(0, N, chunk):
-        stop = min(start + chunk, N)
-        size = stop - start
-        partial = partial_distances(x[:, start:stop], x[:, :stop], norm[:, :stop])
-        partial[:, :, start:] += not_before[:size, :size]
-        nearest = partial.min(2)                                            # the first on ties
-        delta.append(nearest.values)
-        position.append(nearest.indices)
-    delta = torch.cat(delta, 1)
-    position = torch.cat(position, 1)
-    delta[:, 0] = partial_distances(x[:, :1], x, norm).amax((1, 2))
-    position[:, 0] = 0
-    return squared_distances(delta, norm).sqrt(), position
-
-
-def flat_rows(index, rows):
-    """index (B, N) of one of `rows` rows per sample -> (B*N,), of a row of all samples."""
-    offset = rows * torch.arange(index.shape[0], device=index.device)
-    return (index + offset[:, None]).flatten()
-
-
-def gather_tokens(x, order):
-    """Tokens x (B, N, C) in the given order (B, N)."""
-    rows = flat_rows(order, x.shape[1])
-    return x.flatten(0, 1).index_select(0, rows).view_as(x)
-
-
 # ------------------------------------------------------------------------------------------- layers
-class DepthwiseConv(nn.Conv2d):
-    """Depth-wise k x k convolution with zero padding on channels-last maps (B, H, W, C)."""
-
-    def __init__(self, dim, kernel_size):
-        super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
-
-    def forward(self, x):
-        x = x.permute(0, 3, 1, 2)                       # (B, C, H, W), a view
-        return super().forward(x).permute(0, 2, 3, 1)   # (B, H, W, C)
-
-
 class DropPath(nn.Module):
     """Stochastic depth: drop a residual branch per sample with probability `rate`.
 
@@ -333,32 +234,24 @@ class ClusteringGuidedAttention(nn.Module):
     """Multi-head multi-scale clustering-guided attention (Eq. 5 to 8): (B, H, W, C) -> the same.
 
     Args:
-        dim: C.
-        heads: h, which divides `dim`.
+        dim, heads: C and h, which divides C.
         ratios: lambda, token reductions of at least 1, one per scale.
         neighbours: k of the densities.
         aggregation: "cluster", or for Tables 7 and 8 "grid" (spatial reduction) or "knn" (spatial
             reduction, then k-NN attention to half of the keys).
-    Raises: ValueError for values outside these.
+    Raises: ValueError for other values.
     """
 
     def __init__(self, dim, heads, ratios, neighbours=5, aggregation="cluster"):
         super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"dim = {dim} does not split into {heads} heads")
-        if not ratios or min(ratios) < 1:
-            raise ValueError(f"ratios = {ratios}, expected one or more, all at least 1")
-        if neighbours < 1:
-            raise ValueError(f"neighbours = {neighbours}, expected at least 1")
-        if aggregation not in ("cluster", "grid", "knn"):
-            raise ValueError(f"aggregation = {aggregation!r}, expected 'cluster', 'grid' or 'knn'")
+        check_attention(dim, heads, ratios, neighbours, aggregation)
         self.heads = heads
         self.ratios = tuple(ratios)
         self.neighbours = neighbours
         self.aggregation = aggregation
         self.q = nn.Linear(dim, dim)
         self.kv = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in ratios)
-        self.reduce = nn.ModuleList()           # scores, or convolutions of the ablations
+        self.reduce = nn.ModuleList()           # scores of Eq. 3, or the ablations' convolutions
         for ratio in ratios:
             if ratio > 1 and aggregation == "cluster":
                 self.reduce.append(nn.Linear(dim, 1))
@@ -366,9 +259,9 @@ class ClusteringGuidedAttention(nn.Module):
                 self.reduce.append(GridReduction(dim, ratio))
         self.proj = nn.Linear(dim, dim)
 
-    def cluster_counts(self, tokens):
-        """M = ceil(N / lambda) for each ratio above 1."""
-        return [-(-tokens // ratio) for ratio in self.ratios if ratio > 1]
+    def cluster_counts(self, N):
+        """M = N / lambda, rounded up, for each ratio above 1."""
+        return [-(-N // ratio) for ratio in self.ratios if ratio > 1]
 
     def merge_clusters(self, tokens):
         """Cluster(X; lambda) of Eq. 3 for each ratio above 1: (B, N, C) -> [(B, M, C), ...]."""
@@ -386,20 +279,20 @@ class ClusteringGuidedAttention(nn.Module):
         """The tokens of each scale, what Eq. 7 concatenates: (B, H, W, C) -> [(B, M, C), ...]."""
         tokens = x.flatten(1, 2)                                            # (B, N, C)
         if self.aggregation == "cluster":
-            reduced = iter(self.merge_clusters(tokens))
+            merged = iter(self.merge_clusters(tokens))
         else:
-            reduced = iter([layer(x) for layer in self.reduce])
-        return [next(reduced) if ratio > 1 else tokens for ratio in self.ratios]
+            merged = iter([layer(x) for layer in self.reduce])
+        return [next(merged) if ratio > 1 else tokens for ratio in self.ratios]
 
     def forward(self, x):
         q = self.q(x).flatten(1, 2).unflatten(2, (self.heads, -1))          # (B, N, h, d)
         q = q.transpose(1, 2)                                               # (B, h, N, d)
         y = 0
-        for clustered, to_kv in zip(self.reduced_tokens(x), self.kv):       # sum over j of Eq. 8
-            kv = to_kv(clustered).unflatten(2, (2, self.heads, -1))         # (B, M, 2, h, d)
+        for reduced, to_kv in zip(self.reduced_tokens(x), self.kv):         # sum over j of Eq. 8
+            kv = to_kv(reduced).unflatten(2, (2, self.heads, -1))           # (B, M, 2, h, d)
             k, v = kv.permute(2, 0, 3, 1, 4)                                # (B, h, M, d) each
             if self.aggregation == "knn":
-                y = y + nearest_keys_attention(q, k, v, keep=-(-k.shape[2] // 2))
+                y = y + nearest_keys_attention(q, k, v, keep=(k.shape[2] + 1) // 2)
             else:
                 y = y + F.scaled_dot_product_attention(q, k, v)             # Eq. 5; Eq. 4 if M = N
         y = y.transpose(1, 2).reshape(x.shape)                              # heads joined, Eq. 6
@@ -411,21 +304,23 @@ class ConvFFN(nn.Module):
 
     def __init__(self, dim, ratio):
         super().__init__()
-        self.fc1 = nn.Linear(dim, ratio * dim)
-        self.conv = DepthwiseConv(ratio * dim, 3)
-        self.fc2 = nn.Linear(ratio * dim, dim)
+        hidden = ratio * dim
+        self.fc1 = nn.Linear(dim, hidden)
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x):
-        x = self.conv(self.fc1(x))                                          # (B, H, W, ratio * C)
+        x = self.fc1(x).permute(0, 3, 1, 2)                                 # (B, ratio * C, H, W)
+        x = self.conv(x).permute(0, 2, 3, 1)                                # (B, H, W, ratio * C)
         return self.fc2(F.gelu(x))
 
 
 def init_weights(module):
     """PVTv2's rule: linear weights N(0, 0.02) truncated, convolutions N(0, sqrt(2 / fan-out)).
 
-    Biases are 0, but dense convolutions (patch embeddings) keep PyTorch's default. With a bias of 0
-    padded pixels, which are 0, would become zero tokens, and every LayerNorm multiplies the
-    gradient of a zero token by 1 / sqrt(eps) = 1000. Norms stay as constructed.
+    Biases are 0, except in the patch embeddings, whose convolutions keep PyTorch's default: with
+    bias 0, padded pixels would become zero tokens, and the LayerNorm of a zero token multiplies
+    gradients by 1 / sqrt(eps) = 1000. Norms stay as constructed.
     Raises: TypeError for a module with parameters and no rule.
     """
     if isinstance(module, nn.Linear):
@@ -491,40 +386,32 @@ class ClusTR(nn.Module):
 
     Args:
         num_classes: width of the classifier; 0 for none.
-        drop_path_rate: stochastic depth of the last block, in [0, 1); rises linearly from 0.
-        depths, dims, heads: one number per stage, at least 1; heads divide dims.
-        ratios: one tuple of token reductions per stage; single-scale (Table 9) is
-            ((64,), (16,), (4,), (1,)).
+        drop_path_rate: stochastic depth of the last block; rates rise linearly from 0.
+        depths, dims, heads: blocks, channels and heads, one entry per stage.
+        ratios: one tuple of token reductions per stage; Table 9's single-scale models are
+            ((64,), (16,), (4,), (1,)) and ((16,), (4,), (1,), (1,)).
         neighbours: k of the densities.
         aggregation: "cluster", or "grid" or "knn" (Tables 7 and 8).
-    `channels` holds the widths of the four feature maps.
-    Raises: ValueError for values outside these.
+    Attributes: channels, the widths of the four feature maps.
+    Raises: ValueError for other values.
     """
 
     def __init__(
-        self,
-        *,
-        num_classes,
-        drop_path_rate,
-        depths,
-        dims,
-        heads,
-        ratios=RATIOS,
-        neighbours=5,
-        aggregation="cluster",
+        self, *, num_classes, drop_path_rate, depths, dims, heads,
+        ratios=RATIOS, neighbours=5, aggregation="cluster",
     ):
         super().__init__()
         check_arguments(num_classes, drop_path_rate, depths=depths, dims=dims, heads=heads)
         if len(ratios) != 4:
             raise ValueError(f"ratios = {ratios}, expected four tuples, one per stage")
         self.channels = tuple(dims)
-        self.embeds = nn.ModuleList([PatchEmbedding(3, dims[0], 7, 4)])
+        self.embeds = nn.ModuleList([PatchEmbedding(3, dims[0], kernel_size=7, stride=4)])
         for i in range(1, 4):
-            self.embeds.append(PatchEmbedding(dims[i - 1], dims[i], 3, 2))
+            self.embeds.append(PatchEmbedding(dims[i - 1], dims[i], kernel_size=3, stride=2))
 
         def block(i, rate):
-            shape = dims[i], heads[i], ratios[i], neighbours, aggregation, FFN_RATIOS[i]
-            return Block(*shape, drop_path=rate)
+            return Block(
+                dims[i], heads[i], ratios[i], neighbours, aggregation, FFN_RATIOS[i], rate)
 
         self.stages = build_stages(depths, drop_path_rate, block)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
@@ -532,17 +419,16 @@ class ClusTR(nn.Module):
         self.apply(init_weights)
 
     def forward_features(self, images):
-        """Feature maps of all stages, channels-last in memory.
+        """Feature maps of the four stages, channels-last in memory.
 
-        Args: images (B, 3, H, W), H and W at least 32.
-        Returns: four maps (B, C_i, ceil(H / s), ceil(W / s)) at strides s = 4, 8, 16, 32.
-        Raises: ValueError for images of another shape.
+        Args: images (B, 3, H, W), normalised.
+        Returns: four maps (B, C_i, ceil(H / s), ceil(W / s)) with s = 4, 8, 16, 32.
+        Raises: ValueError unless images are (B, 3, H, W) with both sides at least 32.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
             raise ValueError(
                 f"images of shape {tuple(images.shape)}, "
-                "expected (B, 3, H, W) with H and W at least 32"
-            )
+                "expected (B, 3, H, W) with H and W at least 32")
         x = images.contiguous(memory_format=torch.channels_last)
         x = x.permute(0, 2, 3, 1)                                           # (B, H, W, 3)
         maps = []
@@ -552,7 +438,7 @@ class ClusTR(nn.Module):
         return tuple(maps)
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, num_classes), without classifier pooled features (B, C_4)."""
+        """(B, 3, H, W) -> logits (B, num_classes); pooled features (B, C_4) if num_classes is 0."""
         pooled = self.forward_features(images)[-1].mean((2, 3))             # (B, C_4)
         return self.head(pooled)
 
@@ -577,6 +463,18 @@ def clustr_b(num_classes=1000, drop_path_rate=0.3, **overrides):
 
 
 # ------------------------------------------------ the main model ends here: ablations and relatives
+def check_attention(dim, heads, ratios, neighbours, aggregation):
+    """Raise ValueError for arguments that ClusteringGuidedAttention cannot have."""
+    if dim < 1 or heads < 1 or dim % heads:
+        raise ValueError(f"dim = {dim} does not split into {heads} heads")
+    if not ratios or min(ratios) < 1:
+        raise ValueError(f"ratios = {ratios}, expected one or more, all at least 1")
+    if neighbours < 1:
+        raise ValueError(f"neighbours = {neighbours}, expected at least 1")
+    if aggregation not in ("cluster", "grid", "knn"):
+        raise ValueError(f"aggregation = {aggregation!r}, expected 'cluster', 'grid' or 'knn'")
+
+
 class GridReduction(nn.Module):
     """Spatial reduction (Table 7; PVT): (B, H, W, C) -> (B, M, C).
 
@@ -614,6 +512,86 @@ def nearest_keys_attention(q, k, v, keep):
     return logits.softmax(-1) @ v
 
 
+# The distances of density_peaks, in chunks of rows: d_ij^2 = |x_i|^2 + |x_j|^2 - 2 x_i . x_j. The
+# first term is the same for all j, so minima over j are found in partial distances without it.
+GROUP = 32  # columns that `smallest` reduces to their minimum
+
+
+def partial_distances(rows, columns, column_norm):
+    """|x_j|^2 - 2 x_i . x_j: rows (B, R, C), columns (B, N, C), column_norm (B, N) -> (B, R, N)."""
+    return torch.baddbmm(column_norm[:, None], rows, columns.mT, alpha=-2)
+
+
+def squared_distances(partial, norm):
+    """Partial distances plus |x_i|^2. Rounding errors around 0 become 0, as for equal tokens."""
+    squared = partial + norm
+    rounding = 2 * torch.finfo(squared.dtype).eps * norm
+    return squared.masked_fill(squared < rounding, 0)
+
+
+def nearest_distances(x, norm, k, chunk):
+    """Squared distances to the k nearest tokens: x (B, N, C), norm (B, N) -> (B, N, k)."""
+    N = x.shape[1]
+    padding = -N % GROUP                        # whole groups for `smallest`
+    columns = F.pad(x, (0, 0, 0, padding))
+    column_norm = F.pad(norm, (0, padding), value=torch.inf)
+    nearest = []
+    for start in range(0, N, chunk):
+        stop = min(start + chunk, N)
+        partial = partial_distances(x[:, start:stop], columns, column_norm)
+        partial.diagonal(start, 1, 2).copy_(-norm[:, start:stop])           # d_ii is exactly 0
+        nearest.append(smallest(partial, k))                                # (B, R, k)
+    return squared_distances(torch.cat(nearest, 1), norm[..., None])
+
+
+def smallest(rows, k):
+    """The k smallest values of each row, in any order: (B, R, N) -> (B, R, k); GROUP divides N.
+
+    The same as rows.topk(k, largest=False), which is slow on long rows. The k smallest values lie
+    in the k groups with the smallest minima, so topk sees N / GROUP minima, then k groups.
+    """
+    groups = rows.unflatten(2, (GROUP, -1))                                 # (B, R, GROUP, N/GROUP)
+    minima = groups.amin(2)                                                 # (B, R, N/GROUP)
+    nearest = minima.topk(min(k, minima.shape[2]), largest=False, sorted=False).indices
+    nearest = nearest[:, :, None].expand(-1, -1, GROUP, -1)                 # (B, R, GROUP, k)
+    candidates = groups.gather(3, nearest).flatten(2)                       # (B, R, GROUP*k)
+    return candidates.topk(k, largest=False, sorted=False).values
+
+
+def gather_tokens(x, order):
+    """Tokens x (B, N, C) in the given order (B, N)."""
+    B, N, _ = x.shape
+    offset = N * torch.arange(B, device=x.device)[:, None]
+    rows = (order + offset).flatten()                                       # (B*N,)
+    return x.flatten(0, 1).index_select(0, rows).view_as(x)
+
+
+def nearest_before(x, norm, chunk):
+    """Distance to, and position of, the nearest of the tokens before each token (Eq. 2).
+
+    Tokens are sorted by falling density, so that chunks need no later columns, and only their
+    diagonal block needs a mask. The densest token, the first, gets its largest distance and its own
+    position. Args: x (B, N, C), norm (B, N). Returns: two tensors (B, N).
+    """
+    N = x.shape[1]
+    not_before = x.new_full((chunk, chunk), torch.inf).triu()
+    delta = []
+    position = []
+    for start in range(0, N, chunk):
+        stop = min(start + chunk, N)
+        size = stop - start
+        partial = partial_distances(x[:, start:stop], x[:, :stop], norm[:, :stop])
+        partial[:, :, start:] += not_before[:size, :size]
+        nearest = partial.min(2)                                            # on ties the first
+        delta.append(nearest.values)
+        position.append(nearest.indices)
+    delta = torch.cat(delta, 1)
+    position = torch.cat(position, 1)
+    delta[:, 0] = partial_distances(x[:, :1], x, norm).amax((1, 2))
+    position[:, 0] = 0
+    return squared_distances(delta, norm).sqrt(), position
+
+
 # --------------------------------------------------------------------------------- released weights
 # The authors released no weights of ClusTR; these are train_imagenet.py's.
 def read_weights(path):
@@ -635,9 +613,7 @@ def load_weights(factory, path):
     Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
     """
     state = read_weights(path)
-    head = state.get("head.weight")
-    num_classes = 0 if head is None else len(head)
-    model = factory(num_classes=num_classes)
+    model = factory(num_classes=len(state.get("head.weight", ())))
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -1,20 +1,21 @@
 """LinGlo: Rethinking Query-Key Pairwise Interactions in Vision Transformers
-Cheng Li, Yangxin Liu; arXiv 2207.00188v2
+Cheng Li, Yangxing Liu; arXiv 2207.00188v2
 
 Mechanism. Key-only attention has no queries: a learned vector scores the keys, and their
-softmax-weighted mean is one context per head, which gates the value of every token. The cost is
-linear in the number of tokens, so that every stage can attend to its whole map.
+softmax-weighted mean is one context per head, which gates the value of every token, at a cost
+linear in the number of tokens. The FFN encodes positions by parallel depth-wise convolutions with a
+skip connection (RP-CPE), which are folded into one convolution for deployment.
 
 Symbols.
-    paper               here
-    N, F = D            N = H * W tokens of C channels, B samples
-    heads (sec. 3.4)    heads, h in shapes; d = C / h is the width of a head
-    K, V                k, v (B, h, N, d)
-    W_saliency (Eq. 2)  saliency (h, d), one vector per head
-    A (Eq. 2)           attention_map (B, h, N)
-    G (Eq. 3)           global_context (B, h, 1, d)
-    U1, U2 (Eq. 4)      u1, u2
-    C, B (sec. 3.4)     dims, depths, one entry per stage
+    paper                 here
+    X (N x F), D, Y       x, N = H * W tokens of C channels, F = D = C; B samples; Y is returned
+    heads (sec. 3.4)      heads, h in shapes; d = C / h, the width of a head
+    K, V (sec. 3.1)       k, v (B, h, N, d)
+    W_saliency (Eq. 2)    saliency (h, d), one vector per head
+    A (Eq. 2)             attention_map (B, h, N)
+    G (Eq. 3)             global_context (B, h, 1, d)
+    U1, U2 (Eq. 4)        u1, u2
+    C, B (sec. 3.4)       dims, depths, one entry per stage; C and B in shapes are those above
 Inside a stage every map is channels-last, (B, H, W, C): linear layers, norms and convolutions
 share this layout.
 
@@ -22,29 +23,29 @@ Reading order. key_only_attention -> KeyOnlyAttention -> RPCPE -> FFN -> Block -
 follows the factories is not needed to understand the model.
 
 Differs from the text.
-- LinGlo-w/o-CH (Fig. 5, `hierarchical=False`) keeps the LayerNorms after stages 1 to 3, though
-  the resolution does not change there.
+- LinGlo-w/o-CH (Fig. 5, `hierarchical=False`) keeps the LayerNorms after stages 1 to 3, where the
+  resolution does not change.
 
 The text is ambiguous.
-- Sizes. Table 2's 3.4 and 13.1 M parameters contradict the paper's own dense models (Tables 3 and
-  4), its 25.4 M agrees with them, and no reading of the text gives all three. Here the text is
-  taken literally: 3.60, 13.73 and 25.14 M deployed, 3.81, 14.14 and 25.97 M in training.
+- Sizes. Tables 2 to 4 print the sizes of PVTv2-B0, -B1 and -B2. Table 2's 3.4 and 13.1 M contradict
+  the dense models of Tables 3 and 4, its 25.4 M agrees with them; no reading gives all three. Here
+  it is the text's model: 3.60, 13.73 and 25.14 M deployed, 3.81, 14.14 and 25.97 M in training.
 - Heads. Eq. 2 and 3 have one softmax over K of width D, sec. 3.4 has several heads. Here each head
   has its own saliency vector and softmax, scaled by 1 / sqrt(d).
-- RP-CPE. The text names four convolutions and a re-parameterisation method, whose branches have
-  BatchNorm. Here each branch has one in training, since without it the four would be one
-  convolution in training, too. Single branches (Table 6) have it as well.
+- RP-CPE. Sec. 3.2 folds branches as the Diverse Branch Block does, whose branches have BatchNorm.
+  Here each branch has one, the single branches of Table 6 too: without it the four would be one
+  convolution in training as well. The skip connection has none.
 - RP-CPE is "in" the FFN: here after the expansion and before the GELU, as in PVTv2.
 - LayerNorm is "added wherever spatial resolution is changed": here after each patch embedding and
-  after each stage. Blocks apply it before attention and FFN.
-- "Convolutional blocks with SE" (Table 5) are two 3x3 convolutions with BatchNorm and a gate.
+  after each stage. Sec. 3.3 does not say its place in a block: here before attention and FFN.
+- "Convolutional blocks with SE" (Table 5): here two 3x3 convolutions with BatchNorm and a gate.
 
 The text is silent.
 - K, V, U1 and U2 have biases. The classifier sees the mean of the last map.
-- Initial weights are PVTv2's, but the biases of patch embeddings are not 0, see `init_weights`.
-  Stochastic depth of 0.1 / 0.1 / 0.15 is our choice.
-- Without convolutions, sides that the patches do not divide are zero-padded, and the tables of
-  positions belong to 224 x 224 and are interpolated for other sizes.
+- Initial weights are PVTv2's but for the biases of patch embeddings, see `init_weights`.
+- Our choice: stochastic depth of 0.1 / 0.1 / 0.15 for b0 / b1 / b2. Without convolutions (Fig. 5),
+  sides that the patches do not divide are zero-padded, and position tables are made for 224 x 224
+  and interpolated for other sizes.
 """
 import argparse
 import colorsys
@@ -63,12 +64,12 @@ VARIANTS = {  # sec. 3.4
     "linglo_b2": dict(depths=(3, 5, 9, 3), dims=(64, 128, 320, 512), heads=(1, 2, 5, 8)),
 }
 FFN_RATIOS = (8, 8, 4, 4)  # sec. 3.4, expansion of the FFN in each stage
-DOWN_SAMPLING = ((7, 4), (3, 2), (3, 2), (3, 2))  # sec. 3.4, kernel size and stride
+DOWN_SAMPLING = ((7, 4), (3, 2), (3, 2), (3, 2))  # sec. 3.4, kernel size and stride per stage
 CPE = {  # Table 6: number of branches, skip connection
     "cpe": (1, False),
     "r": (1, True),
     "p": (4, False),
-    "rp": (4, True),
+    "rp": (4, True),  # sec. 3.4
 }
 
 
@@ -76,32 +77,30 @@ CPE = {  # Table 6: number of branches, skip connection
 def key_only_attention(k, v, saliency):
     """Gate every value with the global context (Eq. 2, Eq. 3 and the product in Eq. 4).
 
-    In the form of the equations this is
+    As in the equations, this is
         score = k @ saliency[..., None] / d ** 0.5              # (B, h, N, 1)
         attention_map = score.softmax(2)                        # (B, h, N, 1), Eq. 2
         global_context = (attention_map * k).sum(2, True)       # (B, h, 1, d), Eq. 3
         return global_context * v                               # (B, h, N, d), Eq. 4
-    Eq. 2 and 3 are dot-product attention whose only query is the saliency vector and whose values
-    are the keys, so that a fused kernel computes them without storing the attention map.
+    Eq. 2 and 3 are dot-product attention with one query, the saliency vector, and with the keys as
+    values, so that a fused kernel computes them without storing the attention map.
 
     Args:
         k: (B, h, N, d), keys.
         v: (B, h, N, d), values.
         saliency: (h, d), learned.
-    Returns: (B, h, N, d) in k's type. Time and memory are linear in N.
+    Returns: (B, h, N, d), G * V. Time and memory are linear in N.
     """
     query = saliency.to(k.dtype)[None, :, None]                         # (1, h, 1, d)
     query = query.expand(k.shape[0], -1, -1, -1)                        # (B, h, 1, d)
     global_context = F.scaled_dot_product_attention(query, k, k)        # (B, h, 1, d), Eq. 2, 3
-    return global_context * v                                           # (B, h, N, d)
+    return global_context * v                                           # (B, h, N, d), Eq. 4
 
 
 def attention_map(k, saliency):
     """Weight of each key in its head's context (Eq. 2), for visualisation only.
 
-    Args:
-        k: (B, h, N, d), keys.
-        saliency: (h, d), learned.
+    Args: k (B, h, N, d), keys; saliency (h, d).
     Returns: (B, h, N), which sums to 1 over the tokens.
     """
     score = k @ saliency[..., None] * k.shape[-1] ** -0.5               # (B, h, N, 1)
@@ -145,9 +144,7 @@ class PatchEmbedding(nn.Module):
 class KeyOnlyAttention(nn.Module):
     """Key-only attention with its projections (Fig. 1, Eq. 4): (B, H, W, C) -> the same.
 
-    Args:
-        dim: C.
-        heads: h, which divides `dim`.
+    Args: dim, heads, which are C and h.
     Raises: ValueError for heads that do not divide `dim`.
     """
 
@@ -171,15 +168,15 @@ class KeyOnlyAttention(nn.Module):
         k = self.k(x)                                                   # (B, H, W, C)
         v = self.v(x)
         gated = key_only_attention(self.split_heads(k), self.split_heads(v), self.saliency)
-        gated = gated.transpose(1, 2).reshape(x.shape)                  # (B, H, W, C), G * V
+        gated = gated.transpose(1, 2).reshape(x.shape)                  # (B, H, W, C)
         return self.u2(self.u1(gated) + k)                              # Eq. 4
 
 
 class RPCPE(nn.Module):
-    """Residual parallel conditional position encoding (sec. 3.2): (B, H, W, C) -> the same.
+    """Residual parallel conditional positional encoding (sec. 3.2, Fig. 2b).
 
-    Parallel 3x3 depth-wise convolutions, each with BatchNorm, plus the input if `skip`. After
-    `reparameterize` it is one convolution with bias.
+    (B, H, W, C) -> the same: the sum of parallel 3x3 depth-wise convolutions, each with BatchNorm,
+    plus the input if `skip`. After `reparameterize` it is one convolution with bias.
     """
 
     def __init__(self, dim, branches, skip):
@@ -199,7 +196,7 @@ class RPCPE(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self):
-        """Fold branches, running statistics and skip connection; no-op if already folded."""
+        """Fold branches, BatchNorm and skip connection into one convolution; idempotent."""
         if isinstance(self.branches[0], nn.Conv2d):
             return
         weight = 0
@@ -212,8 +209,7 @@ class RPCPE(nn.Module):
             weight[:, :, 1, 1] += 1     # the identity as a kernel
         trainable = self.branches[0][0].weight.requires_grad
         dim = len(weight)
-        folded = nn.utils.skip_init(
-            nn.Conv2d, dim, dim, 3, padding=1, groups=dim, device=weight.device)
+        folded = nn.utils.skip_init(nn.Conv2d, dim, dim, 3, padding=1, groups=dim)
         folded.weight = nn.Parameter(weight, trainable)
         folded.bias = nn.Parameter(bias, trainable)
         self.branches = nn.ModuleList([folded]).train(self.training)
@@ -221,12 +217,9 @@ class RPCPE(nn.Module):
 
 
 class FFN(nn.Module):
-    """Linear, position encoding, GELU, linear: (B, H, W, C) -> the same.
+    """Linear, positional encoding, GELU, linear: (B, H, W, C) -> the same.
 
-    Args:
-        dim: C.
-        ratio: expansion of the hidden layer.
-        cpe: a key of CPE, or None for no position encoding.
+    Args: dim, C; ratio, expansion of the hidden layer; cpe, a key of CPE, or None for no encoding.
     """
 
     def __init__(self, dim, ratio, cpe):
@@ -244,8 +237,8 @@ def init_weights(module):
     """PVTv2's rule: linear weights N(0, 0.02) truncated, convolutions N(0, sqrt(2 / fan-out)).
 
     Saliency and position tables are N(0, 0.02) truncated. Biases are 0, except in the patch
-    embeddings, whose convolutions keep PyTorch's default: with bias 0, black or padded pixels
-    would be zero tokens, and a LayerNorm of those multiplies gradients by 1 / sqrt(eps) = 1000.
+    embeddings, whose convolutions keep PyTorch's default: with bias 0, padded pixels would become
+    zero tokens, and the LayerNorm of a zero token multiplies gradients by 1 / sqrt(eps) = 1000.
     Norms stay as constructed.
     Raises: TypeError for a module with parameters and no rule.
     """
@@ -266,7 +259,7 @@ def init_weights(module):
 
 # -------------------------------------------------------------------------------------------- block
 class Block(nn.Module):
-    """Attention and FFN, each with LayerNorm before and a shortcut (Fig. 3b).
+    """Attention and FFN, each with LayerNorm and a skip connection (Fig. 3b).
 
     (B, H, W, C) -> the same. `attention` is "key-only" or "dot", `cpe` as in FFN.
     """
@@ -315,7 +308,7 @@ def build_stages(depths, drop_path_rate, block):
 
 
 def overlapping_embeddings(dims):
-    """Patch embedding of each stage, in a Sequential as in `separate_embeddings`."""
+    """Patch embedding of each stage, in a Sequential as in `non_overlapping_embeddings`."""
     embeds = nn.ModuleList()
     in_dim = 3
     for dim, (kernel_size, stride) in zip(dims, DOWN_SAMPLING):
@@ -334,35 +327,22 @@ class LinGlo(nn.Module):
         attention: "key-only", or "dot" for dot-product attention (Fig. 4).
         layout: one letter per stage, H for hybrid blocks, C for convolution blocks (Table 5).
         cpe: "rp", "r", "p" or "cpe", see CPE (Table 6).
-        convolutions: False for patches without overlap, tables of positions and no RP-CPE
+        convolutions: False for non-overlapping patches, position tables and no RP-CPE
             (LinGlo-w/o-C of Fig. 5).
         hierarchical: False for 16 x 16 patches and no other down-sampling, so that all strides
-            are 16 (LinGlo-w/o-CH of Fig. 5, with dims=(150,) * 4 and heads=(3,) * 4).
-    Attributes: channels, the widths of the four maps.
-    Raises: ValueError for other values, for different `dims` or convolutions without hierarchy.
+            are 16 (LinGlo-w/o-CH of Fig. 5, with dims=(150,) * 4 and heads=(3,) * 4). It needs
+            convolutions=False and equal dims.
+    Attributes: channels, the widths of the four feature maps.
+    Raises: ValueError for other values.
     """
 
     def __init__(
-        self,
-        *,
-        num_classes,
-        drop_path_rate,
-        depths,
-        dims,
-        heads,
-        attention="key-only",
-        layout="HHHH",
-        cpe="rp",
-        convolutions=True,
-        hierarchical=True,
+        self, *, num_classes, drop_path_rate, depths, dims, heads,
+        attention="key-only", layout="HHHH", cpe="rp", convolutions=True, hierarchical=True,
     ):
         super().__init__()
         check_arguments(num_classes, drop_path_rate, depths=depths, dims=dims, heads=heads)
-        check_ablations(attention, layout, cpe)
-        if not hierarchical and (convolutions or len(set(dims)) > 1):
-            raise ValueError(
-                "hierarchical=False needs convolutions=False and equal dims, "
-                f"not {convolutions} and {dims}")
+        check_ablations(attention, layout, cpe, convolutions, hierarchical, dims)
 
         def block(stage, rate):
             dim = dims[stage]
@@ -375,7 +355,7 @@ class LinGlo(nn.Module):
         if convolutions:
             self.embeds = overlapping_embeddings(dims)
         else:
-            self.embeds = separate_embeddings(dims, hierarchical)
+            self.embeds = non_overlapping_embeddings(dims, hierarchical)
         self.stages = build_stages(depths, drop_path_rate, block)
         self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
         self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
@@ -394,23 +374,23 @@ class LinGlo(nn.Module):
                 f"images of shape {tuple(images.shape)}, "
                 "expected (B, 3, H, W) with H and W at least 32")
         x = images.contiguous(memory_format=torch.channels_last)
-        x = x.permute(0, 2, 3, 1)                                       # (B, H, W, 3), a view
+        x = x.permute(0, 2, 3, 1)                                       # (B, H, W, 3)
         maps = []
         for embed, stage, norm in zip(self.embeds, self.stages, self.norms):
-            x = norm(stage(embed(x)))                                   # (B, H / s, W / s, C_i)
-            maps.append(x.permute(0, 3, 1, 2))                          # (B, C_i, H / s, W / s)
+            x = norm(stage(embed(x)))                                   # (B, H/s, W/s, C_i)
+            maps.append(x.permute(0, 3, 1, 2))
         return tuple(maps)
 
     def forward(self, images):
-        """(B, 3, H, W) -> logits (B, num_classes), or pooled features (B, C) without classes.
+        """(B, 3, H, W) -> logits (B, num_classes); pooled features (B, C_4) if num_classes is 0.
 
         In train mode BatchNorm needs more than one value per channel: B > 1 at 32 x 32.
         """
-        last = self.forward_features(images)[-1]
-        return self.head(last.mean((2, 3)))
+        pooled = self.forward_features(images)[-1].mean((2, 3))         # (B, C_4)
+        return self.head(pooled)
 
     def reparameterize(self):
-        """Fold every RP-CPE into one convolution, in place, and return the model.
+        """Fold every RP-CPE into one convolution, in place, and return the model (sec. 3.2).
 
         Outputs in eval mode stay the same. Parameters are replaced: call it before creating an
         optimizer, EMA or DistributedDataParallel.
@@ -441,14 +421,18 @@ def linglo_b2(num_classes=1000, drop_path_rate=0.15, **overrides):
 
 
 # ------------------------------------------------ the main model ends here: ablations and relatives
-def check_ablations(attention, layout, cpe):
-    """Raise ValueError for values that no row of the paper's tables has."""
+def check_ablations(attention, layout, cpe, convolutions, hierarchical, dims):
+    """Raise ValueError for values that LinGlo does not document."""
     if attention not in ("key-only", "dot"):
         raise ValueError(f"attention = {attention!r}, expected 'key-only' or 'dot'")
     if len(layout) != 4 or set(layout) - set("HC"):
         raise ValueError(f"layout = {layout!r}, expected four letters H or C")
     if cpe not in CPE:
         raise ValueError(f"cpe = {cpe!r}, expected one of {', '.join(CPE)}")
+    if not hierarchical and (convolutions or len(set(dims)) > 1):
+        raise ValueError(
+            "hierarchical=False needs convolutions=False and equal dims, "
+            f"not {convolutions} and {dims}")
 
 
 class DotProductAttention(nn.Module):
@@ -476,7 +460,7 @@ class DotProductAttention(nn.Module):
 class ConvBlock(nn.Module):
     """Convolution block with squeeze-and-excitation (Table 5): (B, H, W, C) -> the same.
 
-    Two 3x3 convolutions with BatchNorm, a gate per channel and a shortcut.
+    Two 3x3 convolutions with BatchNorm, a gate per channel and a skip connection.
     """
 
     def __init__(self, dim, drop_path):
@@ -503,7 +487,7 @@ class ConvBlock(nn.Module):
 
 
 class SeparatePatches(nn.Module):
-    """Patches without overlap: a convolution of kernel size = stride, and LayerNorm (Fig. 5).
+    """Non-overlapping patches: a convolution of kernel size = stride, and LayerNorm (Fig. 5).
 
     (B, H, W, C), zero-padded right and bottom -> (B, ceil(H / size), ceil(W / size), C').
     """
@@ -522,7 +506,7 @@ class SeparatePatches(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """Adds a learned vector per position (PVT; Fig. 5): (B, H, W, C) -> the same.
+    """Adds a learned vector per position (Fig. 5, as in PVT): (B, H, W, C) -> the same.
 
     The table is side x side and bilinearly interpolated for other maps.
     """
@@ -536,8 +520,8 @@ class PositionTable(nn.Module):
         return x + table.permute(0, 2, 3, 1)                            # (1, H, W, C)
 
 
-def separate_embeddings(dims, hierarchical):
-    """Patch embedding and position table of each stage for Fig. 5; tables are for 224 x 224."""
+def non_overlapping_embeddings(dims, hierarchical):
+    """Patch embedding and position table of each stage (Fig. 5); tables are for 224 x 224."""
     if not hierarchical:
         first = nn.Sequential(SeparatePatches(3, dims[0], 16), PositionTable(dims[0], 14))
         return nn.ModuleList([first, nn.Sequential(), nn.Sequential(), nn.Sequential()])
@@ -553,6 +537,7 @@ def separate_embeddings(dims, hierarchical):
 
 
 # --------------------------------------------------------------------------------- released weights
+# The authors released no weights of LinGlo; these are train_imagenet.py's.
 def read_weights(path):
     """State dict in a file: a train_imagenet.py checkpoint or a bare one.
 
@@ -634,10 +619,7 @@ def saliency_panel(weights, image):
 
 @torch.no_grad()
 def draw_saliency(model, image):
-    """The image beside the attention maps (Eq. 2) of the last block of each stage.
-
-    Stages without key-only attention have no panel. Red keys weigh most in their head's context.
-    """
+    """The image beside the attention maps (Eq. 2) of each stage's last block, red for large A."""
     attns = {}
     for i, stage in enumerate(model.stages):
         attn = getattr(stage[-1], "attn", None)
