@@ -466,6 +466,19 @@ class FPN(nn.Module):
         return outputs
 
 
+def read_annotated_image(path, width, height):
+    """An image file as RGB, turned by its EXIF orientation if its annotations' size needs that.
+
+    Raises: InputError if it has another size, which its boxes and points then do not fit.
+    """
+    for upright in (False, True):
+        image = read_image(path, upright)
+        if image.size == (width, height):
+            return image
+    raise InputError(f"{path} is {image.width} x {image.height}, its annotations are for "
+                     f"{width} x {height}")
+
+
 def fit_size(size, longer, shorter):
     """The size (W, H) scaled to fit into longer x shorter pixels, in either orientation."""
     scale = min(longer / max(size), shorter / min(size))
@@ -512,7 +525,7 @@ class Ade20k:
     """Images and label maps of folder/images/SPLIT and folder/annotations/SPLIT, sorted by name.
 
     The label PNGs hold 1 to K for the classes and 0 for ignored pixels. split: "train" or "val".
-    Raises: InputError for a missing folder or file, or more classes than 8 bits hold.
+    Raises: InputError for a missing folder or file, more classes than 8 bits hold, no labels.
     """
 
     def __init__(self, folder, split):
@@ -531,6 +544,10 @@ class Ade20k:
             count = f"{len(missing)} of {len(self.files)} are missing"
             raise InputError(f"{self.label_folder} lacks the label map of {missing[0]}; {count}")
         self.classes = read_class_names(Path(folder))
+        label_maps = (self.read_labels(self.label_path(file)) for file in self.files)
+        if all((labels == IGNORED).all() for labels in label_maps):  # mostly stops at the first
+            raise InputError(f"{self.label_folder} has no pixel of any class; 0 and 255 are "
+                             "ignored")
 
     def __len__(self):
         return len(self.files)
@@ -937,17 +954,16 @@ class Coco:
     def read(self, index):
         """RGB image, boxes (G, 4), labels (G,) and, with masks, these (G, H, W) bool."""
         entry = self.entries[index]
-        image = read_image(self.name(index))
+        size = entry["image"]["width"], entry["image"]["height"]
+        image = read_annotated_image(self.name(index), *size)
         boxes = np.array(entry["boxes"], float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         sample = image, boxes.astype(np.float32), np.array(entry["labels"], np.int64)
-        return (*sample, self.read_masks(entry, image.size)) if self.masks else sample
+        return (*sample, self.read_masks(entry, *size)) if self.masks else sample
 
-    def read_masks(self, entry, size):
-        W, H = size                                             # the annotation file may differ
-        image = entry["image"] | {"height": H, "width": W}
+    def read_masks(self, entry, W, H):
         try:
-            runs = [segmentation_runs(annotation, image) for annotation in entry["objects"]]
+            runs = [segmentation_runs(a, entry["image"]) for a in entry["objects"]]
         except ValueError as error:
             raise InputError(f"{self.path}: {error}") from None
         masks = [rle_decode({"size": (H, W), "counts": counts}) for counts in runs]
@@ -1396,6 +1412,23 @@ def match_objects(source, index, detections, kind):
         raise InputError(f"{source.path}: {error}") from None
 
 
+def match_results(source, path, kinds):
+    """`match_image` of each image's results in a COCO results file: a list, one for each kind."""
+    fields = ["segmentation" if kind == "segm" else kind for kind in kinds]
+    results = {entry["image"]["id"]: [] for entry in source.entries}
+    for result in read_results(path, results.keys(), source.categories, fields):
+        results[result["image_id"]].append(result)
+    records = []
+    for entry in source.entries:
+        image = entry["image"]
+        pair = source.annotations[image["id"]], results[image["id"]]
+        try:
+            records.append([match_image(image, *pair, kind) for kind in kinds])
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from None
+    return records
+
+
 class Detection(DenseTask):
     """RetinaNet on COCO's layout."""
 
@@ -1451,18 +1484,9 @@ class Detection(DenseTask):
         return accumulate(records, "bbox", source.categories)
 
     def score_results(self, source, path):
-        """Metrics of a COCO results file, of its masks if it holds any, otherwise of its boxes."""
-        images = [entry["image"] for entry in source.entries]
-        results = read_results(path, {image["id"] for image in images}, set(source.categories))
-        kind = "segm" if any("segmentation" in result for result in results) else "bbox"
-        annotations = []
-        for image_annotations in source.annotations.values():
-            annotations += image_annotations
-        try:
-            return evaluate_coco(images, annotations, results, kind, source.categories)
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__} {error}"
-            raise InputError(f"{path}, scored as {kind}: {reason}") from None
+        """Metrics of the boxes of a COCO results file."""
+        records = [match for match, in match_results(source, path, ["bbox"])]
+        return {"kind": "bbox"} | self.summarize(source, records)
 
 # --------------------------------------------------------------------------------------- Mask R-CNN
 # Instance segmentation: Mask R-CNN (arXiv 1703.06870) and Cascade Mask R-CNN (arXiv 1712.00726)
@@ -2014,7 +2038,6 @@ class InstanceSegmentation(DenseTask):
     sampler = Detection.sampler
     augment = Detection.augment
     overlay = Detection.overlay
-    score_results = Detection.score_results
 
     def open_split(self, folder, split):
         return Coco(folder, split, masks=True)
@@ -2059,6 +2082,10 @@ class InstanceSegmentation(DenseTask):
         metrics = {f"box_{name}": value for name, value in box_metrics.items()}
         metrics |= {f"mask_{name}": value for name, value in mask_metrics.items()}
         return metrics
+
+    def score_results(self, source, path):
+        """Metrics of the boxes and of the masks of a COCO results file."""
+        return self.summarize(source, match_results(source, path, ["bbox", "segm"]))
 
 # --------------------------------------------------------------------------------------------- pose
 # Keypoints of persons, top-down: a detector gives boxes, and the network sees one crop per person.
@@ -2159,6 +2186,8 @@ class Persons:
         self.ids = sorted(images) if self.split == "val" else []
         files = [os.fsencode(images[i]["file_name"]) for i in self.ids or image_ids]
         self.files = np.array(files)                            # (samples,)
+        sizes = [(images[i]["width"], images[i]["height"]) for i in self.ids or image_ids]
+        self.sizes = np.array(sizes)                            # (samples, 2)
 
     def __len__(self):
         return len(self.files)
@@ -2171,7 +2200,8 @@ class Persons:
         persons = slice(index, index + 1)
         if self.split == "val":
             persons = self.image_ids == self.ids[index]
-        return read_image(self.name(index)), self.boxes[persons], self.points[persons]
+        image = read_annotated_image(self.name(index), *self.sizes[index].tolist())
+        return image, self.boxes[persons], self.points[persons]
 
 
 def annotated_persons(persons, images, keypoints, path):
@@ -2559,11 +2589,11 @@ class Pose(DenseTask):
         return self.summarize(source, records)
 
 # --------------------------------------------------------------------- COCO's files, masks, metrics
-# Annotation and results files, checked on reading; run-length masks and polygons; average precision
-# and recall of boxes, masks and keypoints. Every rule and tie is as in pycocotools 2.0.11, except
-# for one bug: there an object whose id is 0 never counts as matched. Here it does, as it does in
-# xtcocotools. Letters: D detections, G objects (annotations), A area ranges, T thresholds of IoU,
-# R recalls, K categories, P points.
+# Annotation and results files, checked when read; run-length masks and polygons; average precision
+# and recall of boxes, masks and keypoints. Rules and ties are those of pycocotools 2.0.11, with one
+# exception: there an object with id 0 never counts as matched; here it does, as in xtcocotools.
+# Letters: D detections (dt), G objects (gt, the annotations), A area ranges, T thresholds of IoU,
+# R recalls, E edges, P points.
 
 MAX_SIDE = 65535  # pixels; a larger side is a mistake in the file
 
@@ -2573,56 +2603,46 @@ def is_integer(value):
 
 
 def is_side(value):
-    return type(value) is int and 1 <= value <= MAX_SIDE
-
-
-def is_flag(value):
-    return value in (0, 1)
+    return is_integer(value) and 1 <= value <= MAX_SIDE
 
 
 def is_finite(value):
-    """Whether a value of a file is a number that float64 can hold."""
+    """Whether a value is a number that float64 can hold."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def is_box(value):
-    """Whether a value of a file is a list of four finite numbers."""
     return isinstance(value, list) and len(value) == 4 and all(map(is_finite, value))
 
 
 def is_text(value):
-    """Whether a value of a file is a string without lone surrogates, which UTF-8 cannot encode."""
+    """Whether a value is a string that UTF-8 can encode: one without lone surrogates."""
     return isinstance(value, str) and not re.search(r"[\ud800-\udfff]", value)
 
 
 def is_inner_path(value):
-    """Whether a value of a file is a path that stays inside the folder it starts from."""
+    """Whether a value is a path that stays inside the folder it starts from."""
     if not is_text(value) or "\0" in value or os.path.isabs(value):
         return False
     return os.path.normpath(value).split(os.sep)[0] not in (".", "..")
 
 
-CHECKED_FIELDS = {
-    "image": ("id", "width", "height", "file_name"),
-    "category": ("id", "name"),
-    "annotation": ("id", "image_id", "category_id", "bbox", "area", "iscrowd"),
-    "result": ("image_id", "category_id", "score", "bbox"),
+# Rules of fields: (test of the value, what a message says is expected).
+WHOLE = (is_integer, "a whole number")
+SIDE = (is_side, f"a whole number from 1 to {MAX_SIDE}")
+ZERO_ONE = (lambda value: value in (0, 1), "0 or 1")
+REAL = (is_finite, "a finite number")
+BOX = (is_box, "x, y, width, height, all finite numbers")
+NAME = (is_text, "a name")
+PATH = (is_inner_path, "a path inside the image folder")
+IDS = {"image_id": WHOLE, "category_id": WHOLE}
+RULES = {  # type of entry: {field: rule}
+    "image": {"id": WHOLE, "width": SIDE, "height": SIDE, "file_name": PATH},
+    "category": {"id": WHOLE, "name": NAME},
+    "annotation": {"id": WHOLE, **IDS, "bbox": BOX, "area": REAL, "iscrowd": ZERO_ONE},
+    "result": {**IDS, "score": REAL, "bbox": BOX},
 }
-RULES = {  # field: (test of its value, what a message says is expected)
-    "id": (is_integer, "a whole number"),
-    "image_id": (is_integer, "a whole number"),
-    "category_id": (is_integer, "a whole number"),
-    "width": (is_side, f"a whole number from 1 to {MAX_SIDE}"),
-    "height": (is_side, f"a whole number from 1 to {MAX_SIDE}"),
-    "iscrowd": (is_flag, "0 or 1"),
-    "bbox": (is_box, "x, y, width, height, all finite numbers"),
-    "area": (is_finite, "a finite number"),
-    "score": (is_finite, "a finite number"),
-    "name": (is_text, "a name"),
-    "file_name": (is_inner_path, "a path inside the image folder"),
-}
-OPTIONAL_FIELDS = {("annotation", "id"), ("annotation", "iscrowd"), ("result", "bbox")}
-INTEGER_FIELDS = {"id", "image_id", "category_id", "width", "height", "iscrowd"}
+OPTIONAL_FIELDS = (("annotation", "id"), ("annotation", "iscrowd"), ("result", "bbox"))
 
 
 def to_integer(value):
@@ -2634,66 +2654,62 @@ def to_integer(value):
     return value
 
 
-def entry_error(path, kind, index, entry, problem):
+def entry_error(path, entry_type, index, entry, problem):
     """InputError that names the file and the entry by its id, a result by its image's."""
-    name = f"{kind} {entry.get('id')!r:.60}"
-    if kind == "result":
+    name = f"{entry_type} {entry.get('id')!r:.60}"
+    if entry_type == "result":
         name = f"result {index}, image {entry.get('image_id')!r:.60}"
     elif entry.get("id") is None:
-        name = f"{kind} without id at index {index}"
+        name = f"{entry_type} without id at index {index}"
     return InputError(f"{path}: {name}: {problem}")
 
 
-def check_entries(path, kind, entries, known_ids):
-    """Check dicts of a COCO file by RULES and turn whole numbers that are no ints into ints.
+def check_entries(path, entry_type, entries, known_ids):
+    """Check the dicts of one list of a COCO file; whole numbers like "12" or 12.0 become ints.
 
-    kind: a key of CHECKED_FIELDS. known_ids: {field: set of the ids that it may hold}.
-    Raises: InputError that names file, entry, field and value.
+    known_ids: {field: the ids it may hold}. Raises: InputError that names file, entry and field.
     """
     taken = set()
     for index, entry in enumerate(entries):
-        for field in CHECKED_FIELDS[kind]:
+        for field, rule in RULES[entry_type].items():
             value = entry.get(field)
-            if value is None and (kind, field) in OPTIONAL_FIELDS:
+            if value is None and (entry_type, field) in OPTIONAL_FIELDS:
                 continue
-            if field in INTEGER_FIELDS:
+            if rule in (WHOLE, SIDE, ZERO_ONE):
                 value = to_integer(value)
-            entry[field] = value
-            is_valid, expected = RULES[field]
+                entry[field] = value
+            is_valid, expected = rule
             problem = None
             if not is_valid(value):
                 problem = f"{field} {value!r:.60}, expected {expected}"
             elif field in known_ids and value not in known_ids[field]:
                 problem = f"unknown {field.replace('_', ' ')} {value}"
             elif field == "id" and value in taken:
-                problem = f"another {kind} has the same id"
+                problem = f"another {entry_type} has the same id"
             if problem:
-                raise entry_error(path, kind, index, entry, problem)
+                raise entry_error(path, entry_type, index, entry, problem)
             if field == "id":
                 taken.add(value)
 
 
 @contextmanager
-def reading(path, what):
-    """Turn whatever goes wrong while a file is read into an InputError that names the file."""
+def reading(path, file_type):
+    """Turn any error while a file is read and checked into an InputError that names the file."""
     try:
         yield
-    except InputError:
+    except InputError:                                      # which is a ValueError, too
         raise
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except RecursionError:
-        raise InputError(f"{path} is no {what}: it is nested too deeply") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        words = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path} is no {what} ({words})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{path} is no {file_type} ({reason})") from None
 
 
 def read_annotations(path):
     """A COCO annotation file, checked: a dict with lists of images, categories and annotations.
 
-    Ids are ints, even where the file has them in quotes; a missing iscrowd becomes 0.
-    Raises: InputError that names the file and the id of the offending entry.
+    A missing iscrowd becomes 0. Raises: InputError that names the file and the wrong entry's id.
     """
     with reading(path, "COCO annotation file"):
         data = json.loads(Path(path).read_bytes())
@@ -2710,29 +2726,28 @@ def read_annotations(path):
     return data
 
 
-def read_results(path, image_ids=None, category_ids=None):
+def read_results(path, image_ids=None, category_ids=None, fields=()):
     """A COCO results file, checked: a list of dicts with image_id, category_id and score.
 
-    image_ids, category_ids: sets that the results' ids must be in, if given.
-    Raises: InputError that names the file and the image id of the offending result.
+    image_ids, category_ids: sets that the results' ids must be in, if given. fields: what else
+    each result must have. Raises: InputError that names the file and the wrong result's image.
     """
-    what = "COCO results file"
     known_ids = {"image_id": image_ids, "category_id": category_ids}
     known_ids = {field: ids for field, ids in known_ids.items() if ids is not None}
-    with reading(path, what):
+    with reading(path, "COCO results file"):
         results = json.loads(Path(path).read_bytes())
         if not isinstance(results, list):
-            raise InputError(f"{path} is no {what}: expected a list of results")
+            raise ValueError("expected a list of results")
         check_entries(path, "result", results, known_ids)
         for index, result in enumerate(results):
-            if all(result.get(key) is None for key in ("bbox", "segmentation", "keypoints")):
-                problem = "expected a bbox, segmentation or keypoints"
-                raise entry_error(path, "result", index, result, problem)
+            for field in fields:
+                if result.get(field) is None:
+                    raise entry_error(path, "result", index, result, f"expected a {field}")
     return results
 
 
-# Run-length masks: pixels are scanned down each column, columns from left to right. Runs of unset
-# and set pixels alternate, unset ones first.
+# Run-length masks (RLE): pixels are scanned down each column, columns from left to right. Runs of
+# unset and set pixels alternate, unset ones first.
 
 
 def mask_runs(mask):
@@ -2756,10 +2771,7 @@ def compress_runs(runs):
 
 
 def decompress_runs(text):
-    """COCO's string or bytes -> run lengths (n,).
-
-    Raises: ValueError for a character outside the 64 allowed ones or a truncated last value.
-    """
+    """COCO's string or bytes -> run lengths (n,). Raises: ValueError if malformed."""
     encoded = text.encode() if isinstance(text, str) else text
     codes = np.frombuffer(encoded, np.uint8).astype(np.int64) - 48
     if ((codes < 0) | (codes > 63)).any():
@@ -2797,13 +2809,10 @@ def rle_runs(rle):
 
 
 def rle_encode(mask):
-    """Boolean mask (H, W) -> dict(size=[H, W], counts=compressed string).
-
-    Raises: ValueError for any other array.
-    """
+    """Boolean mask (H, W) -> RLE dict, compressed. Raises: ValueError for any other array."""
     if mask.ndim != 2 or mask.dtype != bool:
         raise ValueError(f"expected a boolean mask (H, W), not {mask.dtype} {mask.shape}")
-    return dict(size=list(mask.shape), counts=compress_runs(mask_runs(mask)))
+    return {"size": list(mask.shape), "counts": compress_runs(mask_runs(mask))}
 
 
 def rle_decode(rle):
@@ -2817,25 +2826,25 @@ def rle_decode(rle):
 def polygon_outline(polygon):
     """Polygon (x, y, x, y, ...) in pixels -> points u, v, each (P,), of its closed outline.
 
-    The points lie on a grid 5 times finer, in ring order. Each edge steps along its longer axis;
-    the other coordinate is always rounded from the end that is lower on the longer axis.
+    They lie on a grid 5 times finer, edge after edge. An edge steps along its longer axis; the
+    other coordinate is always rounded from the end that is lower on the longer axis.
     """
-    points = np.trunc(5 * np.reshape(polygon, (-1, 2)) + 0.5).astype(np.int64)
-    edges = np.stack([points, np.roll(points, -1, 0)])      # (2, E, 2): both ends; edges; x and y
-    dx, dy = abs(edges[1] - edges[0]).T
-    upright = dx < dy                                       # (E,)
-    length = np.maximum(dx, dy)                             # (E,)
-    edges = np.where(upright[:, None], edges[..., ::-1], edges)  # last axis: longer, other
-    reverse = edges[0, :, 0] > edges[1, :, 0]
-    low, high = np.where(reverse[:, None], edges[::-1], edges)  # each (E, 2)
-    slope = (high - low)[:, 1] / np.maximum(length, 1)
-    edge = np.arange(len(points)).repeat(length + 1)        # (P,): each edge has both its ends
-    first = np.cumsum(length + 1) - length - 1
-    t = np.arange(len(edge)) - first[edge]
-    t = np.where(reverse[edge], length[edge] - t, t)
-    longer = low[edge, 0] + t
-    other = np.trunc(low[edge, 1] + slope[edge] * t + 0.5).astype(np.int64)
-    return np.where(upright[edge], (other, longer), (longer, other))
+    start = np.trunc(5 * np.reshape(polygon, (-1, 2)) + 0.5).astype(np.int64)   # (E, 2): x, y
+    end = np.roll(start, -1, 0)
+    upright = np.diff(abs(end - start)) > 0                 # (E, 1)
+    start = np.where(upright, start[:, ::-1], start)        # (E, 2): longer axis, other
+    end = np.where(upright, end[:, ::-1], end)
+    low = np.where(start[:, :1] < end[:, :1], start, end)
+    run, rise = (end - start).T                             # (E,) each, along longer and other axis
+    direction = np.sign(run)
+    points = abs(run) + 1                                   # of each edge, both ends included
+    slope = direction * rise / np.maximum(abs(run), 1)
+    edge = np.arange(len(start)).repeat(points)             # (P,)
+    step = np.arange(len(edge)) - (points.cumsum() - points)[edge]
+    longer = start[edge, 0] + direction[edge] * step
+    other = low[edge, 1] + slope[edge] * (longer - low[edge, 0])
+    other = np.trunc(other + 0.5).astype(np.int64)
+    return np.where(upright[edge, 0], (other, longer), (longer, other))
 
 
 def polygon_crossings(polygon, height, width):
@@ -2844,31 +2853,22 @@ def polygon_crossings(polygon, height, width):
     A position that occurs twice is no crossing.
     """
     u, v = polygon_outline(polygon)
-    step = np.flatnonzero(np.diff(u)) + 1
-    previous = step - 1
-    left = np.where(u[step] < u[previous], u[step], u[step] - 1)
-    top = np.minimum(v[step], v[previous])
+    left = np.minimum(u[:-1], u[1:])                        # of each step from point to point
+    top = np.minimum(v[:-1], v[1:])
     x = left // 5
     y = ((top + 2) // 5).clip(0, height)                    # (top + 0.5) / 5 - 0.5, rounded up
     at_centre = left % 5 == 2                               # of a pixel: its third fine column
-    return (x * height + y)[at_centre & (x >= 0) & (x < width)]
-
-
-def box_corners(box):
-    x, y, w, h = box
-    return x, y, x, y + h, x + w, y + h, x + w, y
+    return (x * height + y)[(u[:-1] != u[1:]) & at_centre & (x >= 0) & (x < width)]
 
 
 def polygons_to_mask(polygons, height, width):
     """COCO polygons, lists (x, y, x, y, ...) in pixels -> union of their areas (H, W) bool.
 
-    Exactly the mask of COCO's tools. If the first list holds four numbers, all are boxes
-    (x, y, w, h). Polygons of fewer than 3 points cover nothing.
-    Raises: ValueError for an odd length, a coordinate beyond 2 ** 20 or not finite, or boxes
-    among polygons.
+    If the first list has four numbers, all are boxes x, y, w, h. Fewer than 3 points cover nothing.
+    Raises: ValueError for an odd length, a coordinate beyond 2 ** 20, or boxes among polygons.
     """
     if polygons and len(polygons[0]) == 4:
-        polygons = [box_corners(box) for box in polygons]
+        polygons = [(x, y, x, y + h, x + w, y + h, x + w, y) for x, y, w, h in polygons]
     mask = np.zeros(height * width, bool)
     for polygon in polygons:
         if not (np.abs(polygon) <= 2 ** 20).all():          # False for NaN, too
@@ -2883,7 +2883,7 @@ def segmentation_runs(entry, image):
     """Run lengths (n,) of the segmentation, polygons or RLE, of an annotation or result.
 
     entry, image: COCO dicts. Raises: ValueError that names image and entry if the segmentation is
-    malformed or has another size.
+    malformed or has another size than the image.
     """
     size = [image["height"], image["width"]]
     try:
@@ -2894,31 +2894,27 @@ def segmentation_runs(entry, image):
             raise ValueError(f"RLE of size {segmentation['size']} in an image of size {size}")
         return rle_runs(segmentation)
     except (ValueError, KeyError, TypeError) as error:
-        name = "a result"
-        if entry.get("id") is not None:
-            name = f"annotation {entry['id']}"
-        words = f"{type(error).__name__} {error}"
-        raise ValueError(f"image {image['id']}, {name}: segmentation: {words}") from None
+        name = "a result" if entry.get("id") is None else f"annotation {entry['id']}"
+        reason = f"{type(error).__name__} {error}"
+        raise ValueError(f"image {image['id']}, {name}: segmentation: {reason}") from None
 
 
-# Metrics: match_image per image, on any process; accumulate over all images.
+# Metrics: match_image for each image, in any process, then accumulate over all images. The kind,
+# bbox, segm or keypoints, decides which AREAS have metrics of their own, and with how many of the
+# best detections per image and category recall is measured.
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)                     # (T,), IoU or OKS of a match
 RECALLS = np.linspace(0, 1, 101)                            # (R,)
 AT_50 = 0                                                   # index in THRESHOLDS
 AT_75 = 5
-AREA_RANGES = {  # pixels, both ends included
+AREA_RANGES = {  # of all, small, medium, large objects, in pixels, both ends included
     "": (0, 1e10),
     "s": (0, 32 ** 2),
     "m": (32 ** 2, 96 ** 2),
     "l": (96 ** 2, 1e10),
 }
-AREAS = {"bbox": "sml", "segm": "sml", "keypoints": "ml"}   # AREA_RANGES that have metrics
-MAX_DETECTIONS = {  # per image and category
-    "bbox": (1, 10, 100),
-    "segm": (1, 10, 100),
-    "keypoints": (20,),
-}
+AREAS = {"bbox": ("s", "m", "l"), "segm": ("s", "m", "l"), "keypoints": ("m", "l")}
+MAX_DETECTIONS = {"bbox": (1, 10, 100), "segm": (1, 10, 100), "keypoints": (20,)}
 
 
 def crowd_iou(intersection, dt_area, gt_area, crowd):
@@ -2934,14 +2930,12 @@ def crowd_iou(intersection, dt_area, gt_area, crowd):
 
 def box_overlaps(dt, gt, crowd):
     """IoU (D, G) of boxes (D, 4), (G, 4) given as x, y, w, h in pixels; crowd (G,) bool."""
-    dt_start = dt[:, :2]
-    dt_size = dt[:, 2:]
-    gt_start = gt[:, :2]
-    gt_size = gt[:, 2:]
-    top_left = np.maximum(dt_start[:, None], gt_start)      # (D, G, 2)
-    bottom_right = np.minimum((dt_start + dt_size)[:, None], gt_start + gt_size)
-    intersection = (bottom_right - top_left).clip(0).prod(-1)
-    return crowd_iou(intersection, dt_size.prod(-1), gt_size.prod(-1), crowd)
+    x, y, w, h = dt.T[..., None]                            # each (D, 1)
+    gt_x, gt_y, gt_w, gt_h = gt.T                           # each (G,)
+    width = np.minimum(x + w, gt_x + gt_w) - np.maximum(x, gt_x)
+    height = np.minimum(y + h, gt_y + gt_h) - np.maximum(y, gt_y)
+    intersection = width.clip(0) * height.clip(0)
+    return crowd_iou(intersection, (w * h)[:, 0], gt_w * gt_h, crowd)
 
 
 def runs_area(runs):
@@ -2974,22 +2968,20 @@ def oks(dt, gt, boxes, areas, sigmas):
     areas (G,) of the objects; sigmas (P,): each point's deviation relative to the object's size.
     Without a labelled point, distance counts from the box enlarged by its size on every side.
     """
-    result = np.zeros((len(dt), len(gt)))
+    similarity = np.zeros((len(dt), len(gt)))
     variances = (2 * np.asarray(sigmas)) ** 2
     detected = dt[..., :2]                                  # (D, P, 2)
     for j, (points, box, area) in enumerate(zip(gt, boxes, areas)):
         used = points[:, 2] > 0
-        if used.any():
-            offset = detected - points[:, :2]
-        else:
+        offset = detected - points[:, :2]
+        if not used.any():
+            used = ~used
             low = box[:2] - box[2:]
             high = box[:2] + 2 * box[2:]
             offset = np.maximum(low - detected, 0) + np.maximum(detected - high, 0)
-            used = ~used
-        distance = (offset ** 2).sum(-1)                    # (D, P), squared
-        e = distance / variances / (area + np.spacing(1)) / 2
-        result[:, j] = np.exp(-e[:, used]).mean(-1)
-    return result
+        e = (offset ** 2).sum(-1) / variances / (area + np.spacing(1)) / 2
+        similarity[:, j] = np.exp(-e[:, used]).mean(-1)
+    return similarity
 
 
 def stack_field(entries, field, *shape):
@@ -3010,10 +3002,10 @@ def overlaps(dt, gt, crowd, kind, image, sigmas):
         return mask_overlaps(dt_runs, gt_runs, crowd), dt_areas
     dt_points = stack_field(dt, "keypoints", len(sigmas), 3)
     gt_points = stack_field(gt, "keypoints", len(sigmas), 3)
-    extents = np.ptp(dt_points[..., :2], axis=1).prod(-1)
-    dt_areas = np.array([d.get("area", extent) for d, extent in zip(dt, extents)])
-    gt_areas = np.array([g["area"] for g in gt])
     gt_boxes = stack_field(gt, "bbox", 4)
+    gt_areas = stack_field(gt, "area")
+    extents = np.ptp(dt_points[..., :2], axis=1).prod(-1)   # (D,): if a result has no area
+    dt_areas = np.array([d.get("area", extent) for d, extent in zip(dt, extents)])
     return oks(dt_points, gt_points, gt_boxes, gt_areas, sigmas), dt_areas
 
 
@@ -3044,36 +3036,31 @@ def match_detections(iou, ignored, crowd, gt_area, dt_area, ranges):
     return outcome, (~excluded).sum(1)
 
 
-def match_category(image, annotations, results, kind, sigmas):
-    """Match results to annotations of one category: scores (D,), outcome, positives."""
-    results = sorted(results, key=lambda r: -r["score"])    # stable: equal scores stay in order
-    results = results[:MAX_DETECTIONS[kind][-1]]
-    crowd = np.array([a["iscrowd"] for a in annotations], bool)
-    ignored = crowd
-    if kind == "keypoints":
-        ignored = crowd | np.array([a["num_keypoints"] == 0 for a in annotations], bool)
-    iou, dt_area = overlaps(results, annotations, crowd, kind, image, sigmas)
-    gt_area = np.array([a["area"] for a in annotations])
-    ranges = [AREA_RANGES[name] for name in ("", *AREAS[kind])]
-    outcome, positives = match_detections(iou, ignored, crowd, gt_area, dt_area, ranges)
-    return np.array([r["score"] for r in results], float), outcome, positives
-
-
 def match_image(image, annotations, results, kind, sigmas=BODY_SIGMAS):
     """Match one image's results to its annotations, both lists of COCO dicts.
 
-    Args: kind: bbox, segm or keypoints; image: COCO dict (height and width are read for segm only).
-    A keypoint result may hold an `area` in pixels, else that of the box around its points counts.
+    image: COCO dict; its height and width are read for segm only. A keypoint result may hold an
+    `area` in pixels, else that of the box around its points counts.
     Returns: (image id, {category: (scores (D,), outcome, positives)}), see match_detections.
     Raises: ValueError for a score that is not finite or a malformed mask.
     """
     if not all(math.isfinite(r["score"]) for r in results):
         raise ValueError(f"a result in image {image['id']} has a score that is not finite")
+    ranges = [AREA_RANGES[name] for name in ("", *AREAS[kind])]
+    best_first = sorted(results, key=lambda r: -r["score"])     # equal scores stay in order
     matches = {}
     for category in {x["category_id"] for x in (*annotations, *results)}:
         gt = [a for a in annotations if a["category_id"] == category]
-        dt = [r for r in results if r["category_id"] == category]
-        matches[category] = match_category(image, gt, dt, kind, sigmas)
+        dt = [r for r in best_first if r["category_id"] == category]
+        dt = dt[:MAX_DETECTIONS[kind][-1]]
+        crowd = stack_field(gt, "iscrowd") > 0
+        ignored = crowd
+        if kind == "keypoints":
+            ignored = crowd | (stack_field(gt, "num_keypoints") == 0)
+        iou, dt_area = overlaps(dt, gt, crowd, kind, image, sigmas)
+        gt_area = stack_field(gt, "area")
+        outcome, positives = match_detections(iou, ignored, crowd, gt_area, dt_area, ranges)
+        matches[category] = stack_field(dt, "score"), outcome, positives
     return image["id"], matches
 
 
@@ -3123,10 +3110,9 @@ def accumulate(matches, kind, categories):
     names = AREAS[kind]
     limits = MAX_DETECTIONS[kind]
     categories = sorted(set(categories))
-    A = 1 + len(names)
-    precision = np.full((A, len(THRESHOLDS), len(RECALLS), len(categories)), -1.0)
-    recall = np.full((A, len(limits), len(THRESHOLDS), len(categories)), -1.0)
     images = [by_category for _, by_category in sorted(matches, key=lambda pair: pair[0])]
+    precision = np.full((1 + len(names), len(THRESHOLDS), len(RECALLS), len(categories)), -1.0)
+    recall = np.full((1 + len(names), len(limits), len(THRESHOLDS), len(categories)), -1.0)
     for k, category in enumerate(categories):
         of_category = [by_category[category] for by_category in images if category in by_category]
         if of_category:
@@ -3135,9 +3121,7 @@ def accumulate(matches, kind, categories):
     for a, name in enumerate(names, 1):
         cells[f"AP{name}"] = precision[a]
     if kind == "keypoints":
-        cells["AR"] = recall[0, -1]
-        cells["AR50"] = recall[0, -1, AT_50]
-        cells["AR75"] = recall[0, -1, AT_75]
+        cells |= {"AR": recall[0, 0], "AR50": recall[0, 0, AT_50], "AR75": recall[0, 0, AT_75]}
     else:
         for i, limit in enumerate(limits):
             cells[f"AR{limit}"] = recall[0, i]
@@ -3145,28 +3129,9 @@ def accumulate(matches, kind, categories):
         cells[f"AR{name}"] = recall[a, -1]
     return {name: mean_of_valid(values) for name, values in cells.items()}
 
-
-def evaluate_coco(images, annotations, results, kind, categories, sigmas=BODY_SIGMAS):
-    """COCO's metrics of `results` in one process, by match_image and accumulate.
-
-    images, annotations, results: lists of COCO dicts; those of other images or categories are
-    left out. Returns: {AP, AP50, ...: fraction, -1 without any object}.
-    """
-    gt = {image["id"]: [] for image in images}
-    dt = {image["id"]: [] for image in images}
-    for entries, by_image in ((annotations, gt), (results, dt)):
-        for entry in entries:
-            if entry["image_id"] in by_image:
-                by_image[entry["image_id"]].append(entry)
-    matches = []
-    for image in images:
-        image_id = image["id"]
-        matches.append(match_image(image, gt[image_id], dt[image_id], kind, sigmas))
-    return accumulate(matches, kind, categories)
-
 # ------------------------------------------------------------------------------------- drawn scenes
-# Shapes and people, written in the layouts of ADE20K and COCO, so that each task runs without data.
-# Points are complex numbers x + iy, y downwards; a factor exp(ia) turns them clockwise.
+# Random shapes and people in the layouts of ADE20K and COCO, so that each task runs without data.
+# Points are complex numbers x + iy, y downwards; a factor exp(ia) turns them clockwise by a.
 SHAPES = ("disc", "square", "triangle", "cross", "ring")
 SCENE_CLASSES = ("background", *SHAPES, "person")  # labels 1 to 7; label 0 is "other"
 SCENE_CATEGORIES = {"person": 1, "disc": 3, "square": 4, "triangle": 7, "cross": 9, "ring": 10}
@@ -3174,16 +3139,17 @@ SCENE_VERSION = 3  # scenes of another version are replaced
 
 
 def arc(count, centre, radius_x, radius_y, turns):
-    """`count` points of an ellipse from its left end on, over the top first if turns > 0."""
+    """`count` points on an ellipse: from its left end on, first over the top if turns > 0."""
     angle = np.pi + 2 * np.pi * np.linspace(0, turns, count)
     return centre + radius_x * np.cos(angle) + 1j * radius_y * np.sin(angle)
 
 
 DISC = arc(33, 0, 1, 1, 1)
-CROSS = np.outer((1, 1j, -1, -1j), (0.95 + 0.28j, 0.28 + 0.28j, 0.28 + 0.95j)).ravel()
-RING = np.append(DISC, DISC[::-1] / 2)  # one line around the ring and around its hole
-OUTLINES = dict(zip(SHAPES, (DISC, DISC[::8], arc(4, 0, 1, 1, 1), CROSS, RING)))
-FACE = np.concatenate([  # (68,), of radius 1, each line from the image's left
+OUTLINES = {  # of radius 1; the ring's goes around it, then back around its hole
+    "disc": DISC, "square": DISC[::8], "triangle": arc(4, 0, 1, 1, 1),
+    "cross": np.outer((1, 1j, -1, -1j), (0.95 + 0.28j, 0.28 + 0.28j, 0.28 + 0.95j)).ravel(),
+    "ring": np.append(DISC, DISC[::-1] / 2)}
+FACE = np.concatenate([  # the 68 points, of radius 1, each line from the image's left
     arc(17, 0, 1, 1, -0.5),                                                         # ear, chin, ear
     arc(5, -0.42 - 0.35j, 0.26, 0.12, 0.5), arc(5, 0.42 - 0.35j, 0.26, 0.12, 0.5),  # brows
     np.linspace(-0.1j, 0.3j, 4), arc(5, 0.35j, 0.17, 0.07, -0.5),                   # nose
@@ -3193,14 +3159,15 @@ FACE = np.concatenate([  # (68,), of radius 1, each line from the image's left
 
 def person_points(rng):
     """The 133 keypoints, of height 1, of a person who faces the viewer; 0 is between the hips."""
-    low, high = ((0.25, -0.9), (-0.05, -0.5)), ((2.4, 0.9), (0.5, 0.1))  # arm, leg; 0 is downwards
+    low = ((0.25, -0.9), (-0.05, -0.5))                             # arm, leg: angles of two bones
+    high = ((2.4, 0.9), (0.5, 0.1))                                 # 0 is downwards, > 0 outwards
     angles = rng.uniform(low, high, (2, 2, 2)).cumsum(2)            # sides, limbs, bones
     bones = 1j * np.exp(-1j * angles) * ((0.15,), (0.19,))
-    limbs = np.insert(bones, 0, (0.115 - 0.28j, 0.065), 2).cumsum(2).reshape(2, 6)
-    feet = limbs[:, 5:] + np.array((0.045 + 0.055j, 0.085 + 0.035j, -0.01 + 0.045j))
-    rays = 1j * np.exp(-1j * (angles[:, 0, 1:] + (1.15, 0.45, 0.05, -0.35, -0.75)))
-    fingers = rays[..., None] * (0.055, 0.08, 0.1, 0.12)            # (2, 5, 4)
-    hands = limbs[:, 2:3] + np.insert(fingers.reshape(2, 20), 0, 0, 1)
+    limbs = np.insert(bones, 0, (0.115 - 0.28j, 0.065), 2).cumsum(2).reshape(2, 6)  # all joints
+    feet = limbs[:, 5:] + np.array((0.045 + 0.055j, 0.085 + 0.035j, -0.01 + 0.045j))  # from ankles
+    spread = angles[:, 0, 1:] + (1.15, 0.45, 0.05, -0.35, -0.75)    # (2, 5), thumb first
+    fingers = 1j * np.exp(-1j * spread)[..., None] * (0.055, 0.08, 0.1, 0.12)   # (2, 5, 4)
+    hands = limbs[:, 2:3] + np.insert(fingers.reshape(2, 20), 0, 0, 1)  # from wrists
     for sides in (limbs, feet, hands):
         sides[1] = -sides[1].conj()                                 # the person's right
     head = np.append((FACE[30], FACE[42:48].mean(), FACE[36:42].mean(), 1, -1), FACE)
@@ -3211,9 +3178,8 @@ def person_points(rng):
 def render_person(rng, width, height):
     """Colours (H, W, 3), 0 outside, and keypoints, complex (133,), of a random person."""
     size = rng.uniform(60, 100)
-    x, y = rng.uniform((0.2 * width, 0.5 * size), (0.8 * width, height - 0.4 * size))
-    body = size * person_points(rng) * np.exp(1j * rng.uniform(-0.3, 0.3))
-    points = np.round(x + 1j * y + body)
+    hips = rng.uniform((0.2 * width, 0.5 * size), (0.8 * width, height - 0.4 * size)).view(complex)
+    points = np.round(hips + size * person_points(rng) * np.exp(1j * rng.uniform(-0.3, 0.3)))
     xy = list(zip(points.real, points.imag))
     image = Image.new("RGB", (width, height))
     draw = ImageDraw.Draw(image)
@@ -3221,10 +3187,9 @@ def render_person(rng, width, height):
     draw.polygon(xy[23:40] + [xy[i] for i in (49, 47, 42, 40)], "tan")
     for path, colour in zip(LINES, palette(len(LINES)).tolist()):
         thickness = round(0.06 * size) if 4 < max(path) < 17 else 2
-        r = thickness // 2
         draw.line([xy[i] for i in path], tuple(colour), thickness)
-        for x, y in [xy[i] for i in path]:                          # round joints
-            draw.ellipse((x - r, y - r, x + r, y + r), tuple(colour))
+        for i in path:                                              # round joints
+            draw.circle(xy[i], thickness // 2, tuple(colour))
     draw.point(xy[23:91], "navy")
     return np.array(image), points
 
@@ -3317,9 +3282,9 @@ def write_split(root, split, seed, count):
 def write_scenes(folder, images=(400, 80), seed=0):
     """Write scenes into `folder`, all or none. Raises: InputError if it holds other files."""
     folder = Path(folder)
-    scenes = {"version": SCENE_VERSION, "images": list(images), "seed": seed}
+    settings = {"version": SCENE_VERSION, "images": list(images), "seed": seed}
     record = folder / "scenes.json"
-    if record.exists() and json.loads(record.read_text()) == scenes:
+    if record.exists() and json.loads(record.read_text()) == settings:
         return
     if folder.exists() and not record.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} contains other files; name another folder for drawn scenes")
@@ -3330,7 +3295,7 @@ def write_scenes(folder, images=(400, 80), seed=0):
         write_split(new, "val", seed, images[1])
         rows = [f"{label}\t{name}" for label, name in enumerate(SCENE_CLASSES, 1)]
         (new / "objectInfo.txt").write_text("\n".join(["Idx\tName", *rows]))
-        (new / record.name).write_text(json.dumps(scenes))
+        (new / record.name).write_text(json.dumps(settings))
         if folder.exists():
             os.rename(folder, Path(temporary) / "old")              # deleted with `temporary`
         os.rename(new, folder)

@@ -3,6 +3,7 @@ import argparse
 import json
 import math
 import random
+import re
 from itertools import product
 
 import numpy as np
@@ -812,10 +813,49 @@ def test_ap_of_perfect_boxes_depends_on_their_classes(two_objects, labels, expec
     assert metrics["AP"] == pytest.approx(expected)
 
 
-def test_results_files_are_scored(two_objects, tmp_path):
+@pytest.mark.parametrize("masks", [{}, {"segmentation": [[0, 0, 5, 0, 5, 5]]}])
+def test_boxes_of_results_files_are_scored(two_objects, tmp_path, masks):
+    """Whether the results have masks, too, or not."""
     source, _ = two_objects
-    results = [dict(entry, score=0.5) for entry in source.annotations[5]]
+    results = [dict(entry, score=0.5, **masks) for entry in source.annotations[5]]
     (tmp_path / "results.json").write_text(json.dumps(results))
     task = make_task(train_dense.Detection)
     metrics = task.score_results(source, tmp_path / "results.json")
+    assert metrics["kind"] == "bbox"
     assert metrics["AP"] == pytest.approx(1)
+
+
+def test_results_without_a_box_are_named(two_objects, tmp_path):
+    source, _ = two_objects
+    result = dict(image_id=5, category_id=4, score=0.5, segmentation=[[0, 0, 5, 0, 5, 5]])
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([dict(result, bbox=[1, 2, 3, 4]), result]))
+    task = make_task(train_dense.Detection)
+    message = re.escape(f"{path}: result 1, image 5: expected a bbox")
+    with pytest.raises(train_dense.InputError, match=message):
+        task.score_results(source, path)
+
+
+def save_with_orientation(path, size, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", size).save(path, exif=exif.tobytes())
+
+
+def test_an_image_is_turned_if_its_annotations_are_of_the_upright_one(tmp_path):
+    save_with_orientation(tmp_path / "a.jpg", (96, 80), 6)
+    image = train_dense.read_annotated_image(tmp_path / "a.jpg", 80, 96)
+    assert image.size == (80, 96)
+
+
+def test_an_image_stays_as_stored_if_its_annotations_are_of_the_stored_one(tmp_path):
+    save_with_orientation(tmp_path / "a.jpg", (96, 80), 6)
+    image = train_dense.read_annotated_image(tmp_path / "a.jpg", 96, 80)
+    assert image.size == (96, 80)
+
+
+def test_an_image_of_another_size_than_annotated_is_an_error(tmp_path):
+    Image.new("RGB", (96, 80)).save(tmp_path / "a.jpg")
+    message = "a.jpg is 96 x 80, its annotations are for 50 x 40"
+    with pytest.raises(train_dense.InputError, match=message):
+        train_dense.read_annotated_image(tmp_path / "a.jpg", 50, 40)

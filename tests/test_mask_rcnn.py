@@ -1165,9 +1165,39 @@ def test_malformed_masks_are_named_when_results_are_scored(name, coco_with_mask,
     """With the annotation's masks in order."""
     task = make_task()
     source = task.open_split(coco_with_mask([[10, 5, 40, 5, 40, 25, 10, 25]]), "val")
-    result = dict(image_id=5, category_id=4, score=1, segmentation=MALFORMED[name])
+    result = dict(image_id=5, category_id=4, score=1, bbox=[10, 5, 30, 20])
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([result | dict(segmentation=MALFORMED[name])]))
+    message = "results.json.*image 5.*segmentation"
+    with pytest.raises(train_dense.InputError, match=message):
+        task.score_results(source, path)
+
+
+def test_boxes_and_masks_of_results_files_are_scored(coco_with_mask, tmp_path):
+    """The right box, a mask of half its width."""
+    task = make_task()
+    source = task.open_split(coco_with_mask([[10, 5, 40, 5, 40, 25, 10, 25]]), "val")
+    half = [[10, 5, 25, 5, 25, 25, 10, 25]]
+    result = dict(image_id=5, category_id=4, score=1, bbox=[10, 5, 30, 20], segmentation=half)
     path = tmp_path / "results.json"
     path.write_text(json.dumps([result]))
-    message = "results.json.*image 5.*segmentation"
+    metrics = task.score_results(source, path)
+    names = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+    kinds = [f"box_{name}" for name in names], [f"mask_{name}" for name in names]
+    assert list(metrics) == [*kinds[0], *kinds[1]]
+    assert metrics["box_AP"] == pytest.approx(1)
+    assert metrics["mask_AP"] == pytest.approx(0.1)                     # IoU 0.5
+
+
+@pytest.mark.parametrize("field", ["bbox", "segmentation"])
+def test_results_without_box_or_mask_are_named(coco_with_mask, tmp_path, field):
+    task = make_task()
+    mask = [[10, 5, 40, 5, 40, 25, 10, 25]]
+    source = task.open_split(coco_with_mask(mask), "val")
+    result = dict(image_id=5, category_id=4, score=1, bbox=[10, 5, 30, 20], segmentation=mask)
+    del result[field]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([result]))
+    message = re.escape(f"{path}: result 0, image 5: expected a {field}")
     with pytest.raises(train_dense.InputError, match=message):
         task.score_results(source, path)

@@ -16,6 +16,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import train_dense
+import train_imagenet
 
 CPU = torch.device("cpu")
 LEVELS = (0, 1, 2, 3)
@@ -328,7 +329,7 @@ def test_broken_image(ade20k):
     """The training loop replaces it, so it is no InputError."""
     source = train_dense.Ade20k(ade20k, "train")
     (ade20k / "images" / "training" / "0.jpg").write_bytes(b"no image")
-    with pytest.raises(train_dense.UnreadableImage, match="0.jpg"):
+    with pytest.raises(train_imagenet.UnreadableImage, match="0.jpg"):
         source.read(0)
 
 
@@ -808,3 +809,13 @@ def test_score_of_wrong_results(ade20k, tmp_path, label, message):
     Image.fromarray(np.full((9, 8), label, np.uint8)).save(tmp_path / "results" / "0.png")
     with pytest.raises(train_dense.InputError, match=message):
         make_task().score_results(source, tmp_path / "results")
+
+
+def test_labels_of_nothing_but_ignored_pixels_are_an_error(ade20k):
+    for path in (ade20k / "annotations" / "training").iterdir():
+        with Image.open(path) as labels:
+            binary = np.where(np.array(labels) > 0, 255, 0).astype(np.uint8)
+        Image.fromarray(binary).save(path)
+    message = "has no pixel of any class; 0 and 255 are ignored"
+    with pytest.raises(train_dense.InputError, match=message):
+        train_dense.Ade20k(ade20k, "train")

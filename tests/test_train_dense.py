@@ -273,8 +273,8 @@ def test_score_of_true_boxes_is_perfect(scenes, tmp_path, capsys):
     flags = ["--task", "retinanet", "--data", str(scenes)]
     train_dense.main([*flags, "--score", str(tmp_path / "results.json")])
     scores = json.loads(capsys.readouterr().out)
-    assert list(scores) == "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
-    assert (scores["AP"], scores["AR100"]) == (1, 1)
+    assert list(scores) == "kind AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
+    assert (scores["kind"], scores["AP"], scores["AR100"]) == ("bbox", 1, 1)
 
 
 def write_results(scenes, path, *kinds):
