@@ -1,7 +1,6 @@
 """SecViT: Semantic Equitable Clustering, A Simple, Fast and Effective Strategy for Vision
-Transformer
-Qihang Fan, Huaibo Huang, Mingrui Chen, Ran He; arXiv 2405.13337v1 (later versions have another
-title and further experiments)
+Transformer; Qihang Fan, Huaibo Huang, Mingrui Chen, Ran He; arXiv 2405.13337v1
+Later versions have another title and further experiments, which are not part of this file.
 
 Mechanism. Tokens are sorted by the similarity of their keys to the mean key, the sorted sequence
 is cut into clusters of equally many tokens, and attention runs inside each cluster. One sort
@@ -322,15 +321,10 @@ class FFN(nn.Module):
         return self.fc2(hidden)
 
 
-def conv_norm(in_dim, dim, stride):
-    """3x3 convolution and BatchNorm: (B, C, H, W) -> (B, C', ceil(H / stride), ...)."""
+def conv_norm(in_dim, dim, stride=2):
+    """3x3 convolution and BatchNorm, with stride 2 between stages; channels-first maps."""
     conv = nn.Conv2d(in_dim, dim, 3, stride, padding=1)
     return nn.Sequential(conv, nn.BatchNorm2d(dim))
-
-
-def downsampling(in_dim, dim):
-    """3x3 convolution of stride 2 and BatchNorm (appendix A): (B, C, H, W) -> stride 2."""
-    return conv_norm(in_dim, dim, stride=2)
 
 
 def convolutional_stem(dim, last_gelu):
@@ -460,15 +454,18 @@ class SecViT(nn.Module):
             dim = dims[stage]
             position = DepthwiseConv(dim, 3) if cpe else None
             if attention == "csw":
-                attn = CSWA(dim, heads[stage], STRIPES[stage], lce, released)
+                attn = CSWA(dim, heads[stage], STRIPES[stage], lce, rope=released)
             else:
-                attn = SECA(dim, heads[stage], clusters[stage], lce, released, not released)
-            return Block(dim, position, attn, FFN_RATIO, rate, layer_scale[stage], released)
+                attn = SECA(
+                    dim, heads[stage], clusters[stage],
+                    lce, rope=released, descending=not released)
+            return Block(
+                dim, position, attn, FFN_RATIO, rate, layer_scale[stage], ffn_conv=released)
 
         self.channels = tuple(dims)
         if conv_stem:
             self.stem = convolutional_stem(dims[0], last_gelu=not released)
-            down = downsampling
+            down = conv_norm
         else:
             self.stem = PatchEmbedding(dims[0])
             down = PatchMerging
@@ -743,7 +740,7 @@ VARIANTS |= {
 
 
 class ConvBlock(nn.Module):
-    """Block of FasterViT's first two stages: 3x3 convolution, BN, GELU, the same, with a shortcut.
+    """Block of FasterViT's first two stages: two 3x3 convolutions and a shortcut.
 
     Shape: (B, H, W, C) -> (B, H, W, C).
     """
@@ -1025,7 +1022,7 @@ def layer_inputs(model, layers, image):
 
 
 def cluster_map(attn, x):
-    """Cluster of each token of x (1, H, W, C) in the first head of a SECA: (H, W)."""
+    """Cluster of each token of x (1, H, W, C) in the first head of a SECA, (H, W)."""
     _, H, W, _ = x.shape
     _, k = attn.queries_keys(x)
     order = cluster_order(k, attn.descending)[0, 0]     # (N,)
@@ -1045,10 +1042,7 @@ def palette(clusters):
 
 @torch.no_grad()
 def draw_clusters(model, image):
-    """Fig. 4: the image beside the clusters of each stage's last block, one colour per cluster.
-
-    Stages without clusters are left out. Heads differ in their clusters; the first is shown.
-    """
+    """Fig. 4: the image beside the clusters of each stage's last block, where it has any."""
     layers = {}
     for i, stage in enumerate(model.stages, 1):
         if isinstance(stage[-1], Block) and stage[-1].attn.clusters > 1:
@@ -1070,8 +1064,8 @@ def tile(panels):
     gap = 8
     caption_height = 20
     width, height = panels[0][1].size
-    size = (len(panels) * (width + gap) - gap, height + caption_height)
-    sheet = Image.new("RGB", size, "white")
+    sheet_size = (len(panels) * (width + gap) - gap, height + caption_height)
+    sheet = Image.new("RGB", sheet_size, "white")
     canvas = ImageDraw.Draw(sheet)
     for i, (caption, image) in enumerate(panels):
         left = i * (width + gap)
