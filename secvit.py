@@ -542,7 +542,7 @@ def secvit_l(num_classes=1000, drop_path_rate=0.5, **overrides):
 
 # ------------------------------------------------ the main model ends here: ablations and relatives
 def check_ablations(layer_scale, attention, clusters):
-    """Raise ValueError for values that no model of the paper has."""
+    """Raise ValueError for values that no row of the paper's tables has."""
     if len(layer_scale) != 4:
         raise ValueError(f"layer_scale = {layer_scale}, expected four values, one per stage")
     if attention not in ("sec", "csw"):
@@ -610,7 +610,7 @@ def cross_shaped_attention(q, k, v, H, W, width):
 
 
 class CSWA(SECA):
-    """SECA with cross-shaped windows of `width` instead of clusters (Table 6).
+    """SECA with cross-shaped windows of `width` instead of clusters (Table 6, CSWSA).
 
     Shape: (B, H, W, C) -> (B, H, W, C).
     Raises: ValueError for an odd number of heads, and what SECA raises.
