@@ -1,54 +1,57 @@
-"""SecViT: "Semantic Equitable Clustering: A Simple, Fast and Effective Strategy for Vision
-Transformer", Qihang Fan, Huaibo Huang, Mingrui Chen, Ran He; arXiv 2405.13337, version 1.
-Later versions carry another title and more experiments, which are not part of this file.
+"""SecViT: Semantic Equitable Clustering, A Simple, Fast and Effective Strategy for Vision
+Transformer; Qihang Fan, Huaibo Huang, Mingrui Chen, Ran He; arXiv 2405.13337v1
+Later versions have another title and further experiments, which are not part of this file.
 
-Mechanism. Sort the tokens by the similarity of their keys to the mean key, cut the sorted sequence
-into clusters of equally many tokens, and attend inside each cluster. One sort replaces the
-iterations of k-means, and equal clusters are plain batched matrix products.
+Mechanism. Tokens are sorted by the similarity of their keys to the mean key, the sorted sequence
+is cut into clusters of equally many tokens, and attention runs inside each cluster. One sort
+replaces the iterations of k-means, and equal clusters are plain batched matrix products.
 
-Symbols. B is the batch, h the heads, d = C / h their width, N = H * W the tokens.
-    paper          here
-    X              x (B, H, W, C), channels-last inside the stages, channels-first between them
-    Q, K, V        q, k, v (B, h, N, d)
-    k_c, sim, idx  the mean key, `similarity` and `order` in cluster_order
-    Q*, K*, V*     q, k, v in sorted order
-    N_c            tokens per cluster, from cluster_sizes; the paper gives the number of clusters
-                   no letter, here it is `clusters`
-    Y_c            the output of attend_clusters
-    CPE, LCE       Block.cpe and SECA.lce, depth-wise convolutions of 3x3 and 5x5
+Symbols.
+    paper               here
+    C                   N = H * W tokens of C channels, B samples
+    heads (Table 8)     heads, h in shapes; d = C / h is the width of a head
+    Q, K, V             q, k, v (B, h, N, d)
+    k_c, sim, idx       centre, similarity and order, one of each per head
+    Q*, K*, V*          sorted_qkv
+    c (Eq. 4)           index of a cluster; their number is `clusters`
+    N_c                 size of a cluster, in tokens
+    Y_c                 y_c
+    Ratios (Table 8)    ratio, the expansion of the FFN
+Inside a stage every map is channels-last, (B, H, W, C): linear layers, norms and convolutions
+share this layout.
 
-Reading order. cluster_order, cluster_sizes, attend_clusters, equitable_cluster_attention; SECA;
-Block; SecViT; secvit_t. The main model ends there.
+Reading order. cluster_order -> cluster_sizes -> attend_clusters -> equitable_cluster_attention ->
+SECA -> Block -> SecViT. What follows the factories is not needed to understand the model.
 
 Differs from the text.
 - Any number of tokens works: cluster sizes differ by at most one token, larger clusters first.
-  In the text all clusters are equal, and the listing in its appendix E asserts divisibility.
-- LCE is added before the output projection, as in the released code. Eq. 6 taken literally, with
-  appendix E's SECA, adds it after the projection.
+  In the text all clusters are equal, and appendix E asserts divisibility.
+- LCE is added before the output projection, as in the released code. Eq. 6 with appendix E's SECA,
+  taken literally, adds it after the projection.
 - SEC-FasterViT has SECA in stage 3 only, the text says "the latter two stages". The printed 25 and
-  41 M need FasterViT's own global attention in stage 4; `stage4_attention="sec"` is the text, with
-  23.74 and 39.22 M.
-- `released=True` is the model that the authors trained. Against the text it has rotary embedding
-  of q and k, a residual 3x3 depth-wise convolution in the FFN, no GELU after the last stem
-  convolution and an ascending sort. The authors' training logs carry exactly its parameter counts,
-  so the paper's accuracies belong to `released=True`, not to the default.
+  41 M need FasterViT's attention in stage 4; `stage4_attention="sec"` is the text, with 23.74 and
+  39.22 M.
+- `released=True` is the model that the authors trained: their logs carry exactly its sizes, so the
+  paper's accuracies belong to it, not to the default. Against the text it has rotary embedding of
+  q and k, a residual 3x3 depth-wise convolution in the FFN, no GELU after the last stem
+  convolution and an ascending sort.
 
 The text is ambiguous.
-- Section 3.2 sorts by descending similarity, appendix E and the released code ascending. Both give
+- Sec. 3.2 sorts by descending similarity, appendix E and the released code ascending. Both give
   the same clusters only if `clusters` divides N. The default is descending.
-- Appendix E lists SECA without LCE, Eq. 6 adds LCE. The default has it.
+- Appendix E lists SECA without LCE, Eq. 6 adds LCE. The default has it, in SEC-Swin and in
+  SEC-FasterViT, too, which are said to replace only the attention; `lce=False` leaves it out.
 - Eq. 2 does not say whether heads share k_c and the order. Here each head has its own, as in
-  appendix E. Eq. 4 defines K_c twice, its second definition is that of V_c.
-- SEC-Swin and SEC-FasterViT are said to replace the attention and nothing else. Here LCE is part
-  of the attention; `lce=False` leaves it out.
+  appendix E. Eq. 4 defines K_c twice; the second definition is that of V_c.
 
 The text is silent.
-- From the released code: the 1x1 convolution to 1024 channels, BN and SiLU before averaging,
-  without which the sizes are not the printed ones; BN after each down-sampling convolution; biases;
-  LayerNorm's eps 1e-6; layer scale 1e-6 in stages 3 and 4 of SecViT-B and -L; initial weights
-  N(0, 0.02); one cluster in stage 4.
+- From the released code: strides 2, 1, 1, 2 and half the width in the first three convolutions of
+  the stem; BatchNorm after each down-sampling convolution; GELU in the FFN; one cluster in stage 4;
+  layer scale 1e-6 in stages 3 and 4 of SecViT-B and -L; the 1x1 convolution to 1024 channels,
+  BatchNorm and SiLU before averaging, which the printed sizes need; LayerNorm's eps 1e-6; biases;
+  initial weights N(0, 0.02).
 - Our choice: ties keep the order of the tokens, similarities are compared in at least float32,
-  initial biases of convolutions are N(0, 0.02) (see init_weights).
+  initial biases of convolutions are N(0, 0.02), see `init_weights`.
 - Without the convolutional stem SecViT has Swin's patch embedding and patch merging: Table 6's 14 M
   and 2.1 G need both. Stripes of the cross-shaped windows are CSWin's.
 - SEC-Swin and SEC-FasterViT follow Swin and FasterViT, drop path rates included, but their
@@ -78,7 +81,8 @@ VARIANTS = {  # Table 8
     ),
 }
 CLUSTERS = (32, 8, 2, 1)  # per stage; appendix A gives the first three
-HEAD_DIM = 1024  # channels before averaging (released code)
+FFN_RATIO = 3  # Table 8
+PROJECTION_DIM = 1024  # channels before averaging (released code)
 
 
 # --------------------------------------------------------------------------------------------- core
@@ -86,13 +90,13 @@ def cluster_order(k, descending=True):
     """Sort tokens by the cosine similarity of their keys to the mean key (Eq. 2 and 3).
 
     Args:
-        k: keys (B, h, N, d); half precision is compared in float32, rounding would decide clusters.
+        k: (B, h, N, d), keys; compared in at least float32, since rounding would decide clusters.
         descending: most similar tokens first (the text), or last (the released code).
     Returns: (B, h, N), idx of Eq. 3, without gradient; ties keep the order of the tokens.
     """
     k = k.detach().to(torch.promote_types(k.dtype, torch.float32))
     if k.stride(-1) != 1:
-        k = k.contiguous()  # strided sums round equal keys differently, which breaks their ties
+        k = k.contiguous()  # sums of strided values would round equal keys differently
     centre = k.mean(2, keepdim=True)                        # (B, h, 1, d), k_c of Eq. 2
     similarity = F.cosine_similarity(k, centre, dim=-1)     # (B, h, N), sim of Eq. 3
     return similarity.sort(dim=-1, descending=descending, stable=True).indices
@@ -121,11 +125,11 @@ def attend_clusters(q, k, v, sizes):
     start = 0
     for count, size in sizes:
         tokens = slice(start, start + count * size)
-        q_c = q[:, tokens].unflatten(1, (count, size))      # (G, clusters, N_c, d), Eq. 4
-        k_c = k[:, tokens].unflatten(1, (count, size))
-        v_c = v[:, tokens].unflatten(1, (count, size))
-        y_c = F.scaled_dot_product_attention(q_c, k_c, v_c)  # Eq. 5
-        outputs.append(y_c.flatten(1, 2))                   # (G, clusters * N_c, d)
+        queries = q[:, tokens].unflatten(1, (count, size))  # (G, count, N_c, d), Q_c of Eq. 4
+        keys = k[:, tokens].unflatten(1, (count, size))     # K_c
+        values = v[:, tokens].unflatten(1, (count, size))   # V_c
+        y_c = F.scaled_dot_product_attention(queries, keys, values)     # Eq. 5
+        outputs.append(y_c.flatten(1, 2))                   # (G, count * N_c, d)
         start += count * size
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
 
@@ -134,14 +138,12 @@ def equitable_cluster_attention(q, k, v, clusters, descending=True):
     """Attention inside clusters of equally many tokens (Eq. 2 to 5).
 
     For one head q, k, v (N, d) and a number of clusters that divides N, this is
-
         order = F.cosine_similarity(k, k.mean(0)[None]).argsort(descending=descending, stable=True)
         q, k, v = (t[order].unflatten(0, (clusters, -1)) for t in (q, k, v))    # sort, cut
         y = F.scaled_dot_product_attention(q, k, v)                             # attend
         return y.flatten(0, 1)[order.argsort()]                                 # restore
-
-    The code below does it for all heads of the batch at once: tokens of all heads are the rows of
-    one matrix, which `PermuteRows` sorts and restores.
+    The code does it for all heads of the batch at once: tokens of all heads are the rows of one
+    matrix, which `PermuteRows` sorts and restores.
 
     Args:
         q, k, v: (B, h, N, d), fastest as views of (B, N, h, d), which linear layers return.
@@ -173,24 +175,20 @@ def row_permutations(order):
     """Row indices that sort tokens and restore their order.
 
     Args: order (B, h, N), the token at each sorted position.
-    Returns: `sort` (B*h*N,), from rows (B, N, h) to rows (B, h, sorted N), and its inverse
-    `restore` (B*N*h,).
+    Returns: `sort` (B*h*N,), from rows (B, N, h) to rows (B, h, sorted N), and its inverse.
     """
     B, h, N = order.shape
-    position = torch.arange(N, device=order.device).expand_as(order)
-    rank = torch.empty_like(order).scatter_(-1, order, position)    # (B, h, N), inverse of order
     sample = torch.arange(B, device=order.device)[:, None, None]
     head = torch.arange(h, device=order.device)[:, None]
-    sort = (sample * N + order) * h + head                          # (B, h, N)
-    restore = (sample * h + head) * N + rank                        # (B, h, N)
-    return sort.flatten(), restore.mT.flatten()
+    sort = ((sample * N + order) * h + head).flatten()              # (B*h*N,)
+    row = torch.arange(B * h * N, device=order.device)
+    return sort, torch.empty_like(sort).scatter_(0, sort, row)
 
 
 class PermuteRows(torch.autograd.Function):
-    """`rows[index]` for a permutation `index` of the rows and its inverse.
+    """`rows[index]` for a permutation `index` of the rows, with `rows[inverse]` as its gradient.
 
-    The gradient of a permutation is the gather by its inverse. Autograd would derive a scatter-add,
-    which is slower and on a GPU not deterministic.
+    Autograd would derive a scatter-add, which is slower and on a GPU not deterministic.
     """
 
     @staticmethod
@@ -205,30 +203,6 @@ class PermuteRows(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------------- layers
-def rotary_table(H, W, d, device):
-    """cos and sin (N, d) of the released model's 2-D rotary embedding.
-
-    Pairs of channels share an angle: the first half of d turns by row, the second by column.
-    """
-    rate = 1 / 10000 ** torch.linspace(0, 1, d // 4, device=device)
-    rate = rate.repeat_interleave(2)                                # (d/2,), one rate per pair
-    row = torch.arange(H, device=device)[:, None, None] * rate      # (H, 1, d/2)
-    column = torch.arange(W, device=device)[None, :, None] * rate   # (1, W, d/2)
-    row = row.expand(H, W, -1)
-    column = column.expand(H, W, -1)
-    angle = torch.cat([row, column], -1).flatten(0, 1)              # (N, d)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Rotate the channel pairs (even, odd) of x (B, h, N, d) by the angles of cos, sin (N, d).
-
-    Computed in float32, returned in the type of x.
-    """
-    quarter_turn = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-    return (x * cos + quarter_turn * sin).to(x.dtype)
-
-
 class DepthwiseConv(nn.Conv2d):
     """Depth-wise k x k convolution with zero padding on channels-last maps (B, H, W, C)."""
 
@@ -269,17 +243,16 @@ class LayerScale(nn.Module):
 
 
 class SECA(nn.Module):
-    """Semantic equitable clustering attention with LCE (sec. 3.2, Eq. 2 to 6).
+    """Semantic equitable clustering attention with LCE (Eq. 2 to 6): (B, H, W, C) -> the same.
 
     Args:
-        dim, heads: channels of the map and the number of heads that share them.
+        dim, heads: C and h, which divides C.
         clusters: number of clusters per head.
-        lce: add a 5x5 depth-wise convolution of V (Eq. 6).
+        lce: False for no 5x5 depth-wise convolution of V (Eq. 6).
         rope: 2-D rotary embedding of q and k before the clustering (released code).
         descending: order of the sort, as in `cluster_order`.
-    Shape: (B, H, W, C) -> (B, H, W, C).
     Raises: ValueError for fewer than one cluster, if `dim` does not split into `heads`, and with
-    `rope` for a head width that is not a multiple of 4.
+        `rope` for a head width that is not a multiple of 4.
     """
 
     def __init__(self, dim, heads, clusters, lce=True, rope=False, descending=True):
@@ -302,38 +275,35 @@ class SECA(nn.Module):
 
     def split_heads(self, x):
         """(B, H, W, C) -> (B, h, N, d), a view."""
-        x = x.flatten(1, 2)                             # (B, N, C)
-        x = x.unflatten(-1, (self.heads, -1))           # (B, N, h, d)
-        return x.transpose(1, 2)                        # (B, h, N, d)
+        x = x.flatten(1, 2).unflatten(2, (self.heads, -1))      # (B, N, h, d)
+        return x.transpose(1, 2)
 
     def queries_keys(self, x):
         """(B, H, W, C) -> q, k (B, h, N, d), with rotary embedding if `rope`."""
-        q = self.split_heads(self.q(x))                 # Eq. 2
-        k = self.split_heads(self.k(x))
+        q = self.split_heads(self.q(x))                         # Eq. 2
+        k = self.split_heads(self.k(x))                         # Eq. 2
         if self.rope:
-            _, H, W, _ = x.shape
-            cos, sin = rotary_table(H, W, q.shape[-1], x.device)
+            cos, sin = rotary_table(*x.shape[1:3], q.shape[-1], x.device)
             q = rotate(q, cos, sin)
             k = rotate(k, cos, sin)
         return q, k
 
-    def output(self, y, v):
-        """Join the heads of y (B, h, N, d), add LCE of v (B, H, W, C), project; (B, H, W, C)."""
-        y = y.transpose(1, 2).reshape(v.shape)          # (B, H, W, C)
-        if self.lce is not None:
-            y = y + self.lce(v)                         # Eq. 6
-        return self.proj(y)
+    def attend(self, q, k, v, _size):
+        """q, k, v (B, h, N, d) of a map of size (H, W) -> (B, h, N, d)."""
+        return equitable_cluster_attention(q, k, v, self.clusters, self.descending)
 
     def forward(self, x):
-        q, k = self.queries_keys(x)                     # (B, h, N, d)
-        v = self.v(x)                                   # (B, H, W, C)
-        heads_v = self.split_heads(v)                   # (B, h, N, d)
-        y = equitable_cluster_attention(q, k, heads_v, self.clusters, self.descending)
-        return self.output(y, v)
+        q, k = self.queries_keys(x)                             # (B, h, N, d)
+        v = self.v(x)                                           # (B, H, W, C), Eq. 2
+        y = self.attend(q, k, self.split_heads(v), x.shape[1:3])
+        y = y.transpose(1, 2).reshape(x.shape)                  # (B, H, W, C)
+        if self.lce is not None:
+            y = y + self.lce(v)                                 # Eq. 6
+        return self.proj(y)
 
 
 class FFN(nn.Module):
-    """Linear layer, GELU, linear layer on (B, H, W, C).
+    """Linear, GELU, linear: (B, H, W, C) -> the same.
 
     With `conv`, a residual 3x3 depth-wise convolution follows the GELU (released code).
     """
@@ -345,53 +315,46 @@ class FFN(nn.Module):
         self.fc2 = nn.Linear(ratio * dim, dim)
 
     def forward(self, x):
-        x = F.gelu(self.fc1(x))
+        hidden = F.gelu(self.fc1(x))                            # (B, H, W, ratio * C)
         if self.conv is not None:
-            x = x + self.conv(x)
-        return self.fc2(x)
+            hidden = hidden + self.conv(hidden)
+        return self.fc2(hidden)
 
 
-def conv_norm(in_dim, out_dim, stride):
-    """3x3 convolution and BN on channels-first maps."""
-    conv = nn.Conv2d(in_dim, out_dim, 3, stride, padding=1)
-    return [conv, nn.BatchNorm2d(out_dim)]
+def conv_norm(in_dim, dim, stride=2):
+    """3x3 convolution and BatchNorm, with stride 2 between stages; channels-first maps."""
+    conv = nn.Conv2d(in_dim, dim, 3, stride, padding=1)
+    return nn.Sequential(conv, nn.BatchNorm2d(dim))
 
 
 def convolutional_stem(dim, last_gelu):
-    """Four 3x3 convolutions, each with BN and GELU (appendix A); (B, 3, H, W) -> stride 4.
+    """Four 3x3 convolutions, each with BatchNorm and GELU (appendix A); (B, 3, H, W) -> stride 4.
 
     The released model has no GELU after the last of them.
     """
-    half = dim // 2
-    layers = [
-        *conv_norm(3, half, stride=2), nn.GELU(),
-        *conv_norm(half, half, stride=1), nn.GELU(),
-        *conv_norm(half, half, stride=1), nn.GELU(),
-        *conv_norm(half, dim, stride=2),
-    ]
-    if last_gelu:
-        layers.append(nn.GELU())
-    return nn.Sequential(*layers)
+    stem = nn.Sequential()
+    in_dim = 3
+    for out_dim, stride in ((dim // 2, 2), (dim // 2, 1), (dim // 2, 1), (dim, 2)):
+        stem.extend(conv_norm(in_dim, out_dim, stride))
+        stem.append(nn.GELU())
+        in_dim = out_dim
+    return stem if last_gelu else stem[:-1]
 
 
 # -------------------------------------------------------------------------------------------- block
 class Block(nn.Module):
-    """Position encoding, attention and FFN, each with a shortcut (Eq. 1).
+    """Position encoding, attention and FFN, each with a shortcut (Eq. 1): (B, H, W, C) -> the same.
 
     Args:
-        dim: channels of the map.
-        cpe: position encoding, a module or None for a block without one.
-        attn: attention, a module.
+        dim: C.
+        cpe, attn: modules; cpe is None in blocks without position encoding.
         ratio: expansion of the FFN.
         drop_path: rate of stochastic depth.
-        layer_scale: initial factor of both branches, None for branches without one.
-        ffn_conv: the released code's convolution in the FFN.
-    Shape: (B, H, W, C) -> (B, H, W, C).
+        layer_scale: initial value of both LayerScales, or None for none.
+        ffn_conv: `conv` of FFN.
     """
 
-    def __init__(
-        self, dim, cpe, attn, ratio, drop_path, layer_scale=None, ffn_conv=False,
-    ):
+    def __init__(self, dim, cpe, attn, ratio, drop_path, layer_scale=None, ffn_conv=False):
         super().__init__()
         self.cpe = cpe
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -404,11 +367,9 @@ class Block(nn.Module):
 
     def forward(self, x):
         if self.cpe is not None:
-            x = x + self.cpe(x)                         # X of Eq. 1
-        y = self.attn(self.norm1(x))
-        x = x + self.drop_path(self.scale1(y))          # Y
-        y = self.ffn(self.norm2(x))
-        return x + self.drop_path(self.scale2(y))       # Z
+            x = x + self.cpe(x)                                         # X of Eq. 1
+        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))   # Y
+        return x + self.drop_path(self.scale2(self.ffn(self.norm2(x))))  # Z
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -465,20 +426,18 @@ class SecViT(nn.Module):
     """Four stages of SECA blocks at strides 4, 8, 16 and 32 (Fig. 3 and Table 8).
 
     Args:
-        num_classes: width of the classifier; 0 for none, the model then returns pooled features.
+        num_classes: width of the classifier; 0 for none.
         drop_path_rate: stochastic depth of the last block, in [0, 1); rates rise linearly from 0.
-        depths, dims, heads, clusters: blocks, channels, heads and clusters per stage.
-        layer_scale: initial layer scale per stage, None for a stage without.
-        released: the model of the authors' checkpoints, see the file's header; the paper's rows of
-            Tables 6 and 7 are `released=True`, too.
-        lce: False leaves the convolution of V out of every block (Table 6).
-        cpe: False leaves the position encoding out of every block (Table 6).
-        conv_stem: False replaces the convolutions before and between the stages by Swin's patch
-            embedding and patch merging (Table 6).
-        attention: "sec", or "csw" for cross-shaped windows instead of clusters (Table 6), which
-            have the same parameters.
-    `channels` holds the four widths of the maps.
-    Raises: ValueError for values outside these, and for clusters with "csw", which has none.
+        depths, dims, heads, clusters: blocks, channels, heads and clusters, one entry per stage.
+        layer_scale: initial value of LayerScale or None, one per stage.
+        released: True for the model of the authors' checkpoints and of Tables 6 and 7, see the
+            file's header.
+        lce, cpe: False for blocks without the convolution of V or the position encoding (Table 6).
+        conv_stem: False for Swin's patch embedding and patch merging instead of the convolutions
+            before and between the stages (Table 6).
+        attention: "sec", or "csw" for cross-shaped windows instead of clusters (Table 6).
+    `channels` holds the widths of the four feature maps.
+    Raises: ValueError for other values, and for clusters with "csw", which has none.
     """
 
     def __init__(
@@ -488,47 +447,33 @@ class SecViT(nn.Module):
     ):
         super().__init__()
         check_arguments(
-            num_classes, drop_path_rate,
-            depths=depths, dims=dims, heads=heads, clusters=clusters,
-        )
-        if len(layer_scale) != 4:
-            raise ValueError(f"layer_scale = {layer_scale}, expected four values, one per stage")
-        if attention not in ("sec", "csw"):
-            raise ValueError(f"attention = {attention!r}, expected 'sec' or 'csw'")
-        if attention == "csw" and tuple(clusters) != CLUSTERS:
-            raise ValueError(f"clusters = {clusters}, expected none with attention = 'csw'")
+            num_classes, drop_path_rate, depths=depths, dims=dims, heads=heads, clusters=clusters)
+        check_ablations(layer_scale, attention, clusters)
 
         def block(stage, rate):
             dim = dims[stage]
             position = DepthwiseConv(dim, 3) if cpe else None
-            if attention == "sec":
+            if attention == "csw":
+                attn = CSWA(dim, heads[stage], STRIPES[stage], lce, rope=released)
+            else:
                 attn = SECA(
                     dim, heads[stage], clusters[stage],
-                    lce=lce, rope=released, descending=not released,
-                )
-            else:
-                attn = CSWA(dim, heads[stage], STRIPES[stage], lce=lce, rope=released)
+                    lce, rope=released, descending=not released)
             return Block(
-                dim, position, attn,
-                ratio=3, drop_path=rate, layer_scale=layer_scale[stage], ffn_conv=released,
-            )
+                dim, position, attn, FFN_RATIO, rate, layer_scale[stage], ffn_conv=released)
 
         self.channels = tuple(dims)
         if conv_stem:
             self.stem = convolutional_stem(dims[0], last_gelu=not released)
+            down = conv_norm
         else:
             self.stem = PatchEmbedding(dims[0])
+            down = PatchMerging
         self.stages = build_stages(depths, drop_path_rate, block)
-        self.downsamples = nn.ModuleList()
-        for in_dim, out_dim in zip(dims, dims[1:]):
-            if conv_stem:
-                layer = nn.Sequential(*conv_norm(in_dim, out_dim, stride=2))
-            else:
-                layer = PatchMerging(in_dim, out_dim)
-            self.downsamples.append(layer)
-        conv = nn.Conv2d(dims[3], HEAD_DIM, 1)
-        self.proj = nn.Sequential(conv, nn.BatchNorm2d(HEAD_DIM), nn.SiLU())
-        self.head = nn.Linear(HEAD_DIM, num_classes) if num_classes else nn.Identity()
+        self.downsamples = nn.ModuleList(down(dims[i], dims[i + 1]) for i in range(3))
+        conv = nn.Conv2d(dims[3], PROJECTION_DIM, 1)
+        self.proj = nn.Sequential(conv, nn.BatchNorm2d(PROJECTION_DIM), nn.SiLU())
+        self.head = nn.Linear(PROJECTION_DIM, num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
     def forward_features(self, images):
@@ -538,29 +483,29 @@ class SecViT(nn.Module):
         Raises: ValueError unless images are (B, 3, H, W) with both sides at least 32.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
-            shape = tuple(images.shape)
-            raise ValueError(f"images of shape {shape}, expected (B, 3, H, W) with H, W >= 32")
+            raise ValueError(
+                f"images of shape {tuple(images.shape)}, "
+                "expected (B, 3, H, W) with H and W at least 32")
         x = images.contiguous(memory_format=torch.channels_last)
-        x = self.stem(x)                                # (B, C, H/4, W/4)
+        x = self.stem(x)                                                # (B, C_1, H / 4, W / 4)
         maps = []
         for i, stage in enumerate(self.stages):
             if i > 0:
                 x = self.downsamples[i - 1](x)
-            x = x.permute(0, 2, 3, 1)                   # (B, H, W, C), a view
-            x = stage(x).permute(0, 3, 1, 2)            # (B, C, H, W)
+            x = stage(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)        # blocks see (B, H, W, C)
             maps.append(x)
         return tuple(maps)
 
     def forward(self, images):
         """(B, 3, H, W) -> logits (B, num_classes), or pooled features (B, C) without classes.
 
-        In train mode BN needs more than one value per channel: B > 1 at 32 x 32.
+        In train mode BatchNorm needs more than one value per channel: B > 1 at 32 x 32.
         """
         x = self.proj(self.forward_features(images)[-1])
         return self.head(x.mean((2, 3)))
 
     def convert_released(self, state_dict):
-        """Convert the authors' tensors to this model's, see the section on released weights."""
+        """Rename and reshape the authors' tensors to this file's, see "released weights"."""
         return convert_released(state_dict, self.state_dict())
 
     def load_released(self, state_dict):
@@ -596,6 +541,40 @@ def secvit_l(num_classes=1000, drop_path_rate=0.5, **overrides):
 
 
 # ------------------------------------------------ the main model ends here: ablations and relatives
+def check_ablations(layer_scale, attention, clusters):
+    """Raise ValueError for values that no row of the paper's tables has."""
+    if len(layer_scale) != 4:
+        raise ValueError(f"layer_scale = {layer_scale}, expected four values, one per stage")
+    if attention not in ("sec", "csw"):
+        raise ValueError(f"attention = {attention!r}, expected 'sec' or 'csw'")
+    if attention == "csw" and tuple(clusters) != CLUSTERS:
+        raise ValueError(f"clusters = {clusters}, expected none with attention = 'csw'")
+
+
+def rotary_table(H, W, d, device):
+    """cos and sin (N, d) of the released model's 2-D rotary embedding on a map of H x W.
+
+    Pairs of channels share an angle: the first half of d turns by row, the second by column.
+    """
+    rate = 1 / 10000 ** torch.linspace(0, 1, d // 4, device=device)
+    rate = rate.repeat_interleave(2)                                # (d/2,), one rate per pair
+    row = torch.arange(H, device=device)[:, None, None] * rate      # (H, 1, d/2)
+    column = torch.arange(W, device=device)[None, :, None] * rate   # (1, W, d/2)
+    row = row.expand(H, W, -1)
+    column = column.expand(H, W, -1)
+    angle = torch.cat([row, column], -1).flatten(0, 1)              # (N, d)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate the channel pairs (even, odd) of x (B, h, N, d) by the angles of cos, sin (N, d).
+
+    Computed in float32, returned in the type of x.
+    """
+    quarter_turn = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    return (x * cos + quarter_turn * sin).to(x.dtype)
+
+
 STRIPES = (1, 2, 7, 7)  # rows or columns per stripe, per stage: CSWin, arXiv 2107.00652
 
 
@@ -631,7 +610,7 @@ def cross_shaped_attention(q, k, v, H, W, width):
 
 
 class CSWA(SECA):
-    """SECA with cross-shaped windows of `width` instead of clusters (Table 6).
+    """SECA with cross-shaped windows of `width` instead of clusters (Table 6, CSWSA).
 
     Shape: (B, H, W, C) -> (B, H, W, C).
     Raises: ValueError for an odd number of heads, and what SECA raises.
@@ -643,12 +622,8 @@ class CSWA(SECA):
         super().__init__(dim, heads, clusters=1, lce=lce, rope=rope)
         self.width = width
 
-    def forward(self, x):
-        _, H, W, _ = x.shape
-        q, k = self.queries_keys(x)                     # (B, h, N, d)
-        v = self.v(x)                                   # (B, H, W, C)
-        y = cross_shaped_attention(q, k, self.split_heads(v), H, W, self.width)
-        return self.output(y, v)
+    def attend(self, q, k, v, size):
+        return cross_shaped_attention(q, k, v, *size, self.width)
 
 
 class MapNorm(nn.LayerNorm):
@@ -738,9 +713,7 @@ class SECSwin(nn.Module):
         self.channels = tuple(dims)
         self.stem = PatchEmbedding(dims[0])
         self.stages = build_stages(depths, drop_path_rate, block)
-        self.downsamples = nn.ModuleList()
-        for in_dim, out_dim in zip(dims, dims[1:]):
-            self.downsamples.append(PatchMerging(in_dim, out_dim))
+        self.downsamples = nn.ModuleList(PatchMerging(dims[i], dims[i + 1]) for i in range(3))
         self.proj = MapNorm(dims[3])
         self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
@@ -767,7 +740,7 @@ VARIANTS |= {
 
 
 class ConvBlock(nn.Module):
-    """Block of FasterViT's first two stages: 3x3 convolution, BN, GELU, the same, with a shortcut.
+    """Block of FasterViT's first two stages: two 3x3 convolutions and a shortcut.
 
     Shape: (B, H, W, C) -> (B, H, W, C).
     """
@@ -855,13 +828,9 @@ class GlobalAttention(SECA):
         bias = table.permute(2, 0, 1)[:, rows, columns]         # (h, H, W, H, W)
         return bias.flatten(3, 4).flatten(1, 2).contiguous()    # (h, N, N)
 
-    def forward(self, x):
-        _, H, W, _ = x.shape
-        q, k = self.queries_keys(x)                     # (B, h, N, d)
-        v = self.v(x)                                   # (B, H, W, C)
-        bias = self.position_bias(H, W, x.device).to(q.dtype)
-        y = F.scaled_dot_product_attention(q, k, self.split_heads(v), attn_mask=bias)
-        return self.output(y, v)
+    def attend(self, q, k, v, size):
+        bias = self.position_bias(*size, q.device).to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
 def fastervit_stem(stem_dim, dim):
@@ -1053,7 +1022,7 @@ def layer_inputs(model, layers, image):
 
 
 def cluster_map(attn, x):
-    """Cluster of each token of x (1, H, W, C) in the first head of a SECA: (H, W)."""
+    """Cluster of each token of x (1, H, W, C) in the first head of a SECA, (H, W)."""
     _, H, W, _ = x.shape
     _, k = attn.queries_keys(x)
     order = cluster_order(k, attn.descending)[0, 0]     # (N,)
@@ -1073,10 +1042,7 @@ def palette(clusters):
 
 @torch.no_grad()
 def draw_clusters(model, image):
-    """Fig. 4: the image beside the clusters of each stage's last block, one colour per cluster.
-
-    Stages without clusters are left out. Heads differ in their clusters; the first is shown.
-    """
+    """Fig. 4: the image beside the clusters of each stage's last block, where it has any."""
     layers = {}
     for i, stage in enumerate(model.stages, 1):
         if isinstance(stage[-1], Block) and stage[-1].attn.clusters > 1:
@@ -1098,8 +1064,8 @@ def tile(panels):
     gap = 8
     caption_height = 20
     width, height = panels[0][1].size
-    size = (len(panels) * (width + gap) - gap, height + caption_height)
-    sheet = Image.new("RGB", size, "white")
+    sheet_size = (len(panels) * (width + gap) - gap, height + caption_height)
+    sheet = Image.new("RGB", sheet_size, "white")
     canvas = ImageDraw.Draw(sheet)
     for i, (caption, image) in enumerate(panels):
         left = i * (width + gap)

@@ -8,13 +8,14 @@ same association maps its result back to all tokens.
 Symbols.
     paper                   here
     N, C                    N = H * W tokens of C channels, B samples
-    m, number of cells      M = H' * W', one super token per cell
+    m super tokens          M = H' * W', one super token per cell
     h x w, the grid size    grid (gh, gw), tokens per cell; P = gh * gw
     X, S (sec. 3.2.1)       tokens by cell (B, H', W', P, C), supers (B, H', W', C)
     Q (Eq. 5)               association (B, M, P, 9): of each token with the 3x3 cells around it
-    q, k, v (Eq. 9)         qkv, a linear layer
-    A(S) (Eq. 10)           inside F.scaled_dot_product_attention
+    q, k, v, A (Eq. 9, 10)  qkv, a linear layer; A(S) is inside F.scaled_dot_product_attention
     heads (Table 8)         heads, h in shapes; d = C / h is the width of a head
+    STS, MHSA, TU           sample_super_tokens, SuperTokenAttention.attend, upsample_super_tokens
+    CPE, STA, STT block     DepthwiseConv (Block.cpe), SuperTokenAttention, Block
 Inside a stage every map is channels-last, (B, H, W, C): linear layers, norms and convolutions
 share this layout.
 
@@ -32,16 +33,19 @@ The text is ambiguous.
   outside the map is a zero vector: it takes part in the softmax of Eq. 5 and its weight is
   dropped. A corner token's weights thus sum to less than 1, to 4/9 where all nine logits are 0.
   Eq. 6 normalises this away, Eq. 11 does not.
+- Up-sampled tokens are "added to the original tokens": here by the shortcut of Eq. 2 only.
 - GELU and batch normalization are "used after each convolution" of the stem: here in this order.
 
 The text is silent.
 - As in the released code: sides that the grid does not divide are zero-padded right and bottom;
-  the rows of `qkv` are head-major, each head's q, k and v rows adjacent; LayerScale of 1e-6 in
-  stages 3 and 4 of STViT-B and -L; initial weights are torch's, but N(0, 0.02) in the classifier.
+  half the width in the first two convolutions of the stem; BatchNorm after each down-sampling
+  convolution; GELU before the depth-wise convolution of ConvFFN; LayerNorm's eps 1e-6; biases;
+  LayerScale of 1e-6 in stages 3 and 4 of STViT-B and -L; the rows of `qkv` are head-major, each
+  head's q, k and v rows adjacent; initial weights are torch's, but N(0, 0.02) in the classifier.
 - Our choice for Tables 6, 7 and 9: without iterations, up-sampling is bilinear. Patches without
   overlap keep the 3x3 convolutions between stages, norms stay BatchNorm. Tables of positions start
   at N(0, 0.02), belong to 224 x 224 and are interpolated for other sizes.
-- train_imagenet.py does not decay LayerScale; the released code, where it is 4-D, does.
+- LayerScale has no weight decay in train_imagenet.py, but in the released code.
 """
 import argparse
 import math
@@ -55,24 +59,17 @@ from PIL import Image, ImageDraw
 
 # ----------------------------------------------------------------------------------------- variants
 VARIANTS = {  # Table 8
-    "stvit_s": dict(
-        depths=(3, 5, 9, 3),
-        dims=(64, 128, 320, 512),
-        heads=(1, 2, 5, 8),
-    ),
+    "stvit_s": dict(depths=(3, 5, 9, 3), dims=(64, 128, 320, 512), heads=(1, 2, 5, 8)),
     "stvit_b": dict(
-        depths=(4, 6, 14, 6),
-        dims=(96, 192, 384, 512),
-        heads=(2, 3, 6, 8),
+        depths=(4, 6, 14, 6), dims=(96, 192, 384, 512), heads=(2, 3, 6, 8),
         layer_scale=(None, None, 1e-6, 1e-6),
     ),
     "stvit_l": dict(
-        depths=(4, 7, 19, 8),
-        dims=(96, 192, 448, 640),
-        heads=(2, 3, 7, 10),
+        depths=(4, 7, 19, 8), dims=(96, 192, 448, 640), heads=(2, 3, 7, 10),
         layer_scale=(None, None, 1e-6, 1e-6),
     ),
 }
+GRIDS = (8, 4, 1, 1)  # side of a cell in tokens, per stage (sec. 3.3)
 FFN_RATIO = 4  # sec. 3.3
 PROJECTION_DIM = 1024  # Table 8
 
@@ -85,8 +82,8 @@ def sample_super_tokens(x, grid, iterations=1):
         S = mean of X in each cell                                      # (M, C)
         Q = (X @ S.T / C ** 0.5).softmax(1)                             # (N, M), Eq. 5
         S = (Q / Q.sum(0)).T @ X                                        # (M, C), Eq. 6
-    with the last two lines once per iteration. The code keeps only the nine columns of a token's
-    row of Q that belong to the 3x3 cells around its own (Fig. 4).
+    with the last two lines once per iteration (Eq. 19 and 20). The code keeps, of each token's row
+    of Q, only the nine columns of the 3x3 cells around its own (Fig. 4, Eq. 8).
 
     Args:
         x: (B, C, H, W), tokens.
@@ -97,11 +94,11 @@ def sample_super_tokens(x, grid, iterations=1):
         association: (B, M, P, 9), Q without gradient; None without iterations.
     """
     tokens = split_cells(x, grid)                                       # (B, H', W', P, C), X
-    supers = tokens.mean(3)                                             # (B, H', W', C), S
+    supers = tokens.mean(3)                                             # (B, H', W', C), first S
     association = None
     for _ in range(iterations):
-        association = associate(tokens, supers)                         # (B, H', W', P, 9)
-        supers = update_super_tokens(tokens, association)               # (B, H', W', C)
+        association = associate(tokens, supers)                         # (B, H', W', P, 9), Eq. 5
+        supers = update_super_tokens(tokens, association)               # (B, H', W', C), Eq. 6
     if association is not None:
         association = association.to(tokens.dtype).flatten(1, 2)        # (B, M, P, 9)
     return supers.permute(0, 3, 1, 2), association
@@ -130,29 +127,27 @@ def upsample_super_tokens(supers, association, grid, size):
 
 
 def associate(tokens, supers):
-    """Association Q of each token with the 3x3 super tokens around it (Eq. 5), without gradient.
+    """Association Q of each token with the 3x3 super tokens around it, without gradient.
 
-    Eq. 4 is the form of superpixel sampling networks, which the paper replaces with Eq. 5.
+    Eq. 5; it replaces Eq. 4, the distances of superpixel sampling networks.
 
-    Args:
-        tokens: (B, H', W', P, C), X.
-        supers: (B, H', W', C), S.
+    Args: tokens (B, H', W', P, C), X; supers (B, H', W', C), S.
     Returns: (B, H', W', P, 9) in at least float32; each token's nine weights sum to 1. In memory
-        the nine come before P, which makes the softmax and the product in Eq. 6 faster.
+        the 9-axis comes before P, which makes the softmax and the product in Eq. 6 faster.
     """
     compute_dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.no_grad():
         neighbours = gather_neighbours(supers)                          # (B, H', W', 9, C)
         logits = neighbours @ tokens.mT * tokens.shape[-1] ** -0.5      # (B, H', W', 9, P)
-        return logits.to(compute_dtype).softmax(3).mT                   # (B, H', W', P, 9)
+        return logits.to(compute_dtype).softmax(3).mT                   # (B, H', W', P, 9), Eq. 5
 
 
 def update_super_tokens(tokens, association):
     """Weighted mean of the tokens of the 3x3 cells around each cell (Eq. 6), differentiable in X.
 
-    Args:
-        tokens: (B, H', W', P, C), X.
-        association: (B, H', W', P, 9), Q.
+    The columns of Q are normalised after the product with X.
+
+    Args: tokens (B, H', W', P, C), X; association (B, H', W', P, 9), Q.
     Returns: (B, H', W', C), S.
     """
     column_sum = fold_neighbours(association.mT.sum(4, keepdim=True))   # (B, H', W', 1)
@@ -267,11 +262,10 @@ class LayerScale(nn.Module):
 
 
 class SuperTokenAttention(nn.Module):
-    """Sample super tokens, attend among them, map back (sec. 3.2): (B, H, W, C) -> the same.
+    """Sample super tokens, attend among them, map back (Eq. 14): (B, H, W, C) -> the same.
 
     Args:
-        dim: C.
-        heads: h, which divides `dim`.
+        dim, heads: C and h, which divides C.
         grid: (gh, gw), tokens per cell; (1, 1) is plain attention.
         iterations: sampling steps, see `sample_super_tokens`.
         bias_side: side of a RelativePositionBias among the super tokens (Table 6), or None.
@@ -334,7 +328,7 @@ class ConvFFN(nn.Module):
         return self.fc2(hidden + local if self.shortcut else local)
 
 
-def conv_stem(dim):
+def convolutional_stem(dim):
     """Four 3x3 convolutions with strides 2, 1, 2, 1 (sec. 3.1): (B, 3, H, W) -> stride 4."""
     stem = nn.Sequential()
     in_dim = 3
@@ -347,7 +341,7 @@ def conv_stem(dim):
 
 
 def downsampling(in_dim, dim):
-    """3x3 convolution of stride 2 and BatchNorm (appendix B): (B, C, H, W) -> stride 2."""
+    """3x3 convolution of stride 2 (appendix B) and BatchNorm: (B, C, H, W) -> stride 2."""
     conv = nn.Conv2d(in_dim, dim, 3, stride=2, padding=1)
     return nn.Sequential(conv, nn.BatchNorm2d(dim))
 
@@ -371,18 +365,8 @@ class Block(nn.Module):
     """
 
     def __init__(
-        self,
-        dim,
-        heads,
-        grid,
-        *,
-        iterations,
-        bias_side,
-        drop_path,
-        layer_scale,
-        cpe,
-        conv_ffn,
-        ffn_shortcut,
+        self, dim, heads, grid, *, iterations, bias_side, drop_path, layer_scale,
+        cpe, conv_ffn, ffn_shortcut,
     ):
         super().__init__()
         self.cpe = DepthwiseConv(dim, 3) if cpe else None
@@ -437,8 +421,8 @@ class STViT(nn.Module):
     Args:
         num_classes: width of the classifier; 0 for none.
         drop_path_rate: stochastic depth of the last block; rates rise linearly from 0.
-        depths, dims, heads: blocks, channels and heads, one entry per stage. Table 9's models have
-            depths (2, 2, 6, 2), dims (96, 192, 384, 768) and heads (3, 6, 12, 24).
+        depths, dims, heads: blocks, channels and heads, one entry per stage; in Table 9 also
+            (2, 2, 6, 2), (96, 192, 384, 768) and (3, 6, 12, 24).
         grids: side of a cell in tokens, one per stage.
         iterations: sampling steps; 0 for the means of the cells (Table 7).
         layer_scale: initial value of LayerScale or None, one per stage.
@@ -448,26 +432,14 @@ class STViT(nn.Module):
             attention; or None (Tables 6 and 9).
         conv_ffn, ffn_shortcut: False for an FFN without its convolution, or without the shortcut
             around it (Table 6).
-    Attributes: channels, the widths of the four maps.
+    `channels` holds the widths of the four feature maps.
     Raises: ValueError for other values.
     """
 
     def __init__(
-        self,
-        *,
-        num_classes,
-        drop_path_rate,
-        depths,
-        dims,
-        heads,
-        grids=(8, 4, 1, 1),
-        iterations=1,
-        layer_scale=(None, None, None, None),
-        stem="conv",
-        projection=True,
-        position="cpe",
-        conv_ffn=True,
-        ffn_shortcut=True,
+        self, *, num_classes, drop_path_rate, depths, dims, heads,
+        grids=GRIDS, iterations=1, layer_scale=(None, None, None, None),
+        stem="conv", projection=True, position="cpe", conv_ffn=True, ffn_shortcut=True,
     ):
         super().__init__()
         check_arguments(
@@ -475,21 +447,16 @@ class STViT(nn.Module):
         check_ablations(iterations, layer_scale, stem, position, conv_ffn, ffn_shortcut)
 
         def block(stage, rate):
+            side = grids[stage]
             return Block(
-                dims[stage],
-                heads[stage],
-                grid=(grids[stage], grids[stage]),
-                iterations=iterations,
-                bias_side=bias_side(stage, grids[stage]) if position == "rpe" else None,
-                drop_path=rate,
-                layer_scale=layer_scale[stage],
-                cpe=position == "cpe",
-                conv_ffn=conv_ffn,
-                ffn_shortcut=ffn_shortcut,
+                dims[stage], heads[stage], (side, side), iterations=iterations,
+                bias_side=bias_side(stage, side) if position == "rpe" else None,
+                drop_path=rate, layer_scale=layer_scale[stage],
+                cpe=position == "cpe", conv_ffn=conv_ffn, ffn_shortcut=ffn_shortcut,
             )
 
         self.channels = tuple(dims)
-        self.stem = conv_stem(dims[0]) if stem == "conv" else PatchEmbedding(dims[0])
+        self.stem = convolutional_stem(dims[0]) if stem == "conv" else PatchEmbedding(dims[0])
         self.position = PositionTable(dims[0], 56) if position == "ape" else nn.Identity()
         self.stages = build_stages(depths, drop_path_rate, block)
         self.downsamples = nn.ModuleList(downsampling(dims[i], dims[i + 1]) for i in range(3))
@@ -501,10 +468,9 @@ class STViT(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def forward_features(self, images):
-        """Feature maps of the four stages, channels-last in memory.
+        """(B, 3, H, W) -> four maps (B, C_i, ceil(H / s), ceil(W / s)), s = 4, 8, 16, 32.
 
-        Args: images (B, 3, H, W), normalised.
-        Returns: four maps (B, C_i, ceil(H / s), ceil(W / s)) with s = 4, 8, 16, 32.
+        The maps are channels-last in memory.
         Raises: ValueError unless images are (B, 3, H, W) with both sides at least 32.
         """
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 32:
