@@ -28,6 +28,7 @@ import argparse
 import copy
 import ctypes
 import datetime
+import itertools
 import json
 import math
 import multiprocessing
@@ -494,7 +495,8 @@ class DrawnShapes:
     textures = ("stripes", "dots")
 
     def __init__(self, split, images):
-        self.classes = [f"{s}-{t}" for s in self.shapes for t in self.textures]
+        pairs = itertools.product(self.shapes, self.textures)
+        self.classes = [f"{shape}-{texture}" for shape, texture in pairs]
         self.labels = np.arange(images) % len(self.classes)
         self.images = []
         for i, label in enumerate(self.labels):
