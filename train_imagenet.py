@@ -1425,7 +1425,6 @@ def train(task, args, procs, checkpoint):
     task: see `Classification`; checkpoint: that of the run to continue, or None.
     """
     train_set, val_set = task.open_data(procs, "train", "val")
-    check_output(args)
     procs.wait()                # listing a million files takes different times on different nodes
     schedule = dict(batch=args.batch_size, micro=args.micro_batch, rank=procs.rank,
                     world=procs.world, seed=args.seed)
@@ -1450,6 +1449,7 @@ def train(task, args, procs, checkpoint):
     state = TrainState(model, optimizer, scaler, args.ema, per_epoch, train_set.classes)
     if checkpoint:
         state.restore(checkpoint, args)
+    check_output(args)
     procs.check_same_step(state.step)
     net = wrap_model(model, args, procs)
 
