@@ -78,6 +78,7 @@ FLAGS = {
     "iters": Flag(COUNT, None, "length of training in updates"),
     "epochs": Flag(COUNT, None, "length of training in epochs instead"),
     **RUN_FLAGS,
+    "weights": OnceFlag(text, None, "checkpoint of this script to evaluate or predict with"),
     "batch_size": Flag(COUNT, 16, "images (pose: persons) per update, over all processes"),
     "lr": Flag(NOT_NEGATIVE, 1e-4, "peak learning rate, never rescaled"),
     "min_lr": Flag(NOT_NEGATIVE, 0.0, "learning rate at the end of segmentation's polynomial"),
@@ -285,7 +286,8 @@ class DenseTask:
             procs.wait()
         sources = [self.open_split(folder, split) for split in splits]
         val_set = sources[-1]
-        for file in map(val_set.name, range(len(val_set))):
+        files = [] if self.args.score else map(val_set.name, range(len(val_set)))
+        for file in files:
             if not os.path.isfile(file):
                 raise InputError(f"validation image {file} is missing")
         return sources
@@ -1190,7 +1192,7 @@ def best_anchors(scores, deltas, anchors, counts, size, per_level=1000):
 
 
 def assign(boxes, labels, anchors, valid, *, positive, negative, min_pos_iou, match_low_quality):
-    """Max-IoU assignment of mmdetection: which object an anchor stands for.
+    """Max-IoU assignment of mmdetection: the object matched to each anchor.
 
     Args:
         boxes (B, G, 4), labels (B, G): objects, label -1 where padded; anchors ([B,] A, 4).
@@ -3326,7 +3328,7 @@ def predict(task, args, procs, checkpoint):
     person_boxes = read_person_boxes(args.boxes) if args.boxes else {}
     classes = checkpoint["classes"]
     model = task.build_model(classes)
-    train_imagenet.load_weights(model, checkpoint)
+    train_imagenet.load_weights(model, checkpoint, "ema" if checkpoint["ema"] else "model")
     model.to(procs.device).eval()
     names = overlay_names(args)
     for path in args.predict[procs.rank::procs.world]:
@@ -3338,14 +3340,16 @@ def predict(task, args, procs, checkpoint):
 
 
 def overlay_names(args):
-    """{image: file name of its overlay}; an image named like an earlier one gets a number."""
+    """{image: file name of its overlay}; a name that is taken gets a number."""
     names = {}
-    stems = set()
-    for i, path in enumerate(args.predict):
+    for path in dict.fromkeys(args.predict):  # an image may be given twice
         stem = Path(path).stem
-        suffix = f"_{i}" if stem in stems else ""
-        names.setdefault(path, f"{stem}{suffix}_{args.task}.png")  # an image may be given twice
-        stems.add(stem)
+        name = f"{stem}_{args.task}.png"
+        copies = 0
+        while name in names.values():
+            copies += 1
+            name = f"{stem}_{copies}_{args.task}.png"
+        names[path] = name
     return names
 
 

@@ -77,7 +77,7 @@ class Flag(NamedTuple):
 
     type: bool for a switch, argparse.BooleanOptionalAction for --name and --no-name, a tuple of
     choices, or a function from the typed text to the value; default: a value, or None if it
-    depends on other flags, which `help` then explains; restored: whether a run that continues
+    depends on other flags, which `help` then explains; restored: whether a resumed run
     takes it from the checkpoint; several: whether it takes a list.
     """
 
@@ -88,7 +88,7 @@ class Flag(NamedTuple):
     several: bool = False
 
 
-OnceFlag = partial(Flag, restored=False)  # of one start, not of the run
+OnceFlag = partial(Flag, restored=False)  # not restored from a checkpoint
 
 
 def number(kind, low, high=math.inf, *, above=False):
@@ -125,7 +125,7 @@ BELOW_ONE = number(float, 0, 0.99)
 ON_OFF = argparse.BooleanOptionalAction
 
 RUN_FLAGS = {  # of both scripts
-    "released": Flag(bool, False, "SecViT as its authors released it"),
+    "released": Flag(bool, False, "the architecture of SecViT's released weights"),
     "output": OnceFlag(text, None, "folder for log.jsonl, last.pt, best.pt, curves.png"),
     "micro_batch": Flag(COUNT, None, "images per process and forward pass; gradients accumulate "
                         "up to --batch-size; default: a divisor of it"),
@@ -139,14 +139,14 @@ RUN_FLAGS = {  # of both scripts
     "deterministic": Flag(bool, False, "only deterministic GPU kernels: slower, repeatable"),
     "workers": OnceFlag(number(int, 0), None, "loader processes per process; changes speed only; "
                         "default: its CPU cores, at most 10"),
-    "seed": Flag(number(int, 0, 2 ** 63 - 1), 0, "of weights, order and augmentation"),
+    "seed": Flag(number(int, 0, 2 ** 63 - 1), 0, "random seed of initialisation, order and "
+                 "augmentation"),
     "log_every": Flag(COUNT, 50, "updates between log lines"),
-    "max_steps": OnceFlag(COUNT, None, "save and stop after this many updates; the schedule "
-                          "stays"),
+    "max_steps": OnceFlag(COUNT, None, "save and stop after this many updates, without "
+                          "changing the schedule"),
     "resume": OnceFlag(text, None, "checkpoint to continue exactly; it restores every flag you do "
                        "not override; auto: the one of the highest step in --output, if any"),
     "overwrite": OnceFlag(bool, False, "replace an earlier run in --output"),
-    "weights": OnceFlag(text, None, "start from these weights"),
     "eval": OnceFlag(bool, False, "only evaluate --weights and print one JSON line"),
 }
 FLAGS = {
@@ -155,6 +155,8 @@ FLAGS = {
                      "images"),
     "epochs": Flag(COUNT, 300, "length of training and of the cosine"),
     **RUN_FLAGS,
+    "weights": OnceFlag(text, None, "start from these weights: a checkpoint, a bare state dict or "
+                        "an authors' file"),
     "batch_size": Flag(COUNT, 1024, "images per update, over all processes and accumulation"),
     "lr": Flag(NOT_NEGATIVE, 1e-3, "peak learning rate at this --batch-size, never rescaled"),
     "weight_decay": Flag(NOT_NEGATIVE, 0.05, "AdamW's weight decay"),
@@ -174,9 +176,10 @@ FLAGS = {
     "sync_bn": Flag(ON_OFF, False, "batch statistics over all GPUs"),
     "frozen_bn": Flag(bool, False, "train in eval mode: BatchNorm statistics fixed, no drop path"),
 }
+SECVIT = dict(lr=2e-3, ema=0.99992, sync_bn=True)
 OVERRIDES = {  # what a model family, then the drawn images, set differently
-    "secvit": dict(lr=2e-3, ema=0.99992, sync_bn=True),
-    "sec": dict(lr=2e-3, ema=0.99992, sync_bn=True),
+    "secvit": SECVIT,
+    "sec": SECVIT,  # SEC-Swin and SEC-FasterViT
     "drawn images": dict(
         epochs=12, batch_size=32, lr=1e-3, warmup_epochs=1.0, img_size=64, mixup=0.0, cutmix=0.0,
         randaug="none", random_erase=0.0, repeated_aug=1, min_crop=0.9, test_crop=1.0, ema=0.0,
@@ -269,6 +272,8 @@ def resolve_args(argv=None):
     parser = make_parser("Train or evaluate a backbone on ImageNet-like folders.", FLAGS, OVERRIDES)
     typed = parser.parse_args(argv)
     checkpoint = None
+    if typed.eval and typed.resume:
+        raise InputError("--eval and --resume are mutually exclusive")
     if typed.eval:
         if not typed.weights:
             raise InputError("--eval needs --weights FILE")
@@ -391,7 +396,7 @@ class Processes:
 class StopSignal:
     """Remembers SIGTERM or SIGINT until the loop has finished its step.
 
-    A second Ctrl-C acts at once.
+    A second Ctrl-C terminates immediately.
     """
 
     def __init__(self):
@@ -445,7 +450,7 @@ TURNS = {
 class ImageFolder:
     """Labelled image files of folder/<class>/*, classes in order of name.
 
-    Paths stand in one array, which the loader's workers share. Hidden folders are left out.
+    Paths are stored in one array, which the loader's workers share. Hidden folders are left out.
     Raises: InputError for a missing folder and for a class without images.
     """
 
@@ -653,7 +658,7 @@ def make_loader(samples, batches, collate_samples, workers, device):
 def follow_parent(_worker):
     """Ctrl-C and SIGTERM are for the training process; its workers live exactly as long as it.
 
-    It kills them when it ends (`kill_workers`); Linux does if it was killed itself.
+    They are killed by `kill_workers` at its exit, or by Linux if it was killed itself.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -1107,7 +1112,7 @@ def load_weights(model, state, entry="model"):
 
 # ---------------------------------------------------------------------------------------------- log
 def append(path, **record):
-    """Add one JSON line to a log, on a line of its own even after a write that was cut off."""
+    """Add one JSON line to a log, on a line of its own even if the previous write was truncated."""
     with open(path, "ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -1368,7 +1373,7 @@ class Classification:
                      warmup=self.args.warmup_epochs * per_epoch, total=total)
 
     def losses(self, net, batch):
-        """Named losses of a micro-batch; mixing draws from `random`, which the loop has seeded."""
+        """Named losses of a micro-batch; mixing uses `random`, which the loop has seeded."""
         images, labels = batch
         x = erase(normalize(images), self.args.random_erase, random)
         x, targets = mix(x, labels, classes=self.num_classes, smoothing=self.args.label_smoothing,
@@ -1464,6 +1469,7 @@ def train(task, args, procs, checkpoint):
         scores = {}
         if evaluation_due(state, eval_every, total):  # killed during an evaluation, after its save
             scores = evaluate_and_save(task, state, val_set, log)
+            stopping = procs.any(stop.caught)
 
         while state.step < last_step and not stopping:
             state.lr = task.lr_at(state.step, total, per_epoch)
@@ -1502,6 +1508,7 @@ def train(task, args, procs, checkpoint):
                 log.flush(state)
             if due and not stopping:
                 scores = evaluate_and_save(task, state, val_set, log)
+                stopping = procs.any(stop.caught)
     if state.saved_at != state.step:
         state.save("last.pt", args, procs)
     if procs.rank == 0:
@@ -1521,7 +1528,7 @@ def wrap_model(model, args, procs):
 
 
 def seed_micro_batch(seed, step, index):
-    """Seed what a micro-batch draws: mixing from `random`; noise and drop path from torch."""
+    """Seed a micro-batch's randomness: `random` for mixing, torch for noise and drop path."""
     random.seed(repr((BATCH, seed, step, index)))
     torch.manual_seed(random.getrandbits(63))
 
@@ -1529,10 +1536,17 @@ def seed_micro_batch(seed, step, index):
 RUN_FILES = ("log.jsonl", "last.pt", "best.pt", "curves.png")
 
 
+def continues_output(args):
+    """Whether --resume continues the run in --output, not that of another folder."""
+    if args.resume in (None, "auto"):
+        return args.resume == "auto"
+    return Path(args.resume).resolve().parent == Path(args.output).resolve()
+
+
 def check_output(args):
-    """Raise InputError if a new run on a user's data would overwrite the files of another one."""
+    """Raise InputError if a run on a user's data would overwrite the files of another one."""
     holds_run = any((Path(args.output) / name).exists() for name in RUN_FILES)
-    if holds_run and args.data and not (args.resume or args.overwrite):
+    if holds_run and args.data and not (continues_output(args) or args.overwrite):
         raise InputError(f"{args.output} holds a run: continue it with --resume auto, replace it "
                          "with --overwrite, or name another --output")
 
@@ -1548,7 +1562,7 @@ def start_run(task, log, state, total, report):
         print(f"{args.output} holds no checkpoint of this run: starting from the beginning")
     elif args.resume:
         print(f"continuing from update {state.step}")
-    else:
+    if not continues_output(args):
         for name in RUN_FILES:  # those of an earlier run
             (Path(args.output) / name).unlink(missing_ok=True)
     log.write(**describe_run(args, procs, state.model), resumed_at=state.step)

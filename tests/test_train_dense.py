@@ -1,4 +1,5 @@
 """train_dense.py as users run it: settings, whole runs, exact resume, processes, errors."""
+import argparse
 import json
 import os
 import shutil
@@ -431,3 +432,26 @@ def test_errors_are_one_line_and_status_2(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("train_dense.py: unknown --task")
     assert done.stderr.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------------ predictions
+def test_overlays_of_any_images_have_names_of_their_own():
+    images = ["a.jpg", "x/a.jpg", "a_1.jpg", "a.jpg"]
+    args = argparse.Namespace(task="semfpn", predict=images)
+    names = train_dense.overlay_names(args)
+    assert len(set(names.values())) == len(names) == 3
+
+
+def test_prediction_uses_averaged_weights(tiny, scenes, tmp_path, monkeypatch):
+    run(*run_flags("semfpn", scenes, tmp_path, "--ema", 0.5, "--max-steps", 2))
+    loaded = []
+    load = train_imagenet.load_weights
+
+    def record_entry(model, state, entry="model"):
+        loaded.append(entry)
+        return load(model, state, entry)
+
+    monkeypatch.setattr(train_imagenet, "load_weights", record_entry)
+    image = scenes / "val2017" / "000000000001.jpg"
+    run("--predict", image, "--weights", tmp_path / "last.pt", "--output", tmp_path)
+    assert loaded == ["ema"]

@@ -1551,3 +1551,16 @@ def test_overwrite_removes_the_other_runs_files(tiny, folder, tmp_path):
     run(*FAST, "--max-steps", 1, "--data", folder, "--output", tmp_path, "--overwrite")
     assert not (tmp_path / "best.pt").exists()
     assert (tmp_path / "last.pt").exists()
+
+
+def test_another_folders_run_does_not_continue_over_this_one(tiny, finished, folder, tmp_path):
+    run(*FAST, "--max-steps", 1, "--data", folder, "--output", tmp_path)
+    before = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(train_imagenet.InputError, match="holds a run"):
+        run("--resume", finished / "last.pt", "--output", tmp_path)
+    assert (tmp_path / "last.pt").read_bytes() == before
+
+
+def test_eval_and_resume_exclude_each_other(finished):
+    with pytest.raises(train_imagenet.InputError, match="mutually exclusive"):
+        resolve("--eval", "--weights", finished / "last.pt", "--resume", "auto")
