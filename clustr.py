@@ -22,32 +22,39 @@ Reading order. density_peaks -> assign_clusters -> aggregate -> ClusteringGuided
 -> ClusTR. What follows the factories is not needed to understand the model.
 
 Differs from the text.
-- Distances are divided by sqrt(C), as in TCFormer's code, the closest public one. This is a choice:
-  with undivided distances, as in Eq. 1, almost all centres are other tokens.
+- Distances are divided by sqrt(C), as in the authors' code (github.com/YtongXie/ClusTR). This is a
+  choice: Eq. 1 does not divide, and undivided distances choose other centres.
 - One clustering per layer, of the normalised input, serves K and V, all heads and all scales.
   Literally, Eq. 5 and 6 cluster K and V of every head separately.
 - Every scale has its own W^K and W^V, which have no index j in Eq. 8, and the FFN ("fully
   connected") has a 3x3 depth-wise convolution before its GELU. Table 2's sizes need both.
 - Tokens are aggregated first and projected to K and V afterwards. This is cheaper than Eq. 5 and
   equal to it for the same clusters and weights, since the weights of a cluster sum to one.
-- Patch embeddings are PVTv2's: 7x7/4, then 3x3/2, with LayerNorm. Sec. 3.4 names Ren et al. (2022).
+- Patch embeddings are PVTv2's, as in the authors' code: 7x7/4, then 3x3/2, with LayerNorm. Sec. 3.4
+  names Ren et al. (2022).
+
+Differs from the authors' code.
+- It has one score layer per layer, here one per scale, and a shortcut around the FFN's convolution.
+- In it tokens join the nearest centre, M is rounded down, and random noise breaks ties of density.
+- Its stochastic depth of S is 0.1.
 
 The text is ambiguous.
 - Eq. 7 concatenates the tokens of all scales, Eq. 8 sums one attention per scale. Eq. 8 is built;
   the tokens of Eq. 7 stay in one tensor per scale.
 - w_i is "the learnable parameter for each token": here the softmax, within the cluster, of a linear
-  score of the token, with one score layer per scale.
-- A token may or may not be one of its own k neighbours: here it is, as in TCFormer's code.
+  score of the token, with one score layer per scale (authors' code: one for all).
+- A token may or may not be one of its own k neighbours: here it is, as in the authors' code.
 - Equally dense tokens: here the one with the smaller index counts as denser.
 - Tables 7 and 8 do not say their ratios. Their sizes are those of single-scale models.
 
 The text is silent.
-- k is 5, s is d. M is N / lambda, rounded up. Ratio 1 keeps the tokens as they are, without score.
-- The FFN expands 8, 8, 4 and 4 times, which Table 2's sizes need.
+- From the authors' code: k is 5, s is d. Ratio 1 keeps the tokens as they are, without score.
+- M is N / lambda, rounded up.
+- The FFN expands 8, 8, 4 and 4 times, which Table 2's sizes need and the authors' code has.
 - As in PVTv2: LayerNorm after every stage, initial weights but for the biases of patch embeddings,
   see `init_weights`.
-- Our choice: stochastic depth of 0.1 / 0.2 / 0.3 for T / S / B; `aggregation="knn"` keeps half of
-  the keys.
+- Our choice: stochastic depth of 0.1 / 0.2 / 0.3 for T / S / B (authors' configurations: 0.1 / 0.1
+  / 0.3); `aggregation="knn"` keeps half of the keys.
 """
 import argparse
 import colorsys
@@ -125,7 +132,7 @@ def assign_clusters(log_density, delta, parent, clusters):
     Every other token joins the cluster of its parent:
         centre(i) = i if i is a centre, else centre(parent[i])
     The code does this for all tokens at once, and each step doubles the number of links followed.
-    (TCFormer's code assigns tokens to the nearest centre instead.)
+    (The authors' code assigns tokens to the nearest centre instead.)
 
     Args: log_density, delta, parent, each (B, N), from `density_peaks`; clusters, M.
     Returns: (B, N), the cluster of each token in [0, M), clusters numbered by falling gamma.
@@ -173,7 +180,7 @@ def aggregate(x, score, index, clusters):
     rows = (index + offset).flatten()                                       # (B*N,)
     total = weighted.new_zeros(B * clusters, C + 1).index_add(0, rows, weighted)
     total = total.view(B, clusters, C + 1)
-    return (total[..., :C] / total[..., C:]).to(x.dtype)                    # (B, M, C)
+    return (total[..., :C] / total[..., C:]).to(x.dtype)                    # (B, M, C), Eq. 3
 
 
 @torch.library.custom_op(
@@ -235,8 +242,8 @@ class ClusteringGuidedAttention(nn.Module):
 
     Args:
         dim, heads: C and h, which divides C.
-        ratios: lambda, token reductions of at least 1, one per scale.
-        neighbours: k of the densities.
+        ratios: lambda, token reductions, whole numbers of at least 1, one per scale.
+        neighbours: k of the densities, a whole number of at least 1.
         aggregation: "cluster", or for Tables 7 and 8 "grid" (spatial reduction) or "knn" (spatial
             reduction, then k-NN attention to half of the keys).
     Raises: ValueError for other values.
@@ -282,6 +289,7 @@ class ClusteringGuidedAttention(nn.Module):
             merged = iter(self.merge_clusters(tokens))
         else:
             merged = iter([layer(x) for layer in self.reduce])
+        # Eq. 7, one tensor per scale
         return [next(merged) if ratio > 1 else tokens for ratio in self.ratios]
 
     def forward(self, x):
@@ -403,7 +411,7 @@ class ClusTR(nn.Module):
         super().__init__()
         check_arguments(num_classes, drop_path_rate, depths=depths, dims=dims, heads=heads)
         if len(ratios) != 4:
-            raise ValueError(f"ratios = {ratios}, expected four tuples, one per stage")
+            raise ValueError(f"ratios = {ratios}, expected 4 tuples, one per stage")
         self.channels = tuple(dims)
         self.embeds = nn.ModuleList([PatchEmbedding(3, dims[0], kernel_size=7, stride=4)])
         for i in range(1, 4):
@@ -467,10 +475,10 @@ def check_attention(dim, heads, ratios, neighbours, aggregation):
     """Raise ValueError for arguments that ClusteringGuidedAttention cannot have."""
     if dim < 1 or heads < 1 or dim % heads:
         raise ValueError(f"dim = {dim} does not split into {heads} heads")
-    if not ratios or min(ratios) < 1:
-        raise ValueError(f"ratios = {ratios}, expected one or more, all at least 1")
-    if neighbours < 1:
-        raise ValueError(f"neighbours = {neighbours}, expected at least 1")
+    if not ratios or not all(isinstance(ratio, int) and ratio >= 1 for ratio in ratios):
+        raise ValueError(f"ratios = {ratios}, expected one or more whole numbers of at least 1")
+    if not isinstance(neighbours, int) or neighbours < 1:
+        raise ValueError(f"neighbours = {neighbours}, expected a whole number of at least 1")
     if aggregation not in ("cluster", "grid", "knn"):
         raise ValueError(f"aggregation = {aggregation!r}, expected 'cluster', 'grid' or 'knn'")
 
@@ -613,10 +621,10 @@ def load_weights(factory, path):
     Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
     """
     state = read_weights(path)
-    model = factory(num_classes=len(state.get("head.weight", ())))
     try:
+        model = factory(num_classes=len(state.get("head.weight", ())))  # TypeError: a scalar
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         message = " ".join(str(error).split())[:200]
         raise ValueError(f"weights of another model ({message})") from None
     return model.eval()
@@ -647,21 +655,6 @@ def layer_inputs(model, layers, image):
     return [inputs[layer] for layer in layers]
 
 
-def tile(panels):
-    """Put (caption, image) pairs of equal size side by side."""
-    gap = 8
-    caption_height = 20
-    width, height = panels[0][1].size
-    sheet_size = (len(panels) * (width + gap) - gap, height + caption_height)
-    sheet = Image.new("RGB", sheet_size, "white")
-    canvas = ImageDraw.Draw(sheet)
-    for i, (caption, image) in enumerate(panels):
-        left = i * (width + gap)
-        sheet.paste(image, (left, caption_height))
-        canvas.text((left + 2, 3), caption, "black")
-    return sheet
-
-
 def palette(clusters):
     """Colours (M, 3), all different: hue, saturation and value take irrational steps."""
     colours = []
@@ -689,6 +682,21 @@ def draw_clusters(model, image):
             panel = Image.fromarray(pixels).resize(image.size, Image.Resampling.NEAREST)
             panels.append((f"stage {i + 1}: {count} clusters", panel))
     return tile(panels)
+
+
+def tile(panels):
+    """Put (caption, image) pairs of equal size side by side."""
+    gap = 8
+    caption_height = 20
+    width, height = panels[0][1].size
+    sheet_size = (len(panels) * (width + gap) - gap, height + caption_height)
+    sheet = Image.new("RGB", sheet_size, "white")
+    canvas = ImageDraw.Draw(sheet)
+    for i, (caption, image) in enumerate(panels):
+        left = i * (width + gap)
+        sheet.paste(image, (left, caption_height))
+        canvas.text((left + 2, 3), caption, "black")
+    return sheet
 
 
 # ------------------------------------------------------------------------------------- command line

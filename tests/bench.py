@@ -14,16 +14,17 @@ gives medians, not their spread. On 2 cores of an AMD EPYC the ratio of SecViT's
 was 2.18, on those of an Intel Xeon 1.67.
 
 Ratios. "Plain" is written the way the papers' own code is: channels-first maps, linear layers as
-1x1 convolutions, explicit softmax, expanded gathers or one-hot convolutions. ClusTR has no public
-code; its plain form is TCFormer's, with one full distance matrix. Plain modules get our weights,
-and before timing outputs and input gradients must agree in float64 (float32 rounding can move a
-token to the next cluster). Ours and plain are then called in turn, A B A B, after a warm-up; the
-table has each one's median and the ratio of medians, plain / ours. "forward" is without gradient,
-in eval mode; "f+b" is forward and backward in train mode without stochastic depth. Layers see the
-stage shapes of 224-pixel images. Memory is that of f+b: on a GPU the peak above what was allocated
-before; on the CPU what the finished graph keeps for backward (distinct storages without
-parameters), a deterministic number. Layers without clustering are plain attention between matrix
-products, so little can be gained there.
+1x1 convolutions, explicit softmax, expanded gathers or one-hot convolutions. ClusTR's follows the
+authors' density peaks (one full distance matrix), on channels-first maps and with our cluster
+assignment, score layers and FFN, so that outputs can agree. LinGlo's is written from the text.
+Plain modules get our weights, and before timing outputs and input gradients must agree in float64
+(float32 rounding can move a token to the next cluster). Ours and plain are then called in turn,
+A B A B, after a warm-up; the table has each one's median and the ratio of medians, plain / ours.
+"forward" is without gradient, in eval mode; "f+b" is forward and backward in train mode without
+stochastic depth. Layers see the stage shapes of 224-pixel images. Memory is that of f+b: on a GPU
+the peak above what was allocated before; on the CPU what the finished graph keeps for backward
+(distinct storages without parameters), a deterministic number. Layers without clustering are plain
+attention between matrix products, so little can be gained there.
 
 Throughput. Repeated steps on one fixed batch for --seconds after a warm-up; a training step is
 forward, cross-entropy, backward and AdamW. On CUDA without and with torch.compile; on the CPU only
@@ -210,7 +211,7 @@ class PlainSTA(nn.Module):
 
 
 def plain_density_peaks(x, k=5):
-    """Density peaks of x (B, N, C) the way TCFormer's code finds them.
+    """Density peaks of x (B, N, C) the way the authors' code finds them, without its noise.
 
     Returns: density, distance to the nearest denser token and that token's index, each (B, N).
     """
@@ -738,9 +739,11 @@ REASONS = {  # why a value differs, by a pattern of column and model
     r"FLOPs of secvit_l.*":
         "18.1 fits neither model, nor the paper's detection table, whose growth from SecViT-B to "
         "-L agrees with ours",
-    r"parameters of linglo_.*":
-        "no reading of the text gives the printed sizes, which disagree with the paper's own dense "
+    r"parameters of linglo_b[01].*":
+        "no reading of the text gives the printed size, which contradicts the paper's own dense "
         "tables",
+    r"parameters of linglo_b2.*":
+        "no reading of the text gives all three printed sizes; 25.4 agrees with the dense tables",
     r"parameters of sec_swin_t":
         "the paper prints 29 for Swin-T, too, which has 28.29 M",
     r"FLOPs of sec_swin_.":
@@ -1104,7 +1107,7 @@ def machine_mib():
 
 
 def time_functions(functions):
-    """Median milliseconds, or of one call each, after a first one, if those take seconds."""
+    """Median milliseconds after a warm-up call; a single call each if that takes over 2 s."""
     first = sum(milliseconds(function) for function in functions)
     if first > 2000:
         return [milliseconds(function) for function in functions]

@@ -448,6 +448,10 @@ def write_other_weights(path):
     torch.save({"head.weight": torch.zeros(7, 1024)}, path)
 
 
+def write_scalar_classifier(path):
+    torch.save({"head.weight": torch.tensor(1.0)}, path)
+
+
 BROKEN = {  # file -> how it is written
     "missing.png": do_not_write,
     "garbage.png": write_text,
@@ -459,6 +463,7 @@ BROKEN = {  # file -> how it is written
     "list.pt": write_list,
     "model.pt": write_whole_module,
     "other.pt": write_other_weights,
+    "scalar.pt": write_scalar_classifier,
 }
 
 
