@@ -1,5 +1,5 @@
 """LinGlo: Rethinking Query-Key Pairwise Interactions in Vision Transformers
-Cheng Li, Yangxing Liu; arXiv 2207.00188v2
+Cheng Li, Yangxing (arXiv: Yangxin) Liu; arXiv 2207.00188v2
 
 Mechanism. Key-only attention has no queries: a learned vector scores the keys, and their
 softmax-weighted mean is one context per head, which gates the value of every token, at a cost
@@ -11,10 +11,12 @@ Symbols.
     X (N x F), D, Y       x, N = H * W tokens of C channels, F = D = C; B samples; Y is returned
     heads (sec. 3.4)      heads, h in shapes; d = C / h, the width of a head
     K, V (sec. 3.1)       k, v (B, h, N, d)
+    W_K, W_V              layers k and v of KeyOnlyAttention
     W_saliency (Eq. 2)    saliency (h, d), one vector per head
     A (Eq. 2)             attention_map (B, h, N)
     G (Eq. 3)             global_context (B, h, 1, d)
     U1, U2 (Eq. 4)        u1, u2
+    RP-CPE (sec. 3.2)     RPCPE
     C, B (sec. 3.4)       dims, depths, one entry per stage; C and B in shapes are those above
 Inside a stage every map is channels-last, (B, H, W, C): linear layers, norms and convolutions
 share this layout.
@@ -104,7 +106,7 @@ def attention_map(k, saliency):
     Returns: (B, h, N), which sums to 1 over the tokens.
     """
     score = k @ saliency[..., None] * k.shape[-1] ** -0.5               # (B, h, N, 1)
-    return score.squeeze(3).softmax(2)
+    return score.squeeze(3).softmax(2)                                  # (B, h, N), Eq. 2
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -557,12 +559,12 @@ def load_weights(factory, path):
     Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
     """
     state = read_weights(path)
-    model = factory(num_classes=len(state.get("head.weight", ())))
-    if "stages.0.0.ffn.cpe.branches.0.weight" in state:  # after `reparameterize`
-        model.reparameterize()
     try:
+        model = factory(num_classes=len(state.get("head.weight", ())))
+        if "stages.0.0.ffn.cpe.branches.0.weight" in state:  # after `reparameterize`
+            model.reparameterize()
         model.load_state_dict(state)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         message = " ".join(str(error).split())[:200]
         raise ValueError(f"weights of another model ({message})") from None
     return model.eval()

@@ -16,6 +16,8 @@ Symbols.
     c (Eq. 4)           index of a cluster; their number is `clusters`
     N_c                 size of a cluster, in tokens
     Y_c                 y_c
+    CPE, FFN (Eq. 1)    Block.cpe, FFN
+    SECA, LCE (Eq. 6)   SECA, SECA.lce
     Ratios (Table 8)    ratio, the expansion of the FFN
 Inside a stage every map is channels-last, (B, H, W, C): linear layers, norms and convolutions
 share this layout.
@@ -33,8 +35,8 @@ Differs from the text.
   39.22 M.
 - `released=True` is the model that the authors trained: their logs carry exactly its sizes, so the
   paper's accuracies belong to it, not to the default. Against the text it has rotary embedding of
-  q and k, a residual 3x3 depth-wise convolution in the FFN, no GELU after the last stem
-  convolution and an ascending sort.
+  q and k, a residual 3x3 depth-wise convolution in the FFN and no GELU after the last stem
+  convolution; it sorts ascending, against sec. 3.2 but as in appendix E.
 
 The text is ambiguous.
 - Sec. 3.2 sorts by descending similarity, appendix E and the released code ascending. Both give
@@ -48,8 +50,8 @@ The text is silent.
 - From the released code: strides 2, 1, 1, 2 and half the width in the first three convolutions of
   the stem; BatchNorm after each down-sampling convolution; GELU in the FFN; one cluster in stage 4;
   layer scale 1e-6 in stages 3 and 4 of SecViT-B and -L; the 1x1 convolution to 1024 channels,
-  BatchNorm and SiLU before averaging, which the printed sizes need; LayerNorm's eps 1e-6; biases;
-  initial weights N(0, 0.02).
+  BatchNorm and SiLU before averaging, which the printed sizes need; LayerNorm's eps 1e-6; biases
+  outside of SECA; initial weights N(0, 0.02).
 - Our choice: ties keep the order of the tokens, similarities are compared in at least float32,
   initial biases of convolutions are N(0, 0.02), see `init_weights`.
 - Without the convolutional stem SecViT has Swin's patch embedding and patch merging: Table 6's 14 M
@@ -99,7 +101,7 @@ def cluster_order(k, descending=True):
         k = k.contiguous()  # sums of strided values would round equal keys differently
     centre = k.mean(2, keepdim=True)                        # (B, h, 1, d), k_c of Eq. 2
     similarity = F.cosine_similarity(k, centre, dim=-1)     # (B, h, N), sim of Eq. 3
-    return similarity.sort(dim=-1, descending=descending, stable=True).indices
+    return similarity.sort(dim=-1, descending=descending, stable=True).indices  # idx of Eq. 3
 
 
 def cluster_sizes(tokens, clusters):
@@ -138,9 +140,11 @@ def equitable_cluster_attention(q, k, v, clusters, descending=True):
     """Attention inside clusters of equally many tokens (Eq. 2 to 5).
 
     For one head q, k, v (N, d) and a number of clusters that divides N, this is
-        order = F.cosine_similarity(k, k.mean(0)[None]).argsort(descending=descending, stable=True)
-        q, k, v = (t[order].unflatten(0, (clusters, -1)) for t in (q, k, v))    # sort, cut
-        y = F.scaled_dot_product_attention(q, k, v)                             # attend
+        centre = k.mean(0, keepdim=True)                                        # Eq. 2
+        similarity = F.cosine_similarity(k, centre)                             # Eq. 3
+        order = similarity.argsort(descending=descending, stable=True)          # Eq. 3
+        q, k, v = (t[order].unflatten(0, (clusters, -1)) for t in (q, k, v))    # Eq. 3, 4
+        y = F.scaled_dot_product_attention(q, k, v)                             # Eq. 5
         return y.flatten(0, 1)[order.argsort()]                                 # restore
     The code does it for all heads of the batch at once: tokens of all heads are the rows of one
     matrix, which `PermuteRows` sorts and restores.
@@ -343,11 +347,13 @@ def convolutional_stem(dim, last_gelu):
 
 # -------------------------------------------------------------------------------------------- block
 class Block(nn.Module):
-    """Position encoding, attention and FFN, each with a shortcut (Eq. 1): (B, H, W, C) -> the same.
+    """Positional encoding, attention and FFN, each with a shortcut (Eq. 1).
+
+    (B, H, W, C) -> the same.
 
     Args:
         dim: C.
-        cpe, attn: modules; cpe is None in blocks without position encoding.
+        cpe, attn: modules; cpe is None in blocks without positional encoding.
         ratio: expansion of the FFN.
         drop_path: rate of stochastic depth.
         layer_scale: initial value of both LayerScales, or None for none.
@@ -432,11 +438,11 @@ class SecViT(nn.Module):
         layer_scale: initial value of LayerScale or None, one per stage.
         released: True for the model of the authors' checkpoints and of Tables 6 and 7, see the
             file's header.
-        lce, cpe: False for blocks without the convolution of V or the position encoding (Table 6).
+        lce, cpe: False for blocks without the convolution of V or positional encoding (Table 6).
         conv_stem: False for Swin's patch embedding and patch merging instead of the convolutions
             before and between the stages (Table 6).
         attention: "sec", or "csw" for cross-shaped windows instead of clusters (Table 6).
-    `channels` holds the widths of the four feature maps.
+    Attributes: channels, the widths of the four feature maps.
     Raises: ValueError for other values, and for clusters with "csw", which has none.
     """
 
@@ -689,7 +695,7 @@ VARIANTS |= {
 class SECSwin(nn.Module):
     """Swin (arXiv 2103.14030) with SECA instead of window attention (Table 2a).
 
-    It has neither a position encoding nor a convolutional stem.
+    It has neither a positional encoding nor a convolutional stem.
     Args and `channels` as SecViT's; `lce` False is SECA without its convolution of V. `proj`,
     before averaging, is only Swin's last norm.
     Raises: ValueError for values outside these.
@@ -795,7 +801,7 @@ def offset_index(side, device):
 
 
 class TokenPosition(PositionMLP):
-    """FasterViT's position encoding: an MLP of the token's position.
+    """FasterViT's positional encoding: an MLP of the token's position.
 
     Shape: (B, H, W, C) -> (H, W, C).
     """

@@ -11,7 +11,7 @@ Symbols.
     m super tokens          M = H' * W', one super token per cell
     h x w, the grid size    grid (gh, gw), tokens per cell; P = gh * gw
     X, S (sec. 3.2.1)       tokens by cell (B, H', W', P, C), supers (B, H', W', C)
-    Q (Eq. 5)               association (B, M, P, 9): of each token with the 3x3 cells around it
+    Q (Eq. 5)               association (B, M, P, 9); by cell (B, H', W', P, 9) while sampling
     q, k, v, A (Eq. 9, 10)  qkv, a linear layer; A(S) is inside F.scaled_dot_product_attention
     heads (Table 8)         heads, h in shapes; d = C / h is the width of a head
     STS, MHSA, TU           sample_super_tokens, SuperTokenAttention.attend, upsample_super_tokens
@@ -25,8 +25,6 @@ Block -> STViT. What follows the factories is not needed to understand the model
 Differs from the text.
 - The text speaks of learned associations. Here, as in the released code, Q has no gradient; Eq. 6
   and 11 are differentiated in X and S only.
-- Appendix E names fold, unfold and depth-wise convolutions as slow on GPUs. Here unfold is a
-  strided view and fold nine shifted sums, with the same results.
 
 The text is ambiguous.
 - A token at the border has fewer than nine cells around it. Here, as in the released code, a cell
@@ -45,7 +43,6 @@ The text is silent.
 - Our choice for Tables 6, 7 and 9: without iterations, up-sampling is bilinear. Patches without
   overlap keep the 3x3 convolutions between stages, norms stay BatchNorm. Tables of positions start
   at N(0, 0.02), belong to 224 x 224 and are interpolated for other sizes.
-- LayerScale has no weight decay in train_imagenet.py, but in the released code.
 """
 import argparse
 import math
@@ -177,7 +174,8 @@ def merge_cells(tokens, grid):
 def gather_neighbours(cells):
     """Unfold: (B, H', W', C) -> (B, H', W', 9, C), the 3x3 cells around each cell.
 
-    They are in row-major order, zeros outside the map.
+    They are in row-major order, zeros outside the map. Appendix E names unfold as slow on GPUs;
+    here it is a strided view, with the same results.
     """
     padded = F.pad(cells, (0, 0, 1, 1, 1, 1))                           # (B, H' + 2, W' + 2, C)
     windows = padded.unfold(1, 3, 1).unfold(2, 3, 1)                    # (B, H', W', C, 3, 3)
@@ -188,6 +186,7 @@ def fold_neighbours(parts):
     """Fold: (B, H', W', 9, C) -> (B, H', W', C), the adjoint of `gather_neighbours`.
 
     Adds each cell's nine contributions to its neighbours; those outside the map are dropped.
+    Appendix E names fold as slow on GPUs; here it is nine shifted sums, with the same results.
     """
     B, rows, columns, _, C = parts.shape
     total = parts.new_zeros(B, rows + 2, columns + 2, C)
@@ -432,7 +431,7 @@ class STViT(nn.Module):
             attention; or None (Tables 6 and 9).
         conv_ffn, ffn_shortcut: False for an FFN without its convolution, or without the shortcut
             around it (Table 6).
-    `channels` holds the widths of the four feature maps.
+    Attributes: channels, the widths of the four feature maps.
     Raises: ValueError for other values.
     """
 
@@ -660,12 +659,13 @@ def load_weights(factory, path):
     Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
     """
     state = read_weights(path)
-    model = factory(num_classes=len(state.get("head.weight", ())))
-    if "patch_embed.proj.0.weight" in state:  # the authors' names
-        state = model.convert_released(state)
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        model = factory(num_classes=len(state.get("head.weight", ())))
+        if "patch_embed.proj.0.weight" in state:  # the authors' names
+            model.load_released(state)
+        else:
+            model.load_state_dict(state)
+    except (RuntimeError, TypeError) as error:
         message = " ".join(str(error).split())[:200]
         raise ValueError(f"weights of another model ({message})") from None
     return model.eval()
