@@ -550,7 +550,7 @@ def secvit_l(num_classes=1000, drop_path_rate=0.5, **overrides):
 def check_ablations(layer_scale, attention, clusters):
     """Raise ValueError for values that no row of the paper's tables has."""
     if len(layer_scale) != 4:
-        raise ValueError(f"layer_scale = {layer_scale}, expected four values, one per stage")
+        raise ValueError(f"layer_scale = {layer_scale}, expected 4 values, one per stage")
     if attention not in ("sec", "csw"):
         raise ValueError(f"attention = {attention!r}, expected 'sec' or 'csw'")
     if attention == "csw" and tuple(clusters) != CLUSTERS:

@@ -438,7 +438,7 @@ def test_models_refuse_values_out_of_range(factory, argument, value, rule):
 
 
 def test_layer_scales_are_four():
-    with pytest.raises(ValueError, match="layer_scale = .*four values, one per stage"):
+    with pytest.raises(ValueError, match="layer_scale = .*4 values, one per stage"):
         secvit.secvit_t(layer_scale=(None, None, 1e-6))
 
 
