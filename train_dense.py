@@ -76,7 +76,7 @@ FLAGS = {
     "data": OnceFlag(text, None, "folder in ADE20K's layout (segmentation) or COCO's; default: "
                      "drawn scenes"),
     "iters": Flag(COUNT, None, "length of training in updates"),
-    "epochs": Flag(COUNT, None, "length of training in epochs instead"),
+    "epochs": Flag(COUNT, None, "length of training in epochs; default: the schedule's"),
     **RUN_FLAGS,
     "weights": OnceFlag(text, None, "checkpoint of this script to evaluate or predict with"),
     "batch_size": Flag(COUNT, 16, "images (pose: persons) per update, over all processes"),
@@ -121,11 +121,11 @@ OVERRIDES = {  # defaults of a task, a family's paper, the drawn scenes; the las
     "semfpn": dict(iters=80000, warmup_iters=0, img_size=512, sync_bn=True),
     "upernet": dict(iters=160000, lr=6e-5, weight_decay=0.01, warmup_iters=1500, img_size=512,
                     sync_bn=True),
-    "retinanet": dict(schedule="1x", epochs=12),
-    "mask_rcnn": dict(schedule="1x", epochs=12, weight_decay=0.05, rois=512),
-    "cascade_mask_rcnn": dict(schedule="3x", epochs=36, weight_decay=0.05, rois=512,
+    "retinanet": dict(schedule="1x"),
+    "mask_rcnn": dict(schedule="1x", weight_decay=0.05, rois=512),
+    "cascade_mask_rcnn": dict(schedule="3x", weight_decay=0.05, rois=512,
                               box_head="4conv1fc", sync_bn=True),
-    "pose": dict(schedule="pose", epochs=210, batch_size=512, lr=5e-4, weight_decay=0.01,
+    "pose": dict(schedule="pose", batch_size=512, lr=5e-4, weight_decay=0.01,
                  img_size=256, keypoints=133, jitter=1.0, drop_path=0.0),
     "linglo semfpn": dict(iters=40000, batch_size=32),           # its sec. 4.3
     "linglo mask_rcnn": dict(weight_decay=1e-4),                 # PVT's
@@ -157,8 +157,9 @@ def resolve_args(argv=None):
         typed.boxes = saved.get("boxes")
     family = typed.backbone.split("_")[0]
     overrides = [OVERRIDES[typed.task], OVERRIDES.get(f"{family} {typed.task}", {})]
-    if typed.schedule:
-        overrides.append(dict(epochs=SCHEDULES[typed.schedule][0]))
+    schedule = typed.schedule or OVERRIDES[typed.task].get("schedule")
+    if schedule:
+        overrides.append(dict(epochs=SCHEDULES[schedule][0]))
     if not typed.data:
         overrides += [OVERRIDES["drawn scenes"], OVERRIDES[f"drawn {typed.task}"]]
     if typed.iters or typed.epochs:  # a typed length replaces the recipe's and the checkpoint's
