@@ -1149,6 +1149,7 @@ class RunLog:
         self.procs = procs
         self.path = Path(args.output) / "log.jsonl" if procs.rank == 0 else None
         self.losses = []         # {name: scalar} of each update since the last line
+        self.rates = []          # their learning rates
         self.unreadable = []     # files that could not be decoded since the last line
         self.reported = set()    # those already named
         self.train_seconds = 0.0
@@ -1163,10 +1164,11 @@ class RunLog:
         if self.path:
             append(self.path, **record)
 
-    def start_update(self):
-        if not self.losses:
+    def start_update(self, lr):
+        if not self.losses:  # images per second leave out what happened since the last line
             self.clock = time.perf_counter()
         self.losses.append({})
+        self.rates.append(lr)
 
     def add(self, losses, weight):
         """Add a micro-batch's losses, each times `weight`, to those of the current update."""
@@ -1189,8 +1191,8 @@ class RunLog:
         if not np.isfinite(totals).all():
             index = int(np.isfinite(totals).argmin())
             step = state.step - len(rows) + index + 1
-            raise InputError(not_finite(f"loss {totals[index]}", step, state.lr, self.args.output,
-                                        state.saved_at))
+            raise InputError(not_finite(f"loss {totals[index]}", step, self.rates[index],
+                                        self.args.output, state.saved_at))
         elapsed = time.perf_counter() - self.clock
         self.train_seconds += elapsed
         for name, value in zip(names, rows.sum(0).tolist()):
@@ -1204,6 +1206,7 @@ class RunLog:
         self.bar.set_postfix(loss=f"{totals.mean():.3f}", lr=f"{state.lr:.1e}",
                              **{name: f"{value:.3f}" for name, value in terms.items()})
         self.losses = []
+        self.rates = []
 
     def report_unreadable(self, state):
         """Name each file that could not be decoded once."""
@@ -1217,14 +1220,14 @@ class RunLog:
         self.unreadable = []
 
     def write_evaluation(self, state, scores):
-        """Write one line with the metrics and the means of the losses since the last evaluation."""
+        """Write the metrics and the mean losses since the last evaluation; begin a new period."""
         updates = state.step - state.evaluated_at
         means = {name: value / updates for name, value in state.period_losses.items()}
-        first = state.optimizer.state[next(state.model.parameters())]
+        moments = state.optimizer.state[next(state.model.parameters())]  # of any parameter
         self.write(step=state.step, epoch=state.step / state.per_epoch,
                    train_loss=sum(means.values()), train_losses=means, **scores, best=state.best,
                    unreadable=state.unreadable,
-                   scaler_skips=state.step - int(first["step"]),  # fp16 overflows
+                   scaler_skips=state.step - int(moments["step"]),  # fp16 overflows
                    train_seconds=self.train_seconds, time=time.time())
         self.train_seconds = 0.0
         state.evaluated_at = state.step
@@ -1476,7 +1479,7 @@ def train(task, args, procs, checkpoint):
             for group in optimizer.param_groups:
                 group["lr"] = state.lr
             net.train(task.train_mode)
-            log.start_update()
+            log.start_update(state.lr)
             for i in range(accumulate):
                 batch, unreadable = next(batches)
                 log.unreadable += unreadable

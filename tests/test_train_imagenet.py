@@ -1564,3 +1564,16 @@ def test_another_folders_run_does_not_continue_over_this_one(tiny, finished, fol
 def test_eval_and_resume_exclude_each_other(finished):
     with pytest.raises(train_imagenet.InputError, match="mutually exclusive"):
         resolve("--eval", "--weights", finished / "last.pt", "--resume", "auto")
+
+
+def test_a_loss_that_is_not_finite_is_reported_with_its_own_rate():
+    args = argparse.Namespace(output="run", batch_size=1)
+    procs = train_imagenet.Processes()
+    state = argparse.Namespace(step=0, per_epoch=9, lr=0.0, saved_at=None)
+    log = train_imagenet.RunLog(args, procs, state, last_step=3)
+    for rate, loss in ((0.1, 1.0), (0.2, float("nan")), (0.3, 1.0)):
+        log.start_update(rate)
+        log.add({"loss": torch.tensor(loss)}, weight=1.0)
+        state.step += 1
+    with pytest.raises(train_imagenet.InputError, match="update 2 not finite, learning rate 0.2;"):
+        log.flush(state)
