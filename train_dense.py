@@ -31,6 +31,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -291,6 +292,9 @@ class DenseTask:
         for file in files:
             if not os.path.isfile(file):
                 raise InputError(f"validation image {file} is missing")
+        for source in sources if procs.rank == 0 else ():
+            for reason, count in source.left_out.items():
+                print(f"{source.path}: {count} objects left out: {reason}", file=sys.stderr)
         return sources
 
     def sampler(self, source, **schedule):
@@ -530,6 +534,8 @@ class Ade20k:
     The label PNGs hold 1 to K for the classes and 0 for ignored pixels. split: "train" or "val".
     Raises: InputError for a missing folder or file, more classes than 8 bits hold, no labels.
     """
+
+    left_out = {}  # nothing is
 
     def __init__(self, folder, split):
         split = {"train": "training", "val": "validation"}[split]
@@ -907,15 +913,17 @@ class Coco:
     """Images of folder/SPLIT2017, objects of folder/annotations/instances_SPLIT2017.json.
 
     The training split keeps what mmdetection keeps: images that have annotations and sides of at
-    least 32 pixels, and objects as in `is_trainable`. The validation split keeps all images, and
-    `annotations` {image id: [...]} as they are in the file. masks: `read` returns masks, too, in
-    training. Raises: InputError for a malformed annotation file, naming it and the offending id.
+    least 32 pixels, and objects that are no crowds, see `unusable`, whose reasons `left_out`
+    counts. The validation split keeps all images, and `annotations` {image id: [...]} as they are
+    in the file. masks: `read` returns masks, too, in training. Raises: InputError for a malformed
+    annotation file, naming it and the offending id, and for one without anything to train on.
     """
 
     def __init__(self, folder, split, masks=False):
         self.folder = Path(folder) / f"{split}2017"
         self.path = Path(folder) / "annotations" / f"instances_{split}2017.json"
-        self.masks = masks and split == "train"
+        self.split = split
+        self.masks = masks
         data = read_annotations(self.path)
         if not self.folder.is_dir():
             expected = "DIR/{train,val}2017 and DIR/annotations/*.json"
@@ -933,14 +941,30 @@ class Coco:
         if not images:
             kind = "image with annotations" if split == "train" else "image"
             raise InputError(f"{self.path} holds no {kind}")
+        self.left_out = Counter()
         entries = [self.make_entry(image, annotations[image["id"]]) for image in images]
+        if split == "train" and not any(entry["boxes"] for entry in entries):
+            reasons = ", ".join(self.left_out) or "all are crowds"
+            raise InputError(f"{self.path} holds no object to train on: {reasons}")
         self.entries = Packed(entries)
         self.is_landscape = np.array([image["width"] > image["height"] for image in images])
         self.annotations = annotations if split == "val" else {}  # 1 GB for COCO's training split
+        if masks and split == "val":
+            whole = [has_segmentation(a) for image in images for a in annotations[image["id"]]]
+            if not all(whole):
+                self.left_out[f"{NO_MASK}, of the mask metrics"] = whole.count(False)
 
     def make_entry(self, image, annotations):
         """An image's dict, and boxes (x, y, w, h), labels and, for masks, dicts of its objects."""
-        kept = [annotation for annotation in annotations if is_trainable(annotation, image)]
+        kept = []
+        for annotation in annotations:
+            if annotation["iscrowd"] or annotation.get("ignore"):
+                continue
+            reason = unusable(annotation, image, self.masks)
+            if reason is None:
+                kept.append(annotation)
+            elif self.split == "train":     # metrics take all but those of `annotations_for`
+                self.left_out[reason] += 1
         return {
             "image": image,
             "boxes": [annotation["bbox"] for annotation in kept],
@@ -962,7 +986,9 @@ class Coco:
         boxes = np.array(entry["boxes"], float).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         sample = image, boxes.astype(np.float32), np.array(entry["labels"], np.int64)
-        return (*sample, self.read_masks(entry, *size)) if self.masks else sample
+        if self.masks and self.split == "train":
+            sample = *sample, self.read_masks(entry, *size)
+        return sample
 
     def read_masks(self, entry, W, H):
         try:
@@ -973,15 +999,34 @@ class Coco:
         return np.array(masks, bool).reshape(-1, H, W)
 
 
-def is_trainable(annotation, image):
-    """Whether an object is no crowd, overlaps its image and is 1 x 1 pixels or larger."""
+NO_MASK = "without segmentation"
+
+
+def unusable(annotation, image, masks):
+    """Why an object cannot be trained on, with `masks` if its mask is needed; None if it can."""
     x, y, w, h = annotation["bbox"]
     overlap_width = min(x + w, image["width"]) - max(x, 0)
     overlap_height = min(y + h, image["height"]) - max(y, 0)
-    if annotation["iscrowd"] or annotation.get("ignore"):
-        return False
-    has_extent = min(w, h) >= 1 and annotation["area"] > 0
-    return has_extent and min(overlap_width, overlap_height) > 0
+    if min(w, h) < 1 or annotation["area"] <= 0:
+        return "narrower than a pixel or without area"
+    if min(overlap_width, overlap_height) <= 0:
+        return "outside the image"
+    if masks and not has_segmentation(annotation):
+        return NO_MASK
+    return None
+
+
+def has_segmentation(annotation):
+    """Whether the field is there and not empty: an RLE, or a list of polygons that hold points."""
+    segmentation = annotation.get("segmentation")
+    return any(segmentation) if isinstance(segmentation, list) else segmentation is not None
+
+
+def annotations_for(kind, annotations):
+    """The annotations of an image that the metrics of `kind` compare with."""
+    if kind == "segm":
+        return [a for a in annotations if has_segmentation(a)]
+    return annotations
 
 
 class Packed:
@@ -1410,7 +1455,8 @@ def match_objects(source, index, detections, kind):
             result["segmentation"] = {"size": mask.shape, "counts": mask_runs(mask)}
     image = source.entries[index]["image"]
     try:
-        return match_image(image, source.annotations[image["id"]], results, kind)
+        annotations = annotations_for(kind, source.annotations[image["id"]])
+        return match_image(image, annotations, results, kind)
     except ValueError as error:
         raise InputError(f"{source.path}: {error}") from None
 
@@ -1424,11 +1470,15 @@ def match_results(source, path, kinds):
     records = []
     for entry in source.entries:
         image = entry["image"]
-        pair = source.annotations[image["id"]], results[image["id"]]
+        annotations = source.annotations[image["id"]]
+        record = []
         try:
-            records.append([match_image(image, *pair, kind) for kind in kinds])
+            for kind in kinds:
+                pair = annotations_for(kind, annotations), results[image["id"]]
+                record.append(match_image(image, *pair, kind))
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
+        records.append(record)
     return records
 
 
@@ -2155,17 +2205,20 @@ class Persons:
         path = Path(folder) / "annotations" / f"person_keypoints_{split}2017.json"
         if keypoints == 133 or not path.is_file():
             path = path.with_name(f"coco_wholebody_{split}_v1.0.json")
+        self.path = path
         data = read_annotations(path)
         if not self.folder.is_dir():
             expected = "DIR/{train,val}2017 and DIR/annotations/*.json"
             raise InputError(f"{self.folder} is not a folder; expected {expected}")
         images = {image["id"]: image for image in data["images"]}
         persons = [a for a in data["annotations"] if a["category_id"] == PERSON]
-        rows = annotated_persons(persons, images, keypoints, path)
+        self.left_out = Counter()
+        rows = annotated_persons(persons, images, keypoints, path, self.left_out)
         problem = f"{path} holds no person with keypoints"
         if split == "val" and boxes:
             no_points = np.zeros((keypoints, 3))
             rows = [(i, box, no_points) for i, box in read_person_boxes(boxes) if i in images]
+            self.left_out.clear()
             problem = f"{boxes} holds no person in an image of {path}"
         if not rows:
             raise InputError(problem)
@@ -2207,11 +2260,12 @@ class Persons:
         return image, self.boxes[persons], self.points[persons]
 
 
-def annotated_persons(persons, images, keypoints, path):
+def annotated_persons(persons, images, keypoints, path, left_out):
     """Rows (image id, box (5,), points (K, 3)) of the annotations that mmpose keeps.
 
-    They are not crowds, and have an area, an extent inside the image and a body keypoint not all 0.
-    As in mmpose, a clipped box is one pixel short at the right and the bottom.
+    They are not crowds, and have an area, an extent inside the image and a body keypoint not all 0;
+    the others are counted in `left_out`, a Counter of reasons, crowds excepted. As in mmpose, a
+    clipped box is one pixel short at the right and the bottom.
     """
     rows = []
     for person in persons:
@@ -2222,8 +2276,13 @@ def annotated_persons(persons, images, keypoints, path):
         top = max(y, 0)
         width = min(x + w, image["width"]) - 1 - left
         height = min(y + h, image["height"]) - 1 - top
-        has_extent = width > 0 and height > 0 and person["area"] > 0
-        if has_extent and not person["iscrowd"] and points[PARTS["body"]].any():
+        if person["iscrowd"]:
+            continue
+        if min(width, height, person["area"]) <= 0:
+            left_out["without area inside the image"] += 1
+        elif not points[PARTS["body"]].any():
+            left_out["without body keypoints"] += 1
+        else:
             box = left, top, width, height, 1.0
             rows.append((image["id"], box, points.astype(np.float32)))
     return rows

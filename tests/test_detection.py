@@ -582,6 +582,48 @@ def test_coco_trains_on_what_mmdetection_keeps(coco_folder):
     assert boxes.shape == (0, 4) and labels.shape == (0,)
 
 
+def test_coco_counts_the_objects_that_it_leaves_out(coco_folder):
+    source = train_dense.Coco(coco_folder, "train")
+    assert source.left_out == {"narrower than a pixel or without area": 2, "outside the image": 1}
+    assert train_dense.Coco(coco_folder, "val").left_out == {}
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"iscrowd": 1}, "all are crowds"),
+    ({"area": 0}, "narrower than a pixel or without area"),
+    ({"bbox": [100, 0, 9, 9]}, "outside the image"),
+])
+def test_a_file_without_anything_to_train_on_is_refused(coco_folder, change, reason):
+    path = coco_folder / "annotations" / "instances_train2017.json"
+    data = json.loads(path.read_text())
+    for entry in data["annotations"]:
+        entry |= change
+    path.write_text(json.dumps(data))
+    with pytest.raises(train_dense.InputError, match=f"no object to train on: .*{reason}"):
+        train_dense.Coco(coco_folder, "train")
+
+
+@pytest.mark.parametrize("empty", [None, [], [[]]])
+def test_objects_without_segmentation_only_lack_masks(coco_folder, empty):
+    """Of nine objects two can be trained on, and one of these has a segmentation."""
+    for split in ("train", "val"):
+        path = coco_folder / "annotations" / f"instances_{split}2017.json"
+        data = json.loads(path.read_text())
+        for entry in data["annotations"]:
+            entry["segmentation"] = empty
+        data["annotations"][1]["segmentation"] = [[90, 40, 100, 40, 100, 50]]
+        path.write_text(json.dumps(data))
+    assert len(train_dense.Coco(coco_folder, "train").read(0)[1]) == 2
+    source = train_dense.Coco(coco_folder, "train", masks=True)
+    assert [len(values) for values in source.read(0)[1:]] == [1, 1, 1]
+    assert source.left_out["without segmentation"] == 1
+    source = train_dense.Coco(coco_folder, "val", masks=True)
+    assert source.left_out == {"without segmentation, of the mask metrics": 8}
+    annotations = source.annotations[5]
+    assert [a["id"] for a in train_dense.annotations_for("segm", annotations)] == [1]
+    assert train_dense.annotations_for("bbox", annotations) == annotations
+
+
 def test_coco_evaluates_all_images(coco_folder):
     source = train_dense.Coco(coco_folder, "val")
     assert image_ids(source) == [5, 6, 7, 9]

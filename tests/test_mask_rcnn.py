@@ -1093,7 +1093,6 @@ def test_boxes_and_masks_are_evaluated(one_object):
 
 
 MALFORMED = {
-    "nothing": None,
     "a number": 3,
     "odd": [[1, 2, 3]],
     "ragged": [[[1, 2], [3]]],

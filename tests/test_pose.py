@@ -204,6 +204,13 @@ def test_training_samples_are_the_usable_persons(mixed_people):
     assert source.annotations == {}
 
 
+def test_persons_that_are_left_out_are_counted(mixed_people):
+    """A crowd and an object of another category are no persons to count."""
+    folder, _ = mixed_people
+    counts = {"without area inside the image": 3, "without body keypoints": 1}
+    assert train_dense.Persons(folder, "train", 133).left_out == counts
+
+
 def test_a_training_sample_is_one_person(mixed_people):
     folder, usable = mixed_people
     source = train_dense.Persons(folder, "train", 133)
