@@ -2295,8 +2295,9 @@ def read_points(entry, keypoints, where):
         values = entry.get(FIELDS[part])
         size = 3 * (PARTS[part].stop - PARTS[part].start)
         is_complete = isinstance(values, list) and len(values) == size
-        if not (is_complete and all(map(is_finite, values))):
-            raise InputError(f"{where}: {FIELDS[part]} must be {size} finite numbers: x, y, v")
+        if not (is_complete and all(map(is_position, values))):
+            raise InputError(f"{where}: {FIELDS[part]} must be {size} numbers x, y, v of at most "
+                             f"{MAX_POSITION}")
         points += values
     return np.array(points, np.float64).reshape(-1, 3)
 
@@ -2657,7 +2658,8 @@ class Pose(DenseTask):
 # Letters: D detections (dt), G objects (gt, the annotations), A area ranges, T thresholds of IoU,
 # R recalls, E edges, P points.
 
-MAX_SIDE = 65535  # pixels; a larger side is a mistake in the file
+MAX_SIDE = 65535        # pixels; a larger side is a mistake in the file
+MAX_POSITION = 2 ** 20  # pixels, of boxes, polygons and keypoints; the same
 
 
 def is_integer(value):
@@ -2673,8 +2675,12 @@ def is_finite(value):
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
+def is_position(value):
+    return is_finite(value) and abs(value) <= MAX_POSITION
+
+
 def is_box(value):
-    return isinstance(value, list) and len(value) == 4 and all(map(is_finite, value))
+    return isinstance(value, list) and len(value) == 4 and all(map(is_position, value))
 
 
 def is_text(value):
@@ -2694,7 +2700,7 @@ WHOLE = (is_integer, "a whole number")
 SIDE = (is_side, f"a whole number from 1 to {MAX_SIDE}")
 ZERO_ONE = (lambda value: value in (0, 1), "0 or 1")
 REAL = (is_finite, "a finite number")
-BOX = (is_box, "x, y, width, height, all finite numbers")
+BOX = (is_box, f"x, y, width, height, numbers of at most {MAX_POSITION}")
 NAME = (is_text, "a name")
 PATH = (is_inner_path, "a path inside the image folder")
 IDS = {"image_id": WHOLE, "category_id": WHOLE}
@@ -2927,14 +2933,14 @@ def polygons_to_mask(polygons, height, width):
     """COCO polygons, lists (x, y, x, y, ...) in pixels -> union of their areas (H, W) bool.
 
     If the first list has four numbers, all are boxes x, y, w, h. Fewer than 3 points cover nothing.
-    Raises: ValueError for an odd length, a coordinate beyond 2 ** 20, or boxes among polygons.
+    Raises: ValueError for an odd length, a coordinate beyond MAX_POSITION, or boxes among polygons.
     """
     if polygons and len(polygons[0]) == 4:
         polygons = [(x, y, x, y + h, x + w, y + h, x + w, y) for x, y, w, h in polygons]
     mask = np.zeros(height * width, bool)
     for polygon in polygons:
-        if not (np.abs(polygon) <= 2 ** 20).all():          # False for NaN, too
-            raise ValueError(f"polygon {polygon!r:.60} has a coordinate beyond 2 ** 20")
+        if not (np.abs(polygon) <= MAX_POSITION).all():     # False for NaN, too
+            raise ValueError(f"polygon {polygon!r:.60} has a coordinate beyond {MAX_POSITION}")
         crossed = np.zeros(height * width + 1, bool)        # one more: after the last pixel
         np.logical_xor.at(crossed, polygon_crossings(polygon, height, width), True)
         mask |= np.logical_xor.accumulate(crossed)[:-1]

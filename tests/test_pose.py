@@ -317,7 +317,8 @@ def test_broken_detections_are_refused(detections, change, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"keypoints": [0] * 48}, "keypoints must be 51 finite numbers"),
+    ({"keypoints": [0] * 48}, "keypoints must be 51 numbers x, y, v"),
+    ({"keypoints": [10 ** 30] * 51}, "keypoints must be 51 numbers x, y, v of at most 1048576"),
     ({"lefthand_kpts": None}, "lefthand_kpts must be 63"),
     ({"face_kpts": [math.nan] * 204}, "face_kpts must be 204"),
     ({"foot_kpts": ["1"] * 18}, "foot_kpts must be 18"),
