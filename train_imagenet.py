@@ -1,6 +1,6 @@
 """Train or evaluate any of the backbones as an image classifier. Plain PyTorch, one visible loop.
 
-    python train_imagenet.py                                    # no data needed: draws its own
+    python train_imagenet.py                                    # no data needed: renders its own
     python train_imagenet.py --model secvit_t --released --data /data/imagenet --output runs/t
     torchrun --nproc-per-node 8 train_imagenet.py --model stvit_s --data /data/imagenet \\
         --output runs/s
@@ -91,22 +91,22 @@ class Flag(NamedTuple):
 OnceFlag = partial(Flag, restored=False)  # not restored from a checkpoint
 
 
-def number(kind, low, high=math.inf, *, above=False):
+def bounded(kind, low, high=math.inf, *, above=False):
     """Flag type: an int or float from `low` to `high`, or above `low`."""
-    def parse(text):
-        value = kind(text)
+    def parse(typed):
+        value = kind(typed)
         too_low = not (low < value if above else low <= value)  # true for nan
         if too_low or value > high or value == math.inf:
             rule = f"{'above' if above else 'at least'} {low}"
             if high < math.inf:
                 rule += f", at most {high}"
-            raise argparse.ArgumentTypeError(f"{text}, expected {rule}")
+            raise argparse.ArgumentTypeError(f"{typed}, expected {rule}")
         return value
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
 
-def text(value):
+def nonempty(value):
     """Flag type: a string that is neither empty, as an unset shell variable, nor undecodable."""
     if not value:
         raise argparse.ArgumentTypeError("is empty")
@@ -117,62 +117,66 @@ def text(value):
     return value
 
 
-COUNT = number(int, 1)
-POSITIVE = number(float, 0, above=True)
-NOT_NEGATIVE = number(float, 0)
-FRACTION = number(float, 0, 1)
-BELOW_ONE = number(float, 0, 0.99)
+COUNT = bounded(int, 1)
+POSITIVE = bounded(float, 0, above=True)
+NOT_NEGATIVE = bounded(float, 0)
+FRACTION = bounded(float, 0, 1)
+BELOW_ONE = bounded(float, 0, 0.99)
 ON_OFF = argparse.BooleanOptionalAction
+
+MAX_MICRO_BATCH = 128  # images per process and forward pass, unless --micro-batch is given
+TEST_CROP = 0.875  # default of --test-crop; larger images are evaluated whole
+WHOLE_TEST_IMAGE = 384  # pixels from which on they are
 
 RUN_FLAGS = {  # of both scripts
     "released": Flag(bool, False, "the architecture of SecViT's released weights"),
-    "output": OnceFlag(text, None, "folder for log.jsonl, last.pt, best.pt, curves.png"),
+    "output": OnceFlag(nonempty, None, "folder for log.jsonl, last.pt, best.pt, curves.png"),
     "micro_batch": Flag(COUNT, None, "images per process and forward pass; gradients accumulate "
                         "up to --batch-size; default: a divisor of it"),
     "clip_grad": Flag(POSITIVE, None, "clip gradients to this norm; default off"),
     "drop_path": Flag(BELOW_ONE, None, "stochastic depth of the last block; default: the paper's"),
-    "ema": Flag(number(float, 0, 0.9999999), 0.0, "decay of averaged weights, 0 is off"),
+    "ema": Flag(bounded(float, 0, 0.9999999), 0.0, "decay of averaged weights, 0 is off"),
     "amp": Flag(("none", "bf16", "fp16"), None, "autocast type of training and evaluation; "
                 "default bf16 on a GPU, else none"),
     "compile": Flag(bool, False, "torch.compile the model for training"),
     "channels_last": Flag(bool, False, "store convolution weights channels-last"),
     "deterministic": Flag(bool, False, "only deterministic GPU kernels: slower, repeatable"),
-    "workers": OnceFlag(number(int, 0), None, "loader processes per process; changes speed only; "
+    "workers": OnceFlag(bounded(int, 0), None, "loader processes per process; changes speed only; "
                         "default: its CPU cores, at most 10"),
-    "seed": Flag(number(int, 0, 2 ** 63 - 1), 0, "random seed of initialisation, order and "
+    "seed": Flag(bounded(int, 0, 2 ** 63 - 1), 0, "random seed of initialisation, order and "
                  "augmentation"),
     "log_every": Flag(COUNT, 50, "updates between log lines"),
     "max_steps": OnceFlag(COUNT, None, "save and stop after this many updates, without "
                           "changing the schedule"),
-    "resume": OnceFlag(text, None, "checkpoint to continue exactly; it restores every flag you do "
-                       "not override; auto: the one of the highest step in --output, if any"),
+    "resume": OnceFlag(nonempty, None, "checkpoint to continue exactly; it restores every flag you "
+                       "do not override; auto: the one of the highest step in --output, if any"),
     "overwrite": OnceFlag(bool, False, "replace an earlier run in --output"),
     "eval": OnceFlag(bool, False, "only evaluate --weights and print one JSON line"),
 }
 FLAGS = {
-    "model": Flag(text, "linglo_b0", f"one of {', '.join(MODELS)}"),
-    "data": OnceFlag(text, None, "folder with train/<class>/* and val/<class>/*; default: drawn "
-                     "images"),
+    "model": Flag(nonempty, "linglo_b0", f"one of {', '.join(MODELS)}"),
+    "data": OnceFlag(nonempty, None, "folder with train/<class>/* and val/<class>/*; default: "
+                     "drawn images"),
     "epochs": Flag(COUNT, 300, "length of training and of the cosine"),
     **RUN_FLAGS,
-    "weights": OnceFlag(text, None, "start from these weights: a checkpoint, a bare state dict or "
-                        "an authors' file"),
+    "weights": OnceFlag(nonempty, None, "start from these weights: a checkpoint, a bare state dict "
+                        "or an authors' file"),
     "batch_size": Flag(COUNT, 1024, "images per update, over all processes and accumulation"),
     "lr": Flag(NOT_NEGATIVE, 1e-3, "peak learning rate at this --batch-size, never rescaled"),
     "weight_decay": Flag(NOT_NEGATIVE, 0.05, "AdamW's weight decay"),
     "min_lr": Flag(NOT_NEGATIVE, 1e-5, "learning rate at the end of the cosine"),
-    "warmup_epochs": Flag(NOT_NEGATIVE, 5.0, "linear warm-up from 1e-6"),
-    "img_size": Flag(number(int, 32, 8192), 224, "side of the square images"),
-    "mixup": Flag(number(float, 0, 100), 0.8, "Beta parameter of mixup, 0 is off"),
-    "cutmix": Flag(number(float, 0, 100), 1.0, "Beta parameter of CutMix, 0 is off"),
+    "warmup_epochs": Flag(NOT_NEGATIVE, 5.0, "linear warm-up"),
+    "img_size": Flag(bounded(int, 32, 8192), 224, "side of the square images"),
+    "mixup": Flag(bounded(float, 0, 100), 0.8, "Beta parameter of mixup, 0 is off"),
+    "cutmix": Flag(bounded(float, 0, 100), 1.0, "Beta parameter of CutMix, 0 is off"),
     "label_smoothing": Flag(BELOW_ONE, 0.1, "fraction of a target spread over all classes"),
-    "randaug": Flag(text, "rand-m9-mstd0.5-inc1", "RandAugment in timm's notation, or none"),
+    "randaug": Flag(nonempty, "rand-m9-mstd0.5-inc1", "RandAugment in timm's notation, or none"),
     "random_erase": Flag(FRACTION, 0.25, "probability of replacing a box of an image by noise"),
-    "repeated_aug": Flag(number(int, 1, 100), 3, "copies of each image per epoch, of fewer "
+    "repeated_aug": Flag(bounded(int, 1, 100), 3, "copies of each image per epoch, of fewer "
                          "images, 1 is off"),
-    "min_crop": Flag(number(float, 0, 1, above=True), 0.08, "smallest area of a random crop"),
-    "test_crop": Flag(number(float, 0.1, 1), None, "evaluated fraction of the resized shorter "
-                      "side; default 0.875, from 384 pixels on 1"),
+    "min_crop": Flag(bounded(float, 0, 1, above=True), 0.08, "smallest area of a random crop"),
+    "test_crop": Flag(bounded(float, 0.1, 1), None, "evaluated fraction of the resized shorter "
+                      f"side; default {TEST_CROP}, from {WHOLE_TEST_IMAGE} pixels on 1"),
     "sync_bn": Flag(ON_OFF, False, "batch statistics over all GPUs"),
     "frozen_bn": Flag(bool, False, "train in eval mode: BatchNorm statistics fixed, no drop path"),
 }
@@ -218,7 +222,7 @@ def help_text(name, flag, overrides):
     if flag.default is not None and flag.type is not bool:
         defaults.append(f"default {flag.default}")
     for group, values in overrides.items():
-        if name in values:
+        if values.get(name) is not None:
             defaults.append(f"{group} {values[name]}")
     return flag.help + (f" ({'; '.join(defaults)})" if defaults else "")
 
@@ -237,14 +241,26 @@ def fill_defaults(args, flags, overrides, saved):
     return argparse.Namespace(**values)
 
 
-def resolve_run(args, saved, default_output):
-    """Fill the flags of both scripts that depend on the machine, in place."""
-    args.output = args.output or saved.get("output") or default_output
-    if args.amp is None:
-        args.amp = "bf16" if torch.cuda.is_available() else "none"
-    if args.workers is None:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = min(10, cores) if args.data else 0
+def replace_flags(args, **values):
+    """A copy of `args` with other values of some flags."""
+    return argparse.Namespace(**{**vars(args), **values})
+
+
+def default_output(*names):
+    """The folder of a run without --output."""
+    return f"runs/{'_'.join(names)}"
+
+
+def resolve_run(args, saved, *names):
+    """A copy of `args` with the flags of both scripts that depend on the machine or on `names`."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    defaults = {
+        "output": saved.get("output") or default_output(*names),
+        "amp": "bf16" if torch.cuda.is_available() else "none",
+        "workers": min(10, cores) if args.data else 0,
+    }
+    missing = {name: value for name, value in defaults.items() if getattr(args, name) is None}
+    return replace_flags(args, **missing)
 
 
 def choose_micro_batch(args, max_micro_batch):
@@ -280,7 +296,8 @@ def resolve_args(argv=None):
         checkpoint = read_checkpoint(typed.weights)
     elif typed.resume:
         model = typed.model or FLAGS["model"].default
-        checkpoint = find_checkpoint(typed.resume, typed.output or f"runs/{model}", "model")
+        output = typed.output or default_output(model)
+        checkpoint = find_checkpoint(typed.resume, output, "model")
     saved = checkpoint.get("args") if checkpoint else None
     if not isinstance(saved, dict) or saved.get("model") not in MODELS:
         saved = {}  # the authors' files hold other arguments
@@ -290,19 +307,18 @@ def resolve_args(argv=None):
     model = typed.model or saved.get("model") or FLAGS["model"].default
     if model not in MODELS:
         raise InputError(f"unknown --model {model!r}, expected one of {', '.join(MODELS)}")
-    typed.data = typed.data or saved.get("data")
+    typed = replace_flags(typed, data=typed.data or saved.get("data"))
     overrides = [OVERRIDES.get(model.split("_")[0], {})]
     if not typed.data:
         overrides.append(OVERRIDES["drawn images"])
     args = fill_defaults(typed, FLAGS, overrides, saved)
-    resolve_run(args, saved, f"runs/{args.model}")
+    args = resolve_run(args, saved, args.model)
     if args.released and not args.model.startswith("secvit_"):
         raise InputError(f"--released is a variant of SecViT, not of {args.model}")
     parse_randaug(args.randaug)
     if args.eval:
-        args.micro_batch = args.micro_batch or 128
-        return args, checkpoint
-    args.micro_batch = choose_micro_batch(args, max_micro_batch=128)
+        return replace_flags(args, micro_batch=args.micro_batch or MAX_MICRO_BATCH), checkpoint
+    args = replace_flags(args, micro_batch=choose_micro_batch(args, MAX_MICRO_BATCH))
     if args.micro_batch == 1 and args.img_size == 32 and not args.frozen_bn:
         raise InputError("--micro-batch 1 at --img-size 32 leaves batch norm a single value per "
                          "channel; use 2 or more")
@@ -494,10 +510,11 @@ def image_files(folder):
 
 
 class DrawnShapes:
-    """Images drawn here, 64 x 64: a textured shape on clutter, 10 classes of shape and texture."""
+    """Images rendered here: a textured shape on clutter, 10 classes of shape and texture."""
 
     shapes = ("disc", "square", "triangle", "cross", "ring")
     textures = ("stripes", "dots")
+    side = 64  # pixels
 
     def __init__(self, split, images):
         pairs = itertools.product(self.shapes, self.textures)
@@ -506,7 +523,7 @@ class DrawnShapes:
         self.images = []
         for i, label in enumerate(self.labels):
             rng = np.random.default_rng((DRAWING, split == "val", i))
-            self.images.append(self.draw(rng, label))
+            self.images.append(self.render(rng, label))
 
     def __len__(self):
         return len(self.labels)
@@ -518,9 +535,10 @@ class DrawnShapes:
         return self.images[index]
 
     @classmethod
-    def draw(cls, rng, label, side=64):
+    def render(cls, rng, label):
         """An image of class `label`; everything else about it is random."""
-        image = draw_clutter(rng, side)
+        side = cls.side
+        image = render_clutter(rng, side)
         radius = rng.uniform(0.3, 0.45) * side
         centre = rng.uniform(radius, side - radius, 2)
         angle = rng.uniform(-0.5, 0.5)
@@ -557,7 +575,7 @@ def shape_mask(shape, u, v):
     return masks[shape]
 
 
-def draw_clutter(rng, side):
+def render_clutter(rng, side):
     """A plain image with random lines and small rectangles."""
     image = Image.new("RGB", (side, side), tuple(rng.integers(0, 256, 3)))
     draw = ImageDraw.Draw(image)
@@ -772,17 +790,17 @@ RANDAUGMENT = (  # (image, magnitude m in [0, 10], sign) -> image; timm's "incre
 )
 
 
-def parse_randaug(text):
+def parse_randaug(notation):
     """"rand-m9-mstd0.5-inc1" -> (magnitude, its standard deviation, layers); "none" -> None.
 
     Raises: InputError for anything else.
     """
-    if text == "none":
+    if notation == "none":
         return None
     number = r"(\d+(?:\.\d+)?)"
-    match = re.fullmatch(rf"rand-m{number}(?:-n(\d+))?(?:-mstd{number})?-inc1", text)
+    match = re.fullmatch(rf"rand-m{number}(?:-n(\d+))?(?:-mstd{number})?-inc1", notation)
     if not match or float(match[1]) > 10 or int(match[2] or 2) > 15:
-        raise InputError(f"--randaug {text!r}, expected none or rand-mM[-nLAYERS][-mstdS]-inc1 "
+        raise InputError(f"--randaug {notation!r}, expected none or rand-mM[-nLAYERS][-mstdS]-inc1 "
                          "with M at most 10 and at most 15 layers")
     return float(match[1]), float(match[3] or 0), int(match[2] or 2)
 
@@ -887,13 +905,16 @@ def cut_and_paste(x, kept, rng):
 
 
 # ----------------------------------------------------------------------------------------- schedule
-def lr_at(step, *, peak, floor, warmup, total, start=1e-6):
-    """Learning rate of an update: linear from `start` over `warmup` updates, then a cosine.
+WARMUP_START = 1e-6  # learning rate of update 0 if there is a warm-up
+
+
+def lr_at(step, *, peak, floor, warmup, total):
+    """Learning rate of an update: linear over `warmup` updates, then a cosine.
 
     The cosine begins at update 0, so it has already fallen a little when the warm-up ends.
     """
     if step < warmup:
-        return start + (peak - start) * step / warmup
+        return WARMUP_START + (peak - WARMUP_START) * step / warmup
     return floor + (peak - floor) * (1 + math.cos(math.pi * step / total)) / 2
 
 
@@ -1219,13 +1240,13 @@ class RunLog:
         self.reported.update(files)
         self.unreadable = []
 
-    def write_evaluation(self, state, scores):
+    def write_evaluation(self, state, metrics):
         """Write the metrics and the mean losses since the last evaluation; begin a new period."""
         updates = state.step - state.evaluated_at
         means = {name: value / updates for name, value in state.period_losses.items()}
         moments = state.optimizer.state[next(state.model.parameters())]  # of any parameter
         self.write(step=state.step, epoch=state.step / state.per_epoch,
-                   train_loss=sum(means.values()), train_losses=means, **scores, best=state.best,
+                   train_loss=sum(means.values()), train_losses=means, **metrics, best=state.best,
                    unreadable=state.unreadable,
                    scaler_skips=state.step - int(moments["step"]),  # fp16 overflows
                    train_seconds=self.train_seconds, time=time.time())
@@ -1238,7 +1259,7 @@ class RunLog:
 COLOURS = ("#1f6fb4", "#d9541e", "#3a923a", "#7d4fa0", "#8c564b", "#c44e8c", "#7f7f7f", "#17a2b0")
 
 
-def draw_curves(output, metrics):
+def plot_curves(output, metrics):
     """Plot curves.png of a run's log: losses and the `metrics` of its evaluations, over updates."""
     records = []
     for line in (output / "log.jsonl").read_text().splitlines():
@@ -1254,12 +1275,12 @@ def draw_curves(output, metrics):
         names = []
     for name in names:
         losses[name] = {s: r["losses"][name] for s, r in logged.items() if name in r["losses"]}
-    scores = {}
+    lines = {}
     for metric in metrics:
-        scores[metric] = {s: r[metric] for s, r in evaluated.items() if metric in r}
+        lines[metric] = {s: r[metric] for s, r in evaluated.items() if metric in r}
     sheet = Image.new("RGB", (1000, 380), "white")
     plot_lines(ImageDraw.Draw(sheet), 60, losses)
-    plot_lines(ImageDraw.Draw(sheet), 560, scores)
+    plot_lines(ImageDraw.Draw(sheet), 560, lines)
     sheet.save(output / "curves.png")
 
 
@@ -1297,11 +1318,27 @@ def plot_lines(draw, left, lines):
 
 # --------------------------------------------------------------------------------------------- task
 class Classification:
-    """What the loop asks of a task; train_dense.py's tasks have the same methods.
+    """What the loop asks of a task, in its order; train_dense.py's tasks have the same methods.
 
-    metric: name of the metric that picks best.pt, larger is better; decimals: of printed metrics;
-    train_mode: what the loop calls model.train() with; test_batch: images per batch of an
-    evaluation; identity: names the run in its output.
+    identity                           names of model and task in what the run prints
+    open_data(procs, *splits)          sources with len(), name(index), read(index) and classes
+    sampler(source, **schedule)        keys of the micro-batches, and per_epoch, updates per epoch
+    total_updates(per_epoch)           length of the run
+    eval_every(per_epoch, total)       updates between evaluations
+    build_model(classes)               the model that the flags name, for these class names
+    load_pretrained(model)             load initial weights; returns a line to print, or None
+    param_groups(model)                AdamW's groups, the one with weight decay first
+    train_sample(source, index, rng)   an augmented training sample
+    collate(samples)                   a batch: tuple of tensors
+    lr_at(step, total, per_epoch)      learning rate of an update
+    train_mode                         argument of model.train() in training
+    losses(net, batch)                 {name: scalar}; their sum is minimised
+    test_sample(source, index, rng)    a sample of an evaluation, which holds `test_batch` per batch
+    collate_test(samples)              a batch of an evaluation
+    record(model, source, batch)       what the metrics need of this batch
+    summarize(source, records)         {metric: value} of all batches' records
+    metric, decimals                   name of the metric that picks best.pt, larger is better;
+                                       digits of printed metrics
     """
 
     metric = "top1"
@@ -1329,8 +1366,9 @@ class Classification:
         return np.asarray(image), int(source.labels[index])
 
     def test_sample(self, source, index, _rng):
-        fraction = self.args.test_crop or (0.875 if self.args.img_size < 384 else 1.0)
-        image = center_crop(source.read(index), self.args.img_size, fraction)
+        size = self.args.img_size
+        default = TEST_CROP if size < WHOLE_TEST_IMAGE else 1.0
+        image = center_crop(source.read(index), size, self.args.test_crop or default)
         return np.asarray(image), int(source.labels[index])
 
     def collate(self, samples):
@@ -1469,9 +1507,9 @@ def train(task, args, procs, checkpoint):
         accumulate = args.batch_size // (args.micro_batch * procs.world)
         stop = StopSignal()
         stopping = False
-        scores = {}
+        metrics = {}
         if evaluation_due(state, eval_every, total):  # killed during an evaluation, after its save
-            scores = evaluate_and_save(task, state, val_set, log)
+            metrics = evaluate_and_save(task, state, val_set, log)
             stopping = procs.any(stop.caught)
 
         while state.step < last_step and not stopping:
@@ -1510,13 +1548,13 @@ def train(task, args, procs, checkpoint):
             if due or stopping or state.step == last_step or len(log.losses) >= args.log_every:
                 log.flush(state)
             if due and not stopping:
-                scores = evaluate_and_save(task, state, val_set, log)
+                metrics = evaluate_and_save(task, state, val_set, log)
                 stopping = procs.any(stop.caught)
     if state.saved_at != state.step:
         state.save("last.pt", args, procs)
     if procs.rank == 0:
         unfinished = stopping and state.evaluated_at < total
-        print(last_words(task, args, state, unfinished, scores))
+        print(last_words(task, args, state, unfinished, metrics))
 
 
 def wrap_model(model, args, procs):
@@ -1587,30 +1625,30 @@ def evaluate_and_save(task, state, val_set, log):
     args = log.args
     procs = log.procs
     state.save("last.pt", args, procs)  # save first: evaluation is slow and may be killed
-    scores = evaluate(task, state.model, val_set, args, procs)
+    metrics = evaluate(task, state.model, val_set, args, procs)
     if state.average:
         averaged = evaluate(task, state.average, val_set, args, procs)
-        scores |= {f"ema_{name}": value for name, value in averaged.items()}
-    metrics = [m for m in (task.metric, f"ema_{task.metric}") if m in scores]
+        metrics |= {f"ema_{name}": value for name, value in averaged.items()}
+    names = [name for name in (task.metric, f"ema_{task.metric}") if name in metrics]
     previous = state.best
-    state.best = max(previous, *(scores[m] for m in metrics))
-    log.write_evaluation(state, scores)
+    state.best = max(previous, *(metrics[name] for name in names))
+    log.write_evaluation(state, metrics)
     if state.best > previous:
         state.save("best.pt", args, procs)
     state.save("last.pt", args, procs)
     if procs.rank == 0:
-        draw_curves(Path(args.output), metrics)
-    return scores
+        plot_curves(Path(args.output), names)
+    return metrics
 
 
-def last_words(task, args, state, stopped, scores):
+def last_words(task, args, state, stopped, metrics):
     """The last line of a run."""
     if stopped:
         return (f"stopped after update {state.step}; "
                 f"resume with --resume {Path(args.output) / 'last.pt'}")
     if state.best == -math.inf:
         return f"update {state.step}: not evaluated yet; see {args.output}/log.jsonl, last.pt"
-    values = [f"{name} {value:.{task.decimals}f}" for name, value in scores.items()]
+    values = [f"{name} {value:.{task.decimals}f}" for name, value in metrics.items()]
     values.append(f"best {task.metric} {state.best:.{task.decimals}f}")
     return (f"update {state.step}: {', '.join(values)}; see {args.output}/log.jsonl, last.pt, "
             "best.pt, curves.png")
@@ -1640,7 +1678,7 @@ def test(task, args, procs, checkpoint):
     """--eval: print one JSON line with the metrics of the weights, and of their average if any."""
     val_set, = task.open_data(procs, "val")
     check_classes(args.weights, checkpoint.get("classes", val_set.classes), val_set.classes)
-    scores = {}
+    metrics = {}
     for entry in ("model", "ema") if checkpoint.get("ema") else ("model",):
         model = task.build_model(val_set.classes)
         if load_weights(model, checkpoint, entry):
@@ -1648,10 +1686,10 @@ def test(task, args, procs, checkpoint):
                              f"{len(val_set.classes)} classes")
         result = evaluate(task, model.to(procs.device), val_set, args, procs)
         prefix = "ema_" if entry == "ema" else ""
-        scores |= {prefix + name: value for name, value in result.items()}
+        metrics |= {prefix + name: value for name, value in result.items()}
     if procs.rank == 0:
         facts = dict(task.identity, weights=args.weights, images=len(val_set))
-        print(json.dumps(facts | scores))
+        print(json.dumps(facts | metrics))
 
 
 # ------------------------------------------------------------------------------------- command line

@@ -96,7 +96,7 @@ def run(*arguments):
 
 
 def resolve(*arguments):
-    """The settled flags of a command line."""
+    """The resolved flags of a command line."""
     args, _ = train_imagenet.resolve_args([str(argument) for argument in arguments])
     return args
 
@@ -1005,7 +1005,7 @@ def test_curves_show_every_term_of_several(plotted, tmp_path):
         terms = {"loss_a": 1.0 * step, "loss_b": 2.0}
         train_imagenet.append(log, step=step, lr=0.1, loss=1.0 * step + 2, losses=terms)
     train_imagenet.append(log, step=2, top1=50.0, loss=5.0)
-    train_imagenet.draw_curves(tmp_path, ["top1"])
+    train_imagenet.plot_curves(tmp_path, ["top1"])
     assert plotted[0] == {
         "training loss": {1: 3.0, 2: 4.0},
         "validation loss": {2: 5.0},
@@ -1017,7 +1017,7 @@ def test_curves_show_every_term_of_several(plotted, tmp_path):
 
 def test_curves_show_a_single_term_once(plotted, tmp_path):
     train_imagenet.append(tmp_path / "log.jsonl", step=1, lr=0.1, loss=2.0, losses={"loss_a": 2.0})
-    train_imagenet.draw_curves(tmp_path, ["top1"])
+    train_imagenet.plot_curves(tmp_path, ["top1"])
     assert plotted[0].keys() == {"training loss", "validation loss"}
 
 
@@ -1028,7 +1028,7 @@ def test_a_cut_off_log_line_is_passed_over(tmp_path):
         file.write('{"step": 2, "lr": 0.1, "lo')
     train_imagenet.append(log, step=2, loss=float("inf"), top1=50.0)
     assert json.loads(log.read_text().splitlines()[-1])["top1"] == 50
-    train_imagenet.draw_curves(tmp_path, ["top1"])
+    train_imagenet.plot_curves(tmp_path, ["top1"])
     assert Image.open(tmp_path / "curves.png").size == (1000, 380)
 
 
