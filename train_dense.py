@@ -55,10 +55,11 @@ from train_imagenet import (
     OnceFlag,
     StepSampler,
     autocast,
+    bounded,
+    nonempty,
     normalize,
-    number,
     read_image,
-    text,
+    replace_flags,
 )
 
 # ----------------------------------------------------------------------------------------- settings
@@ -69,24 +70,38 @@ SCHEDULES = {  # epochs in all, and the epochs after which the learning rate is 
     "3x": (36, (27, 33)),
     "pose": (210, (170, 200)),
 }
+POWERS = {"semfpn": 0.9, "upernet": 1.0}  # of the polynomial by which the learning rate decays
+MAX_MICRO_BATCH = {  # unless --micro-batch is given
+    "semfpn": 16,
+    "upernet": 16,
+    "retinanet": 2,  # detection: the papers' losses are means over two images
+    "mask_rcnn": 2,
+    "cascade_mask_rcnn": 2,
+    "pose": 64,
+    "drawn detection": 16,
+}
 FLAGS = {
-    "task": Flag(text, "semfpn", f"one of {', '.join((*SEGMENTATION, *DETECTION, 'pose'))}"),
-    "backbone": Flag(text, "secvit_s", f"one of {', '.join(MODELS)}"),
-    "backbone_weights": Flag(text, None, "classification weights to start from: "
+    "task": Flag(nonempty, "semfpn",
+                 f"one of {', '.join((*SEGMENTATION, *DETECTION, 'pose'))}"),
+    "backbone": Flag(nonempty, "secvit_s", f"one of {', '.join(MODELS)}"),
+    "backbone_weights": Flag(nonempty, None, "classification weights to start from: "
                              "train_imagenet.py's or an authors' file"),
-    "data": OnceFlag(text, None, "folder in ADE20K's layout (segmentation) or COCO's; default: "
+    "data": OnceFlag(nonempty, None, "folder in ADE20K's layout (segmentation) or COCO's; default: "
                      "drawn scenes"),
     "iters": Flag(COUNT, None, "length of training in updates"),
     "epochs": Flag(COUNT, None, "length of training in epochs; default: the schedule's"),
     **RUN_FLAGS,
-    "weights": OnceFlag(text, None, "checkpoint of this script to evaluate or predict with"),
+    "drop_path": RUN_FLAGS["drop_path"]._replace(
+        default=0.1, help="stochastic depth of the last block; default of SecViT and SEC-*: the "
+                          "classifier's"),
+    "weights": OnceFlag(nonempty, None, "checkpoint of this script to evaluate or predict with"),
     "batch_size": Flag(COUNT, 16, "images (pose: persons) per update, over all processes"),
     "lr": Flag(NOT_NEGATIVE, 1e-4, "peak learning rate, never rescaled"),
     "min_lr": Flag(NOT_NEGATIVE, 0.0, "learning rate at the end of segmentation's polynomial"),
-    "warmup_iters": Flag(number(int, 0), 500, "linear warm-up"),
-    "weight_decay": Flag(NOT_NEGATIVE, 1e-4, "AdamW's weight decay; from 0.01 on norms are exempt, "
-                         "except pose's"),
-    "img_size": Flag(number(int, 64), 800, "crop side (segmentation), crop height (pose), shorter "
+    "warmup_iters": Flag(bounded(int, 0), 500, "linear warm-up"),
+    "weight_decay": Flag(NOT_NEGATIVE, 1e-4, "AdamW's weight decay"),
+    "norm_decay": Flag(ON_OFF, True, "whether it applies to norms, too"),
+    "img_size": Flag(bounded(int, 64), 800, "crop side (segmentation), crop height (pose), shorter "
                      "side (detection)"),
     "frozen_bn": Flag(ON_OFF, None, "backbone BatchNorm statistics fixed; default on with "
                       "--backbone-weights"),
@@ -95,17 +110,17 @@ FLAGS = {
                        "an epoch"),
     "schedule": Flag(("1x", "3x"), None, "detection: 12 epochs at one size, or 36 at many and "
                      "cropped; sets --epochs"),
-    "rois": Flag(number(int, 4), None, "regions per image that Mask R-CNN's heads learn from"),
+    "rois": Flag(bounded(int, 4), None, "regions per image that Mask R-CNN's heads learn from"),
     "box_head": Flag(("4conv1fc", "2fc"), None, "the cascade's: that of the published results, or "
                      "mmdetection's base one"),
     "ms_test": OnceFlag(bool, False, "evaluate segmentation at six scales, each also mirrored"),
     "keypoints": Flag((133, 17), None, "pose: the whole body, or COCO's 17"),
     "jitter": Flag(FRACTION, None, "strength of pose's augmentation; weak on small data sets"),
-    "boxes": OnceFlag(text, None, "COCO detections whose persons pose evaluates or draws, instead "
-                      "of the annotated ones"),
-    "predict": OnceFlag(text, None, "write overlays of these images to --output", several=True),
-    "score": OnceFlag(text, None, "score a COCO results file, or a folder of label PNGs, without "
-                      "a model"),
+    "boxes": OnceFlag(nonempty, None, "COCO results file; pose uses its person boxes instead of "
+                      "the annotated ones"),
+    "predict": OnceFlag(nonempty, None, "write overlays of these images to --output", several=True),
+    "score": OnceFlag(nonempty, None, "score a COCO results file, or a folder of label PNGs, "
+                      "without a model"),
 }
 TASK_FLAGS = {  # flags that only some tasks have, and these tasks
     "schedule": DETECTION,
@@ -117,20 +132,27 @@ TASK_FLAGS = {  # flags that only some tasks have, and these tasks
     "jitter": ("pose",),
     "compile": ("semfpn", "upernet", "retinanet", "pose"),  # the others' regions vary in number
 }
-OVERRIDES = {  # defaults of a task, a family's paper, the drawn scenes; the last one wins
+OVERRIDES = {  # defaults of a backbone, a task, a family's paper, the drawn scenes; last one wins
+    "secvit": dict(drop_path=None),                              # the classifier's
+    "sec": dict(drop_path=None),
+    "stvit_b": dict(drop_path=0.3),
+    "stvit_l": dict(drop_path=0.3),
     # Semantic FPN, RetinaNet: PVT's settings; UPerNet, Cascade Mask R-CNN: Swin's; pose: TCFormer's
     "semfpn": dict(iters=80000, warmup_iters=0, img_size=512, sync_bn=True),
-    "upernet": dict(iters=160000, lr=6e-5, weight_decay=0.01, warmup_iters=1500, img_size=512,
-                    sync_bn=True),
+    "upernet": dict(iters=160000, lr=6e-5, weight_decay=0.01, norm_decay=False, warmup_iters=1500,
+                    img_size=512, sync_bn=True, drop_path=0.3),
     "retinanet": dict(schedule="1x"),
-    "mask_rcnn": dict(schedule="1x", weight_decay=0.05, rois=512),
-    "cascade_mask_rcnn": dict(schedule="3x", weight_decay=0.05, rois=512,
+    "mask_rcnn": dict(schedule="1x", weight_decay=0.05, norm_decay=False, rois=512,
+                      box_head="2fc"),
+    "cascade_mask_rcnn": dict(schedule="3x", weight_decay=0.05, norm_decay=False, rois=512,
                               box_head="4conv1fc", sync_bn=True),
     "pose": dict(schedule="pose", batch_size=512, lr=5e-4, weight_decay=0.01,
                  img_size=256, keypoints=133, jitter=1.0, drop_path=0.0),
+    "secvit upernet": dict(drop_path=None),
+    "sec upernet": dict(drop_path=None),
     "linglo semfpn": dict(iters=40000, batch_size=32),           # its sec. 4.3
-    "linglo mask_rcnn": dict(weight_decay=1e-4),                 # PVT's
-    "clustr mask_rcnn": dict(lr=2e-4, weight_decay=1e-4),        # PVTv2's, whose defaults it uses
+    "linglo mask_rcnn": dict(weight_decay=1e-4, norm_decay=True),    # PVT's
+    "clustr mask_rcnn": dict(lr=2e-4, weight_decay=1e-4, norm_decay=True),   # PVTv2's
     "drawn scenes": dict(backbone="linglo_b0", batch_size=4, lr=3e-4, img_size=128,
                          warmup_iters=100, drop_path=0.0),
     "drawn semfpn": dict(iters=660, lr=1e-3, img_size=96, warmup_iters=50, eval_every=220),
@@ -150,27 +172,45 @@ def resolve_args(argv=None):
     typed = train_imagenet.make_parser(description, FLAGS, OVERRIDES).parse_args(argv)
     checkpoint = open_checkpoint(typed)
     saved = checkpoint["args"] if checkpoint else {}
-    typed.task = typed.task or saved.get("task") or FLAGS["task"].default
-    typed.data = typed.data or saved.get("data")
-    typed.backbone = typed.backbone or saved.get("backbone") or default_backbone(typed.data)
+    typed = replace_flags(typed, data=typed.data or saved.get("data"))
+    task, backbone = name_run(typed, saved)
+    typed = replace_flags(typed, task=task, backbone=backbone)
     check_flags(typed, saved)
-    if typed.resume and typed.boxes is None:
-        typed.boxes = saved.get("boxes")
+    if typed.resume:
+        typed = replace_flags(typed, boxes=typed.boxes or saved.get("boxes"))
+    if typed.iters or typed.epochs:  # a typed length replaces the recipe's and the checkpoint's
+        saved = saved | dict(iters=None, epochs=None)
+    args = train_imagenet.fill_defaults(typed, FLAGS, list_overrides(typed), saved)
+    args = train_imagenet.resolve_run(args, saved, task, backbone)
+    if args.frozen_bn is None:
+        args = replace_flags(args, frozen_bn=bool(args.backbone_weights))
+    check_model(args)
+    if not (args.eval or args.predict or args.score):
+        args = replace_flags(args, micro_batch=choose_micro_batch(args))
+        check_batch(args)
+    return args, checkpoint
+
+
+def name_run(typed, saved):
+    """Task and backbone: as typed, as in the checkpoint's arguments `saved`, or the defaults."""
+    drawn = OVERRIDES["drawn scenes"]["backbone"]
+    default_backbone = FLAGS["backbone"].default if typed.data else drawn
+    task = typed.task or saved.get("task") or FLAGS["task"].default
+    return task, typed.backbone or saved.get("backbone") or default_backbone
+
+
+def list_overrides(typed):
+    """Dicts of defaults for a task, backbone, schedule and data; the last one wins."""
+    task = typed.task
     family = typed.backbone.split("_")[0]
-    overrides = [OVERRIDES[typed.task], OVERRIDES.get(f"{family} {typed.task}", {})]
-    schedule = typed.schedule or OVERRIDES[typed.task].get("schedule")
+    names = [family, typed.backbone, task, f"{family} {task}"]
+    overrides = [OVERRIDES[name] for name in names if name in OVERRIDES]
+    schedule = typed.schedule or OVERRIDES[task].get("schedule")
     if schedule:
         overrides.append(dict(epochs=SCHEDULES[schedule][0]))
     if not typed.data:
-        overrides += [OVERRIDES["drawn scenes"], OVERRIDES[f"drawn {typed.task}"]]
-    if typed.iters or typed.epochs:  # a typed length replaces the recipe's and the checkpoint's
-        saved = saved | dict(iters=None, epochs=None)
-    args = train_imagenet.fill_defaults(typed, FLAGS, overrides, saved)
-    train_imagenet.resolve_run(args, saved, f"runs/{args.task}_{args.backbone}")
-    resolve_model(args, family)
-    if not (args.eval or args.predict or args.score):
-        resolve_batch(args)
-    return args, checkpoint
+        overrides += [OVERRIDES["drawn scenes"], OVERRIDES[f"drawn {task}"]]
+    return overrides
 
 
 def open_checkpoint(typed):
@@ -189,14 +229,8 @@ def open_checkpoint(typed):
                          "--backbone-weights or continues with --resume")
     if not typed.resume:
         return None
-    task = typed.task or FLAGS["task"].default
-    backbone = typed.backbone or default_backbone(typed.data)
-    output = typed.output or f"runs/{task}_{backbone}"
+    output = typed.output or train_imagenet.default_output(*name_run(typed, saved={}))
     return train_imagenet.find_checkpoint(typed.resume, output, "task")
-
-
-def default_backbone(data):
-    return FLAGS["backbone"].default if data else OVERRIDES["drawn scenes"]["backbone"]
 
 
 def check_flags(typed, saved):
@@ -217,26 +251,24 @@ def check_flags(typed, saved):
         raise InputError("--iters and --epochs are mutually exclusive")
 
 
-def resolve_model(args, family):
-    """Fill the flags that depend on the backbone, in place. Raises: InputError."""
-    if args.drop_path is None and family not in ("secvit", "sec"):  # those keep classification's
-        large = args.task == "upernet" or args.backbone in ("stvit_b", "stvit_l")
-        args.drop_path = 0.3 if large else 0.1
-    if args.frozen_bn is None:
-        args.frozen_bn = bool(args.backbone_weights)
-    if args.released and family != "secvit":
+def check_model(args):
+    """Raise InputError for flags that the backbone or the task cannot follow."""
+    if args.released and not args.backbone.startswith("secvit_"):
         raise InputError(f"--released is a variant of SecViT, not of {args.backbone}")
     if args.task == "pose" and args.img_size % 128:
         raise InputError(f"--img-size {args.img_size}: pose needs a multiple of 128, so that the "
                          "width, 3/4 of it, is a multiple of 32")
 
 
-def resolve_batch(args):
-    """Fill --micro-batch, in place. Raises: InputError if UPerNet cannot be trained with it."""
-    max_micro_batch = 64 if args.task == "pose" else 16
-    if args.task in DETECTION and args.data:
-        max_micro_batch = 2  # the papers' losses are means over two images
-    args.micro_batch = train_imagenet.choose_micro_batch(args, max_micro_batch)
+def choose_micro_batch(args):
+    """--micro-batch, by default as large as the task's limit allows. Raises: InputError."""
+    is_drawn_detection = args.task in DETECTION and not args.data
+    limit = MAX_MICRO_BATCH["drawn detection" if is_drawn_detection else args.task]
+    return train_imagenet.choose_micro_batch(args, limit)
+
+
+def check_batch(args):
+    """Raise InputError if UPerNet cannot be trained with these flags."""
     if args.task != "upernet":
         return
     cuda = torch.cuda.is_available()
@@ -312,7 +344,7 @@ class DenseTask:
     def build_model(self, classes):
         """The model that the flags name, for these class names."""
         args = self.args
-        flags = {"samples": args.rois, "box_head": args.box_head}
+        flags = {"rois": args.rois, "box_head": args.box_head}
         options = {name: value for name, value in flags.items() if value is not None}
         overrides = {"released": True} if args.released else {}
         if args.drop_path is not None:
@@ -340,12 +372,12 @@ class DenseTask:
         return f"{path}: loaded, without {' and '.join(sorted(unused))}"
 
     def param_groups(self, model):
-        """AdamW's groups. With Swin's decay (0.01 or more) norms are exempt, except in pose."""
-        decay = self.args.weight_decay
-        decays_norms = self.args.task == "pose" or decay < 0.01
+        """AdamW's groups: all parameters decay, or all but the norms'."""
+        norm_decay = self.args.norm_decay
         named = list(model.named_parameters())
-        decayed = [p for name, p in named if decays_norms or "norm" not in name]
-        exempt = [p for name, p in named if "norm" in name and not decays_norms]
+        decayed = [p for name, p in named if norm_decay or "norm" not in name]
+        exempt = [p for name, p in named if "norm" in name and not norm_decay]
+        decay = self.args.weight_decay
         return [dict(params=decayed, weight_decay=decay), dict(params=exempt, weight_decay=0.0)]
 
     def total_updates(self, per_epoch):
@@ -366,8 +398,8 @@ class DenseTask:
             rate = args.lr * 0.1 ** sum(step >= total * epoch / epochs for epoch in milestones)
             start = 1e-3  # fraction of the rate at update 0
         else:
-            power = 0.9 if args.task == "semfpn" else 1.0
-            rate = (args.lr - args.min_lr) * (1 - step / total) ** power + args.min_lr
+            fraction = (1 - step / total) ** POWERS[args.task]
+            rate = (args.lr - args.min_lr) * fraction + args.min_lr
             start = 1e-6
         if step >= args.warmup_iters:
             return rate
@@ -377,11 +409,14 @@ class DenseTask:
 def build_model(task, backbone, num_classes, *, frozen_bn=True, options=None, **overrides):
     """The model of a task around a backbone named as in train_imagenet.py.
 
-    options: arguments of the task's model, such as {"box_head": "2fc"}; overrides: the backbone's.
+    options: arguments of Mask R-CNN, rois and box_head, if not as in OVERRIDES; overrides: the
+    backbone's.
     """
     architecture, levels = ARCHITECTURES[task]
     net = Backbone(backbone, levels, frozen_bn, **overrides)
-    return architecture(net, num_classes, **(options or {}))
+    recipe = OVERRIDES[task]
+    defaults = {name: recipe[name] for name in ("rois", "box_head") if name in recipe}
+    return architecture(net, num_classes, **defaults | (options or {}))
 
 
 class Backbone(nn.Module):
@@ -1955,8 +1990,8 @@ class MaskRCNN(nn.Module):
     """Mask R-CNN or, with `cascade`, Cascade Mask R-CNN, whose three stages refine the boxes.
 
     box_head: "2fc", or "4conv1fc" as in the cascade's published results, which learns one box per
-    class by GIoU; the cascade's "2fc" has one box for all classes. samples: number of RoIs per
-    image that each stage is trained on. dim: channels of pyramid and heads.
+    class by GIoU; the cascade's "2fc" has one box for all classes. rois: number of RoIs per image
+    that each stage is trained on. dim: channels of pyramid and heads.
     Args of forward: as of `RetinaNet`; `targets` also has "masks" (objects, H, W) of all images.
     Returns: in train mode {"loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "loss_mask"},
     the last three as "stage1_loss_cls" and so on if `cascade`; in eval mode for each image boxes
@@ -1970,8 +2005,7 @@ class MaskRCNN(nn.Module):
         {"iou": 0.7, "stds": (0.033, 0.033, 0.067, 0.067), "weight": 0.25},
     )
 
-    def __init__(self, backbone, classes, cascade=False, box_head="2fc", samples=512,
-                 dim=256):
+    def __init__(self, backbone, classes, *, rois, box_head, cascade=False, dim=256):
         super().__init__()
         if box_head not in ("2fc", "4conv1fc"):
             raise ValueError(f"unknown box_head {box_head!r}, expected '2fc' or '4conv1fc'")
@@ -1979,7 +2013,7 @@ class MaskRCNN(nn.Module):
         self.neck = FPN(backbone.channels, dim=dim)
         self.classes = classes
         self.cascade = cascade
-        self.samples = samples
+        self.rois = rois
         self.rpn_box_loss = "smooth_l1" if cascade else "l1"
         self.box_loss = "giou" if box_head == "4conv1fc" else self.rpn_box_loss
         if not cascade:
@@ -2034,7 +2068,7 @@ class MaskRCNN(nn.Module):
         losses = {}
         for i, stage in enumerate(self.stages):
             proposals, matched, is_object = sample_proposals(
-                proposals, valid, targets, self.samples, stage["iou"],
+                proposals, valid, targets, self.rois, stage["iou"],
                 match_low_quality=not self.cascade,
             )
             image, slot = (matched > -2).nonzero().unbind(1)            # (R,)
@@ -3382,7 +3416,7 @@ ARCHITECTURES = {  # of each task: the model, the backbone's stages (0 to 3) tha
     "upernet": (UPerNet, (0, 1, 2, 3)),
     "retinanet": (RetinaNet, (1, 2, 3)),
     "mask_rcnn": (MaskRCNN, (0, 1, 2, 3)),
-    "cascade_mask_rcnn": (partial(MaskRCNN, cascade=True, box_head="4conv1fc"), (0, 1, 2, 3)),
+    "cascade_mask_rcnn": (partial(MaskRCNN, cascade=True), (0, 1, 2, 3)),
     "pose": (SimpleBaseline, (3,)),
 }
 

@@ -127,6 +127,7 @@ ON_OFF = argparse.BooleanOptionalAction
 MAX_MICRO_BATCH = 128  # images per process and forward pass, unless --micro-batch is given
 TEST_CROP = 0.875  # default of --test-crop; larger images are evaluated whole
 WHOLE_TEST_IMAGE = 384  # pixels from which on they are
+WARMUP_START = 1e-6  # learning rate of update 0 if there is a warm-up
 
 RUN_FLAGS = {  # of both scripts
     "released": Flag(bool, False, "the architecture of SecViT's released weights"),
@@ -165,7 +166,7 @@ FLAGS = {
     "lr": Flag(NOT_NEGATIVE, 1e-3, "peak learning rate at this --batch-size, never rescaled"),
     "weight_decay": Flag(NOT_NEGATIVE, 0.05, "AdamW's weight decay"),
     "min_lr": Flag(NOT_NEGATIVE, 1e-5, "learning rate at the end of the cosine"),
-    "warmup_epochs": Flag(NOT_NEGATIVE, 5.0, "linear warm-up"),
+    "warmup_epochs": Flag(NOT_NEGATIVE, 5.0, f"linear warm-up from {WARMUP_START:g}"),
     "img_size": Flag(bounded(int, 32, 8192), 224, "side of the square images"),
     "mixup": Flag(bounded(float, 0, 100), 0.8, "Beta parameter of mixup, 0 is off"),
     "cutmix": Flag(bounded(float, 0, 100), 1.0, "Beta parameter of CutMix, 0 is off"),
@@ -905,9 +906,6 @@ def cut_and_paste(x, kept, rng):
 
 
 # ----------------------------------------------------------------------------------------- schedule
-WARMUP_START = 1e-6  # learning rate of update 0 if there is a warm-up
-
-
 def lr_at(step, *, peak, floor, warmup, total):
     """Learning rate of an update: linear over `warmup` updates, then a cosine.
 

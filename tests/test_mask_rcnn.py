@@ -26,7 +26,7 @@ import train_dense
 
 STRIDES = (4, 8, 16, 32)
 KINDS = {  # the three models, by the loss of their boxes
-    "l1": dict(),
+    "l1": dict(box_head="2fc"),
     "smooth_l1": dict(cascade=True, box_head="2fc"),
     "giou": dict(cascade=True, box_head="4conv1fc"),
 }
@@ -737,7 +737,7 @@ def tiny_model(monkeypatch, device):
 
     def build(**options):
         backbone = train_dense.Backbone("secvit_t", (0, 1, 2, 3), frozen_bn=False, **TINY)
-        return train_dense.MaskRCNN(backbone, 5, samples=16, **options).to(device)
+        return train_dense.MaskRCNN(backbone, 5, rois=16, **options).to(device)
     return build
 
 
@@ -815,7 +815,7 @@ def test_diverged_weights_give_a_loss_that_is_not_finite(tiny_model, kind, part,
 
 def test_unknown_box_heads_are_refused():
     with pytest.raises(ValueError, match="unknown box_head '3fc', expected '2fc' or '4conv1fc'"):
-        train_dense.MaskRCNN(SimpleNamespace(channels=[1] * 4), 3, box_head="3fc")
+        train_dense.MaskRCNN(SimpleNamespace(channels=[1] * 4), 3, rois=16, box_head="3fc")
 
 
 # ------------------------------------------------------------------------------ stages of the heads
@@ -839,7 +839,7 @@ def small_heads(monkeypatch, device):
         backbone = torch.nn.Module()
         backbone.channels = [1] * 4
         with torch.device("meta"):
-            model = train_dense.MaskRCNN(backbone, classes, samples=20, **KINDS[kind])
+            model = train_dense.MaskRCNN(backbone, classes, rois=20, **KINDS[kind])
         class_specific = kind != "smooth_l1"
         for i in range(len(model.stages)):
             model.box_heads[i] = train_dense.BoxHead(

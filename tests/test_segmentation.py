@@ -182,15 +182,15 @@ def test_weights_of_another_family_are_refused(tmp_path):
         weights_task("clustr_t", path).load_pretrained(model)
 
 
-@pytest.mark.parametrize("name, weight_decay, is_exempt", [
-    ("upernet", 0.01, True), ("upernet", 1e-4, False), ("pose", 0.01, False)])
-def test_decay_exempts_norms_in_swins_settings_only(small_secvit, name, weight_decay, is_exempt):
+@pytest.mark.parametrize("norm_decay", [True, False])
+def test_decay_of_norms(small_secvit, norm_decay):
     model = train_dense.build_model("upernet", "secvit_t", 3)
-    args = argparse.Namespace(task=name, backbone="secvit_t", weight_decay=weight_decay)
+    args = argparse.Namespace(
+        task="upernet", backbone="secvit_t", weight_decay=0.01, norm_decay=norm_decay)
     decayed, exempt = train_dense.DenseTask(args, CPU).param_groups(model)
-    assert decayed["weight_decay"] == weight_decay and exempt["weight_decay"] == 0
+    assert decayed["weight_decay"] == 0.01 and exempt["weight_decay"] == 0
     ids = {id(p) for p in exempt["params"]}
-    assert (id(model.backbone.net.stages[0][0].norm1.weight) in ids) == is_exempt
+    assert (id(model.backbone.net.stages[0][0].norm1.weight) in ids) != norm_decay
     assert id(model.bottleneck[1].weight) not in ids                        # not named a norm
     assert len(ids) + len(decayed["params"]) == len(list(model.parameters()))
 

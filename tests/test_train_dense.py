@@ -101,12 +101,42 @@ def test_micro_batch_of_a_task(task, micro):
     assert resolve("--task", task, "--data", "x").micro_batch == micro
 
 
+def test_micro_batch_of_drawn_detection():
+    assert resolve("--task", "retinanet").micro_batch == 4
+
+
 @pytest.mark.parametrize("backbone, rate", [
     ("secvit_t", None), ("sec_swin_s", None), ("stvit_b", 0.3), ("clustr_t", 0.1)])
 def test_drop_path_of_a_family(backbone, rate):
     """None: the factory's own, as in classification."""
     args = resolve("--task", "retinanet", "--data", "x", "--backbone", backbone)
     assert args.drop_path == rate
+
+
+@pytest.mark.parametrize("task, backbone, rate", [
+    ("upernet", "clustr_t", 0.3),
+    ("upernet", "secvit_t", None),
+    ("upernet", "sec_swin_s", None),
+    ("pose", "secvit_t", 0.0),
+    ("pose", "stvit_l", 0.0),
+])
+def test_drop_path_of_a_task(task, backbone, rate):
+    args = resolve("--task", task, "--data", "x", "--backbone", backbone)
+    assert args.drop_path == rate
+
+
+@pytest.mark.parametrize("task, backbone, norm_decay", [
+    ("semfpn", "secvit_t", True),
+    ("upernet", "secvit_t", False),
+    ("mask_rcnn", "stvit_s", False),
+    ("mask_rcnn", "linglo_b1", True),
+    ("mask_rcnn", "clustr_t", True),
+    ("cascade_mask_rcnn", "linglo_b1", False),
+    ("pose", "clustr_t", True),
+])
+def test_norms_are_exempt_from_decay_with_swins_recipes_only(task, backbone, norm_decay):
+    args = resolve("--task", task, "--data", "x", "--backbone", backbone)
+    assert args.norm_decay == norm_decay
 
 
 # ------------------------------------------------------------------------------------ whole runs
