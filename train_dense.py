@@ -35,6 +35,7 @@ from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -1272,31 +1273,46 @@ def best_anchors(scores, deltas, anchors, counts, size, per_level=1000):
     return boxes, index, torch.cat(level)
 
 
-def assign(boxes, labels, anchors, valid, *, positive, negative, min_pos_iou, match_low_quality):
-    """Max-IoU assignment of mmdetection: the object matched to each anchor.
+class Assignment(NamedTuple):
+    """Which object each anchor (or RoI) is matched to; an anchor of neither kind is not used.
+
+    object_index (B, A): the object's number, arbitrary unless positive; positive (B, A): whether
+    the anchor has an object; negative (B, A): whether it is background.
+    """
+
+    object_index: torch.Tensor
+    positive: torch.Tensor
+    negative: torch.Tensor
+
+
+def assign(boxes, labels, anchors, valid, *, positive_iou, negative_iou, min_pos_iou,
+           match_low_quality):
+    """Max-IoU assignment of mmdetection: an `Assignment` of anchors to objects.
 
     Args:
         boxes (B, G, 4), labels (B, G): objects, label -1 where padded; anchors ([B,] A, 4).
-        valid (B, A): anchors that take part; the others get -2.
-        positive: an anchor whose best IoU is at least this gets that object.
-        negative: an anchor whose best IoU is below this is background.
+        valid (B, A): anchors that take part.
+        positive_iou: an anchor whose best IoU is at least this gets that object.
+        negative_iou: an anchor whose best IoU is below this is background.
         match_low_quality: whether every object also gets the anchors that tie for its best IoU, if
             that is at least `min_pos_iou`; of several objects the last one wins.
-    Returns: (B, A), the number of the object, -1 for background, -2 for neither.
     """
     iou = box_iou(anchors, boxes)                                   # (B, A, G)
     ignored = (labels < 0)[:, None] | ~valid[..., None]
     iou = iou.masked_fill(ignored, -1)
-    best_iou, matched = iou.max(2)                                  # (B, A)
-    matched = matched.masked_fill(best_iou < positive, -2)          # unlike torch.where, a scalar
-    matched = matched.masked_fill(best_iou < negative, -1)          # here is no copy to the GPU
+    best_iou, object_index = iou.max(2)                             # (B, A)
+    positive = best_iou >= positive_iou
+    negative = best_iou < negative_iou
     if match_low_quality:
         object_iou = iou.amax(1, keepdim=True)                      # (B, 1, G)
         is_best = (iou == object_iou) & (object_iou >= min_pos_iou)
         object_number = torch.arange(1, boxes.shape[1] + 1, device=boxes.device)
-        last_object = (is_best * object_number).amax(2) - 1         # (B, A), -1 without any
-        matched = torch.where(last_object >= 0, last_object, matched)
-    return matched.masked_fill(~valid, -2)
+        last_number = (is_best * object_number).amax(2)             # (B, A), 0 without any
+        low_quality = last_number > 0
+        object_index = torch.where(low_quality, last_number - 1, object_index)
+        positive = positive | low_quality
+        negative = negative & ~low_quality
+    return Assignment(object_index, positive & valid, negative & valid)
 
 
 def nms(boxes, scores, iou_threshold, max_keep, block=1024):
@@ -1430,18 +1446,16 @@ def retinanet_losses(logits, deltas, anchors, valid, targets):
     """
     boxes = targets["boxes"]
     labels = targets["labels"]
-    matched = assign(
+    object_index, positive, negative = assign(
         boxes, labels, anchors, valid,
-        positive=0.5, negative=0.4, min_pos_iou=0.0, match_low_quality=True,
-    )                                                           # (B, A)
-    positive = matched >= 0
+        positive_iou=0.5, negative_iou=0.4, min_pos_iou=0.0, match_low_quality=True,
+    )                                                           # each (B, A)
     num_positive = positive.sum(1).clamp(min=1).sum()
-    object_index = matched.clamp(min=0)
 
     anchor_labels = labels.gather(1, object_index).masked_fill(~positive, -1)
     classes = torch.arange(logits.shape[2], device=logits.device)
     is_class = anchor_labels[..., None] == classes              # (B, A, K)
-    evaluated = (matched != -2)[..., None]
+    evaluated = (positive | negative)[..., None]
     classification = (focal_loss(logits, is_class) * evaluated).sum()
 
     matched_boxes = boxes.take_along_dim(object_index[..., None], 1)
@@ -1629,21 +1643,29 @@ def pad_proposals(proposals):
     return padded, valid
 
 
+class Sample(NamedTuple):
+    """Random choice among candidates: positive ones, then negative ones, then unused entries.
+
+    index (B, n): of the candidate; positive, negative (B, n): what it is, neither if unused.
+    """
+
+    index: torch.Tensor
+    positive: torch.Tensor
+    negative: torch.Tensor
+
+
 def random_sample(positive, negative, count, max_positive):
     """Sample `count` of N candidates per image: up to `max_positive` positive ones, then negatives.
 
-    Args: positive, negative (B, N): bool.
-    Returns: sampled_index (B, n), n = min(count, N), into the N candidates, and sample_type (B, n):
-    1 positive, 0 negative, -1 unused, in this order.
+    Args: positive, negative (B, N): bool. Returns: a `Sample` of n = min(count, N) entries.
     """
     candidates = positive.shape[1]
     key = torch.rand(positive.shape, device=positive.device)            # in [0, 1); the largest win
     top = key.masked_fill(~positive, -1).topk(min(max_positive, candidates))
     chosen = torch.zeros_like(positive).scatter(1, top.indices, top.values >= 0)
     key = key.masked_fill(~negative, -1).masked_fill(chosen, 2)
-    key, sampled_index = key.topk(min(count, candidates))
-    sample_type = (key >= 0).long() + (key > 1).long() - 1
-    return sampled_index, sample_type
+    key, index = key.topk(min(count, candidates))
+    return Sample(index, positive=key > 1, negative=(key >= 0) & (key <= 1))
 
 
 def delta_loss(deltas, targets, kind, beta):
@@ -1661,14 +1683,14 @@ def rpn_losses(scores, deltas, anchors, valid, targets, box_loss):
     or "smooth_l1" with beta 1/9.
     """
     boxes = targets["boxes"]
-    matched = assign(
+    assigned = assign(
         boxes, targets["labels"], anchors, valid,
-        positive=0.7, negative=0.3, min_pos_iou=0.3, match_low_quality=True,
-    )                                                                   # (B, A)
-    index, sample_type = random_sample(matched >= 0, matched == -1, 256, 128)   # (B, 256)
-    positive = sample_type > 0
-    used = sample_type >= 0
-    object_index = matched.gather(1, index).clamp(min=0)
+        positive_iou=0.7, negative_iou=0.3, min_pos_iou=0.3, match_low_quality=True,
+    )                                                                   # each (B, A)
+    sample = random_sample(assigned.positive, assigned.negative, 256, 128)
+    index, positive, negative = sample                                  # each (B, 256)
+    used = positive | negative
+    object_index = assigned.object_index.gather(1, index)
     start = anchors[index]                                              # (B, 256, 4)
     end = boxes.take_along_dim(object_index[..., None], 1)
     end = torch.where(positive[..., None], end, start)                  # avoids log(0) on padding
@@ -1690,23 +1712,25 @@ def sample_proposals(proposals, valid, targets, count, iou, *, match_low_quality
 
     At most a quarter of them are positive: boxes that overlap an object by `iou` or more.
     Args: proposals (B, P, 4), valid (B, P): whether a slot holds a proposal.
-    Returns: proposals (B, n, 4); matched (B, n): number of the object, -1 for background, -2 for an
-    unused slot; is_object (B, n): whether the box is ground truth.
+    Returns: proposals (B, n, 4), their `Assignment` (B, n), neither positive nor negative in unused
+    slots, and is_object (B, n): whether the box is ground truth.
     """
     boxes = targets["boxes"]
-    labels = targets["labels"]
-    matched = assign(
-        boxes, labels, proposals, valid,
-        positive=iou, negative=iou, min_pos_iou=iou, match_low_quality=match_low_quality,
-    )                                                                   # (B, P)
-    object_number = torch.arange(boxes.shape[1], device=boxes.device)
-    matched_objects = torch.where(labels >= 0, object_number, -2)       # (B, G)
-    matched = torch.cat([matched_objects, matched], 1)                  # (B, G + P)
+    is_real = targets["labels"] >= 0                                    # (B, G), not padding
+    assigned = assign(
+        boxes, targets["labels"], proposals, valid,
+        positive_iou=iou, negative_iou=iou, min_pos_iou=iou, match_low_quality=match_low_quality,
+    )                                                                   # each (B, P)
+    object_number = torch.arange(boxes.shape[1], device=boxes.device).expand_as(is_real)
+    object_index = torch.cat([object_number, assigned.object_index], 1)     # (B, G + P)
+    positive = torch.cat([is_real, assigned.positive], 1)
+    negative = torch.cat([torch.zeros_like(is_real), assigned.negative], 1)
+    sample = random_sample(positive, negative, count, count // 4)       # each (B, n)
     proposals = torch.cat([boxes, proposals], 1)                        # (B, G + P, 4)
-    index, sample_type = random_sample(matched >= 0, matched == -1, count, count // 4)
-    proposals = proposals.take_along_dim(index[..., None], 1)           # (B, n, 4)
-    matched = matched.gather(1, index).masked_fill(sample_type < 0, -2)
-    return proposals, matched, index < boxes.shape[1]
+    proposals = proposals.take_along_dim(sample.index[..., None], 1)    # (B, n, 4)
+    object_index = object_index.gather(1, sample.index)
+    assigned = Assignment(object_index, sample.positive, sample.negative)
+    return proposals, assigned, sample.index < boxes.shape[1]
 
 
 def pool_rois(maps, rois, S, strides):
@@ -1902,16 +1926,15 @@ def mask_head(classes, dim=256):
 
 
 @torch.no_grad()
-def roi_targets(image, boxes, matched, targets, background):
+def roi_targets(image, boxes, object_index, positive, targets, background):
     """What the heads are trained to predict for RoIs, given the object matched to each.
 
-    Args: image (R,): its number in the batch; boxes (R, 4); matched (R,), as of `sample_proposals`.
-    Returns: labels (R,), objects' boxes (R, 4), positive (P,): indices of the RoIs with an object,
-    and mask targets (P, 28, 28) of these.
+    Args: image (R,): its number in the batch; boxes (R, 4); object_index, positive (R,): as of
+    `Assignment`. Returns: labels (R,), objects' boxes (R, 4), positive (P,): indices of the RoIs
+    with an object, and mask targets (P, 28, 28) of these.
     """
-    object_index = matched.clamp(min=0)
-    labels = targets["labels"][image, object_index].masked_fill(matched < 0, background)
-    positive = (matched >= 0).nonzero()[:, 0]
+    labels = targets["labels"][image, object_index].masked_fill(~positive, background)
+    positive = positive.nonzero()[:, 0]
     masks_per_image = (targets["labels"] >= 0).sum(1)
     mask_offset = masks_per_image.cumsum(0) - masks_per_image           # (B,)
     mask_index = mask_offset[image] + object_index
@@ -2067,15 +2090,17 @@ class MaskRCNN(nn.Module):
         proposals, valid = pad_proposals(proposals)
         losses = {}
         for i, stage in enumerate(self.stages):
-            proposals, matched, is_object = sample_proposals(
+            proposals, assigned, is_object = sample_proposals(
                 proposals, valid, targets, self.rois, stage["iou"],
                 match_low_quality=not self.cascade,
             )
-            image, slot = (matched > -2).nonzero().unbind(1)            # (R,)
+            used = assigned.positive | assigned.negative                # (B, n)
+            image, slot = used.nonzero().unbind(1)                      # (R,)
             boxes = proposals[image, slot]                              # (R, 4)
             rois = torch.cat([image[:, None], boxes], 1)                # (R, 5)
             labels, object_boxes, positive, masks = roi_targets(
-                image, boxes, matched[image, slot], targets, background=self.classes
+                image, boxes, assigned.object_index[image, slot], assigned.positive[image, slot],
+                targets, background=self.classes,
             )
             logits, deltas = self.box_heads[i](pool_rois(maps, rois, 7, self.strides))
             mask_logits = self.mask_heads[i](pool_rois(maps, rois[positive], 14, self.strides))

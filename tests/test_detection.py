@@ -9,12 +9,11 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
 from torch.testing import assert_close
 
 import train_dense
-
-TINY = dict(depths=(1, 1, 1, 2), dims=(16, 16, 32, 32), heads=(2, 2, 2, 2))
 
 
 def make_task(task_class, **changes):
@@ -107,6 +106,7 @@ def loop_assign(boxes, labels, anchors, valid, positive, negative, min_pos_iou=N
     """mmdetection's rule for one image, anchor by anchor, then object by object.
 
     Anchors that are not valid take no part. min_pos_iou: None for no low-quality matches.
+    Returns: of each anchor the number of its object, "negative" or "unused".
     """
     count = int((labels >= 0).sum())
     objects = boxes[:count].tolist()
@@ -114,11 +114,11 @@ def loop_assign(boxes, labels, anchors, valid, positive, negative, min_pos_iou=N
     for a, anchor in enumerate(anchors.tolist()):
         if valid[a]:
             ious[a] = [loop_iou(anchor, box) for box in objects]
-    result = [-2] * len(anchors)
+    result = ["unused"] * len(anchors)
     for a, row in ious.items():
         best = max(row, default=-1.)
         if best < negative:
-            result[a] = -1
+            result[a] = "negative"
         elif best >= positive:
             result[a] = row.index(best)
     if min_pos_iou is None:
@@ -129,6 +129,16 @@ def loop_assign(boxes, labels, anchors, valid, positive, negative, min_pos_iou=N
             if row[g] == best and best >= min_pos_iou:
                 result[a] = g
     return result
+
+
+def as_assignment(rows, device):
+    """What `loop_assign` returns for each image -> train_dense.Assignment."""
+    matched = np.array(rows, object)
+    negative = matched == "negative"
+    positive = ~negative & (matched != "unused")
+    object_index = np.where(positive, matched, 0).astype(int)
+    fields = (object_index, positive, negative)
+    return train_dense.Assignment(*(torch.from_numpy(x).to(device) for x in fields))
 
 
 @pytest.mark.parametrize("anchors_per_image", [False, True])
@@ -156,14 +166,19 @@ def test_assignment_matches_loops(positive, negative, min_pos_iou, anchors_per_i
             expected.append(loop_assign(boxes[b], labels[b], anchors, valid[b], *rule))
         if anchors_per_image:
             anchors = anchors.expand(3, -1, -1)
-        matched = train_dense.assign(
+        expected = as_assignment(expected, device)
+        assigned = train_dense.assign(
             boxes.to(device), labels.to(device), anchors.to(device), valid.to(device),
-            positive=positive,
-            negative=negative,
+            positive_iou=positive,
+            negative_iou=negative,
             min_pos_iou=min_pos_iou or 0.0,
             match_low_quality=min_pos_iou is not None,
         )
-        assert matched.tolist() == expected
+        assert torch.equal(assigned.positive, expected.positive)
+        assert torch.equal(assigned.negative, expected.negative)
+        given = expected.positive
+        assert torch.equal(assigned.object_index[given], expected.object_index[given])
+        assert ((assigned.object_index >= 0) & (assigned.object_index < 4)).all()
 
 
 def test_base_anchors_by_hand():
@@ -347,11 +362,12 @@ def test_retinanet_losses_match_loops(device):
         inside = loop_cells_inside(levels, strides, sizes[b].tolist(), base.shape[1])
         matched = loop_assign(boxes[b], labels[b], anchors, inside, 0.5, 0.4, 0.0)
         for a, index in enumerate(matched):
-            label = labels[b, index] if index >= 0 else -1
-            if index != -2:
+            is_positive = isinstance(index, int)
+            label = labels[b, index] if is_positive else -1
+            if index != "unused":
                 loss = train_dense.focal_loss(logits[b, a], torch.arange(3) == label)
                 classification = classification + loss.sum()
-            if index >= 0:
+            if is_positive:
                 target = train_dense.encode(anchors[a], boxes[b, index])
                 regression = regression + (deltas[b, a] - target).abs().sum()
                 positives[b] += 1

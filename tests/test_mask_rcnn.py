@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from PIL import Image
 from test_detection import (
-    TINY,
+    as_assignment,
     fake_detector,
     loop_assign,
     loop_multiclass_nms,
@@ -371,27 +372,27 @@ def test_samples_are_positives_then_negatives_then_unused(device):
         number = torch.rand(B, N)
         positive = number < fraction
         negative = (number >= fraction) & (torch.rand(B, N) < 0.7)
-        sampled = train_dense.random_sample(
+        sample = train_dense.random_sample(
             positive.to(device), negative.to(device), count, max_positive
         )
-        index, sample_type = (x.cpu() for x in sampled)
+        index, is_positive, is_negative = (x.cpu() for x in sample)
         n = min(count, N)
-        assert index.shape == sample_type.shape == (B, n)
+        assert index.shape == is_positive.shape == is_negative.shape == (B, n)
         assert ((index >= 0) & (index < N)).all()           # also unused ones can be gathered
         for b in range(B):
             positives = min(max_positive, int(positive[b].sum()))
             negatives = min(count - positives, int(negative[b].sum()))
             used = positives + negatives
-            expected = [1] * positives + [0] * negatives + [-1] * (n - used)
-            assert sample_type[b].tolist() == expected
+            assert is_positive[b].tolist() == [i < positives for i in range(n)]
+            assert is_negative[b].tolist() == [positives <= i < used for i in range(n)]
             assert len(set(index[b, :used].tolist())) == used
             assert positive[b, index[b, :positives]].all()
             assert negative[b, index[b, positives:used]].all()
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("value, sampled", [(1, 2), (0, 3)])
-def test_samples_are_uniform(value, sampled, size, device):
+@pytest.mark.parametrize("kind, sampled", [("positive", 2), ("negative", 3)])
+def test_samples_are_uniform(kind, sampled, size, device):
     """4000 samples of 2 of 5 positives and 3 of 6 negatives.
 
     Five standard deviations around the frequency of every candidate and of every pair.
@@ -401,9 +402,9 @@ def test_samples_are_uniform(value, sampled, size, device):
     candidates = torch.zeros(2, 4000, 12, dtype=torch.bool, device=device)
     candidates[0, :, positives] = True
     candidates[1, :, negatives] = True
-    index, sample_type = train_dense.random_sample(*candidates, 5, 2)
-    rows = index[sample_type == value].view(4000, sampled).cpu()
-    members = positives if value else negatives
+    sample = train_dense.random_sample(*candidates, 5, 2)
+    rows = sample.index[getattr(sample, kind)].view(4000, sampled).cpu()
+    members = positives if kind == "positive" else negatives
     p = math.comb(sampled, size) / math.comb(len(members), size)
     deviation = math.sqrt(4000 * p * (1 - p))
     for group in combinations(members, size):
@@ -643,22 +644,23 @@ def test_rpn_losses_match_loops(box_loss, beta, device):
     matched = []
     for b in range(3):
         matched.append(loop_assign(boxes[b], labels[b], anchors, valid[b], 0.7, 0.3, 0.3))
-    matched = torch.tensor(matched, device=device)
+    assigned = as_assignment(matched, device)
     torch.manual_seed(7)
-    samples = train_dense.random_sample(matched >= 0, matched == -1, 256, 128)
-    index, sample_type = (x.cpu() for x in samples)
-    count = (sample_type >= 0).sum(1).tolist()
+    sample = train_dense.random_sample(assigned.positive, assigned.negative, 256, 128)
+    index, positive, negative = (x.cpu() for x in sample)
+    used = positive | negative
+    count = used.sum(1).tolist()
     assert count[:2] == [256, 256] and 0 < count[2] < 256
-    positives = (sample_type == 1).sum(1).tolist()
+    positives = positive.sum(1).tolist()
     assert positives[:2] == [128, 0] and positives[2]
     classification = 0
     regression = 0
-    for b, i in (sample_type >= 0).nonzero().tolist():
+    for b, i in used.nonzero().tolist():
         a = index[b, i].item()
         p = 1 / (1 + (-scores[b, a]).exp())
-        classification = classification - (p if sample_type[b, i] else 1 - p).log()
-        if sample_type[b, i]:
-            box = boxes[b, matched[b, a]]
+        classification = classification - (p if positive[b, i] else 1 - p).log()
+        if positive[b, i]:
+            box = boxes[b, matched[b][a]]
             target = loop_encode(anchors[a].tolist(), box.tolist())
             for delta, value in zip(deltas[b, a], target):
                 regression = regression + loop_smooth_l1(delta - value, beta)
@@ -879,7 +881,7 @@ def loop_refine(box, logits, deltas, label, stds, size):
 
 def loop_match(proposals, boxes, labels, iou, kind):
     """Of one image: objects first, then proposals, of which some are None: unused slots."""
-    matched = [g if label >= 0 else -2 for g, label in enumerate(labels.tolist())]
+    matched = [g if label >= 0 else "unused" for g, label in enumerate(labels.tolist())]
     valid = [box is not None for box in proposals]
     filled = doubles([box or [0.] * 4 for box in proposals])
     min_pos_iou = 0.5 if kind == "l1" else None
@@ -909,19 +911,19 @@ def loop_stages(model, stages, kind, maps, proposals, sizes, boxes, labels, mask
         for b in range(B):
             matched.append(loop_match(slots[b], boxes[b], labels[b], iou, kind))
             slots[b] = boxes[b].tolist() + slots[b]
-        given = torch.tensor(matched, device=maps[0].device)
-        samples = train_dense.random_sample(given >= 0, given == -1, 20, 5)
-        index, sample_type = (x.cpu() for x in samples)
-        used = (sample_type >= 0).nonzero().tolist()
-        positives = int((sample_type == 1).sum())
-        positive_proposals.append(int(((sample_type == 1) & (index >= G)).sum()))
+        assigned = as_assignment(matched, maps[0].device)
+        sample = train_dense.random_sample(assigned.positive, assigned.negative, 20, 5)
+        index, positive, negative = (x.cpu() for x in sample)
+        used = (positive | negative).nonzero().tolist()
+        positives = int(positive.sum())
+        positive_proposals.append(int((positive & (index >= G)).sum()))
         totals = [0, 0, 0]
         next_slots = [[None] * index.shape[1] for _ in range(B)]
         for b, i in used:
             number = index[b, i].item()
             roi = slots[b][number]
-            g = matched[b][number]
-            label = labels[b, g].item() if sample_type[b, i] else K
+            g = matched[b][number] if positive[b, i] else 0
+            label = labels[b, g].item() if positive[b, i] else K
             pooled = loop_pool(maps, b, roi, 7)
             logits, deltas = (x[0] for x in model.box_heads[s](pooled))
             classification, regression = loop_box_losses(
@@ -929,7 +931,7 @@ def loop_stages(model, stages, kind, maps, proposals, sizes, boxes, labels, mask
             )
             totals[0] = totals[0] + weight / len(used) * classification
             totals[1] = totals[1] + weight / len(used) * regression
-            if sample_type[b, i]:
+            if positive[b, i]:
                 pooled = loop_pool(maps, b, roi, 14)
                 mask_logits = model.mask_heads[s](pooled)[0, label]
                 loss = loop_mask_loss(mask_logits.cpu(), masks[b, g], roi)
