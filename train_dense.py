@@ -283,9 +283,6 @@ def check_batch(args):
 
 
 # ------------------------------------------------------------------------------------------- shared
-IGNORED = 255  # label of pixels that are not evaluated
-
-
 class DenseTask:
     """What the training loop asks of a task, see `Classification`; each task adds:
 
@@ -459,11 +456,6 @@ def conv_norm(in_dim, dim, kernel_size):
     return nn.Sequential(conv, nn.BatchNorm2d(dim), nn.ReLU(inplace=True))
 
 
-def resize(x, size):
-    """Bilinear interpolation of maps (B, C, H, W), corners not aligned."""
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-
-
 def init_head(module):
     """Kaiming normal (fan-out) for convolutions that precede a norm."""
     if isinstance(module, nn.Conv2d):
@@ -507,6 +499,9 @@ class FPN(nn.Module):
             x = layer(x)
             outputs.append(x)
         return outputs
+
+
+OVERLAY_THRESHOLD = 0.3  # score of the detections, confidence of the keypoints that are plotted
 
 
 def read_annotated_image(path, width, height):
@@ -564,6 +559,9 @@ def palette(count):
 # Semantic FPN (arXiv 1901.02446) and UPerNet (arXiv 1807.10221) on data in ADE20K's layout (arXiv
 # 1608.05442). Letters: S side of a training crop (--img-size), K classes. A label map (H, W) uint8
 # holds one class per pixel, 0 to K - 1, or IGNORED.
+IGNORED = 255  # label of pixels that are not evaluated
+
+
 class Ade20k:
     """Images and label maps of folder/images/SPLIT and folder/annotations/SPLIT, sorted by name.
 
@@ -709,6 +707,11 @@ def distort_hue_and_saturation(pixels, rng):
 def scale_and_shift(pixels, scale=1.0, shift=0.0):
     """pixels * scale + shift, in float32, clipped to uint8."""
     return (pixels * np.float32(scale) + np.float32(shift)).clip(0, 255).astype(np.uint8)
+
+
+def resize(x, size):
+    """Bilinear interpolation of maps (B, C, H, W), corners not aligned."""
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
 
 
 class SemanticFPN(nn.Module):
@@ -1069,16 +1072,16 @@ class Packed:
     """Dicts as JSON in one shared array; reference counting would copy a list into each process."""
 
     def __init__(self, entries):
-        texts = [json.dumps(entry).encode() for entry in entries]
-        self.ends = np.cumsum([0, *map(len, texts)])
-        self.text = np.frombuffer(b"".join(texts), np.uint8)
+        encoded = [json.dumps(entry).encode() for entry in entries]
+        self.ends = np.cumsum([0, *map(len, encoded)])
+        self.bytes = np.frombuffer(b"".join(encoded), np.uint8)
 
     def __len__(self):
         return len(self.ends) - 1
 
     def __getitem__(self, index):
-        text = self.text[self.ends[index]:self.ends[index + 1]]
-        return json.loads(text.tobytes())
+        entry = self.bytes[self.ends[index]:self.ends[index + 1]]
+        return json.loads(entry.tobytes())
 
 
 class GroupSampler(StepSampler):
@@ -1099,7 +1102,7 @@ class GroupSampler(StepSampler):
         self.per_epoch = self.used // self.batch
 
     def order(self, epoch):
-        """(used, 2): image and copy (0); a micro-batch is every `count`-th entry of its step."""
+        """(used, 2): image and copy (0); a micro-batch is every `count`-th entry of its update."""
         rng = np.random.default_rng((train_imagenet.ORDER, self.seed, epoch))
         images = rng.permutation(self.images)
         is_landscape = self.is_landscape[images]
@@ -1108,9 +1111,9 @@ class GroupSampler(StepSampler):
             count = math.ceil(len(group) / self.micro)
             groups.append(np.resize(group, (count, self.micro)))
         rows = rng.permutation(np.concatenate(groups))          # (micro-batches, micro)
-        whole = len(rows) // self.count * self.count            # those of complete steps
-        steps = rows[:whole].reshape(-1, self.count, self.micro).swapaxes(1, 2)
-        order = np.concatenate([steps.ravel(), rows[whole:].ravel()])
+        whole = len(rows) // self.count * self.count            # those of complete updates
+        updates = rows[:whole].reshape(-1, self.count, self.micro).swapaxes(1, 2)
+        order = np.concatenate([updates.ravel(), rows[whole:].ravel()])
         return np.stack([order, np.zeros_like(order)], 1)
 
 
@@ -1315,7 +1318,10 @@ def assign(boxes, labels, anchors, valid, *, positive_iou, negative_iou, min_pos
     return Assignment(object_index, positive & valid, negative & valid)
 
 
-def nms(boxes, scores, iou_threshold, max_keep, block=1024):
+NMS_BLOCK = 1024  # boxes whose overlaps are computed at once
+
+
+def nms(boxes, scores, iou_threshold, max_keep):
     """Exact greedy NMS: a box goes if its IoU with a better box that stays is above the threshold.
 
     Blocks of boxes are taken in order of falling score. Within a block, `keep` is the fixed point
@@ -1328,7 +1334,7 @@ def nms(boxes, scores, iou_threshold, max_keep, block=1024):
     order = scores.argsort(descending=True, stable=True)
     boxes = boxes[order]
     kept = order[:0]                                        # positions in `order`, as `candidates`
-    for candidates in torch.arange(len(boxes), device=boxes.device).split(block):
+    for candidates in torch.arange(len(boxes), device=boxes.device).split(NMS_BLOCK):
         if len(kept) >= max_keep:
             break
         suppressed = (box_iou(boxes[candidates], boxes[kept]) > iou_threshold).any(1)
@@ -1427,13 +1433,17 @@ def conv_tower(dim, out_dim, bias):
     return nn.Sequential(*layers)
 
 
-def focal_loss(logits, targets, gamma=2.0, alpha=0.25):
+FOCAL_GAMMA = 2.0
+FOCAL_ALPHA = 0.25
+
+
+def focal_loss(logits, targets):
     """Sigmoid focal loss (arXiv 1708.02002, Eq. 5) of each element; targets are 0 or 1."""
     targets = targets.to(logits.dtype)
     p = logits.sigmoid()
     missed = p + targets - 2 * p * targets                      # 1 - p_t
-    alpha_t = 1 - alpha + (2 * alpha - 1) * targets
-    weight = alpha_t * missed ** gamma
+    alpha_t = 1 - FOCAL_ALPHA + (2 * FOCAL_ALPHA - 1) * targets
+    weight = alpha_t * missed ** FOCAL_GAMMA
     return weight * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
@@ -1468,7 +1478,7 @@ def retinanet_losses(logits, deltas, anchors, valid, targets):
 
 @torch.no_grad()
 def detect_image(model, image, args, device):
-    """What a detector finds in a resized PIL image, with boxes in pixels of the given image."""
+    """Run a detector on a PIL image, resized to --img-size; its boxes are in the image's pixels."""
     W, H = fit_size(image.size, args.img_size * 1333 / 800, args.img_size)
     resized = image.resize((W, H), Image.Resampling.BILINEAR)
     batch, sizes = pad_images([np.asarray(resized)], 32)
@@ -1531,6 +1541,28 @@ def match_results(source, path, kinds):
     return records
 
 
+def plot_detections(image, detections, classes):
+    """A PIL image with the boxes, names and, if there are any, masks of its detections.
+
+    Detections that score less than OVERLAY_THRESHOLD are left out.
+    """
+    overlay = image.copy()
+    canvas = ImageDraw.Draw(overlay)
+    colours = palette(len(classes)).tolist()
+    boxes, scores, labels, *masks = detections
+    for i in np.flatnonzero(scores >= OVERLAY_THRESHOLD)[::-1]:     # the best one is on top
+        colour = tuple(colours[labels[i]])
+        if masks:
+            opacity = Image.fromarray(masks[0][i].astype(np.uint8) * 128)
+            overlay.paste(colour, mask=opacity)
+        canvas.rectangle(boxes[i].tolist(), outline=colour, width=2)
+        caption = f"{classes[labels[i]]} {scores[i]:.2f}"
+        corner = tuple(boxes[i, :2].clip(0).tolist())
+        canvas.rectangle(canvas.textbbox(corner, caption), colour)
+        canvas.text(corner, caption, "black")
+    return overlay
+
+
 class Detection(DenseTask):
     """RetinaNet on COCO's layout."""
 
@@ -1560,22 +1592,7 @@ class Detection(DenseTask):
         return tuple(x.cpu().numpy() for x in detections)
 
     def overlay(self, image, prediction, classes):
-        """The image with the detections (masks, too, if they have any) that score 0.3 or more."""
-        overlay = image.copy()
-        canvas = ImageDraw.Draw(overlay)
-        colours = palette(len(classes)).tolist()
-        boxes, scores, labels, *masks = prediction
-        for i in np.flatnonzero(scores >= 0.3)[::-1]:       # the best one is on top
-            colour = tuple(colours[labels[i]])
-            if masks:
-                opacity = Image.fromarray(masks[0][i].astype(np.uint8) * 128)
-                overlay.paste(colour, mask=opacity)
-            canvas.rectangle(boxes[i].tolist(), outline=colour, width=2)
-            text = f"{classes[labels[i]]} {scores[i]:.2f}"
-            corner = tuple(boxes[i, :2].clip(0).tolist())
-            canvas.rectangle(canvas.textbbox(corner, text), colour)
-            canvas.text(corner, text, "black")
-        return overlay
+        return plot_detections(image, prediction, classes)
 
     def record(self, model, source, sample):
         """The image's detections, matched with its annotations."""
@@ -2147,12 +2164,16 @@ class InstanceSegmentation(DenseTask):
     """Mask R-CNN and Cascade Mask R-CNN on COCO's layout."""
 
     metric = "mask_AP"
-    sampler = Detection.sampler
-    augment = Detection.augment
-    overlay = Detection.overlay
 
     def open_split(self, folder, split):
         return Coco(folder, split, masks=True)
+
+    def sampler(self, source, **schedule):
+        return GroupSampler(is_landscape=source.is_landscape, repeats=1, **schedule)
+
+    def augment(self, raw, rng):
+        multi_scale = self.args.schedule == "3x"
+        return augment_detection(raw, rng, size=self.args.img_size, multi_scale=multi_scale)
 
     def collate(self, samples):
         """As `collate_boxes`, and the masks of all images' objects: (objects, H, W) bool."""
@@ -2180,6 +2201,9 @@ class InstanceSegmentation(DenseTask):
             pasted.append(image_masks >= 0.5)
         detections = boxes, scores, labels, torch.cat(pasted)
         return tuple(x.cpu().numpy() for x in detections)
+
+    def overlay(self, image, prediction, classes):
+        return plot_detections(image, prediction, classes)
 
     def record(self, model, source, sample):
         """The image's detections, matched with its annotations by boxes and by masks."""
@@ -2229,7 +2253,6 @@ SIGMAS = np.array("""
     29 22 35 37 47 26 25 24 35 18 24 22 26 17 21 21 32 20 19 22 31
     29 22 35 37 47 26 25 24 35 18 24 22 26 17 21 21 32 20 19 22 31
 """.split(), float) / 1000
-BODY_SIGMAS = SIGMAS[PARTS["body"]]
 MIRROR_ORDER = np.r_[   # the keypoint that each of the 133 becomes in a mirror
     0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15,       # left and right alternate
     20:23, 17:20,                                                   # feet
@@ -2252,8 +2275,9 @@ class Persons:
     """Persons of folder/SPLIT2017 with 133 keypoints (COCO-WholeBody's file) or COCO's 17.
 
     The 17 come from COCO's own file, or from COCO-WholeBody's if there is none. A training sample
-    is a person, a validation sample an image with all its persons, as annotated or, if `boxes` is
-    a COCO detection file, as detected. Persons are in arrays, which loader processes share.
+    is a person, a validation sample an image with all its persons: the annotated ones or, if
+    `boxes` names a COCO results file, the detected ones. Persons are in arrays, which loader
+    processes share.
     Only in validation, `ids` holds the samples' image ids, and `annotations` {image id: [dicts]}.
     Raises: InputError if a file is missing or malformed (names the id) or has no usable person.
     """
@@ -2362,7 +2386,7 @@ def read_points(entry, keypoints, where):
 
 
 def read_person_boxes(path):
-    """Persons with an extent of a COCO detection file: list of (image id, box (5,)).
+    """Persons with an extent in a COCO results file: list of (image id, box (5,)).
 
     Raises: InputError that names the file and the image of a malformed detection.
     """
@@ -2539,7 +2563,10 @@ def peaks(maps):
     return torch.cat([xy, value[..., None]], -1)
 
 
-def oks_nms(points, scores, areas, sigmas, oks_threshold=0.9):
+OKS_NMS_THRESHOLD = 0.9
+
+
+def oks_nms(points, scores, areas, sigmas):
     """Greedy suppression: indices, best first, of the persons (P, K, 3) to keep.
 
     A person is dropped if its OKS with a better one that is kept exceeds the threshold. This OKS
@@ -2550,7 +2577,7 @@ def oks_nms(points, scores, areas, sigmas, oks_threshold=0.9):
     similarity = np.exp(-distance / (2 * sigmas) ** 2 / area / 2).mean(-1)  # (P, P)
     keep = []
     for i in np.argsort(-scores, kind="stable"):
-        if not (similarity[i, keep] > oks_threshold).any():
+        if not (similarity[i, keep] > OKS_NMS_THRESHOLD).any():
             keep.append(i)
     return np.array(keep, np.int64)
 
@@ -2645,7 +2672,7 @@ class Pose(DenseTask):
         boxes = [box for image_id, box in person_boxes if image_id == int(numbers[-1])]
         return np.array(boxes, np.float64).reshape(-1, 5)
 
-    def overlay(self, image, prediction, _classes, score_threshold=0.3):
+    def overlay(self, image, prediction, _classes):
         """Lines of body, feet and fingers and dots of the face, where keypoints are confident."""
         figure = image.copy()
         canvas = ImageDraw.Draw(figure)
@@ -2656,7 +2683,7 @@ class Pose(DenseTask):
         face = PARTS["face"]
         points, _ = prediction
         for person in points:
-            visible = person[:, 2] >= score_threshold
+            visible = person[:, 2] >= OVERLAY_THRESHOLD
             for line, colour in zip(LINES, colours):
                 width = thick if max(line) < face.start else thin
                 for a, b in zip(line, line[1:]):
@@ -3163,11 +3190,12 @@ def match_detections(iou, ignored, crowd, gt_area, dt_area, ranges):
     return outcome, (~excluded).sum(1)
 
 
-def match_image(image, annotations, results, kind, sigmas=BODY_SIGMAS):
+def match_image(image, annotations, results, kind, sigmas=()):
     """Match one image's results to its annotations, both lists of COCO dicts.
 
-    image: COCO dict; its height and width are read for segm only. A keypoint result may hold an
-    `area` in pixels, else that of the box around its points counts.
+    image: COCO dict; its height and width are read for segm only. sigmas (P,): see `oks`, needed
+    for keypoints only. A keypoint result may hold an `area` in pixels, else that of the box around
+    its points counts.
     Returns: (image id, {category: (scores (D,), outcome, positives)}), see match_detections.
     Raises: ValueError for a score that is not finite or a malformed mask.
     """

@@ -150,7 +150,7 @@ RUN_FLAGS = {  # of both scripts
     "max_steps": OnceFlag(COUNT, None, "save and stop after this many updates, without "
                           "changing the schedule"),
     "resume": OnceFlag(nonempty, None, "checkpoint to continue exactly; it restores every flag you "
-                       "do not override; auto: the one of the highest step in --output, if any"),
+                       "do not override; auto: the latest one in --output, if any"),
     "overwrite": OnceFlag(bool, False, "replace an earlier run in --output"),
     "eval": OnceFlag(bool, False, "only evaluate --weights and print one JSON line"),
 }

@@ -704,13 +704,13 @@ def test_nothing_to_match():
 
 
 # ----------------------------------------------------------------------- whole evaluation, by loops
-def evaluate_coco(images, annotations, results, kind, categories, **options):
+def evaluate_coco(images, annotations, results, kind, categories, sigmas=SIGMAS):
     """match_image for each image, then accumulate."""
     matches = []
     for image in images:
         gt = [a for a in annotations if a["image_id"] == image["id"]]
         dt = [r for r in results if r["image_id"] == image["id"]]
-        matches.append(train_dense.match_image(image, gt, dt, kind, **options))
+        matches.append(train_dense.match_image(image, gt, dt, kind, sigmas))
     return train_dense.accumulate(matches, kind, categories)
 
 
@@ -1085,7 +1085,7 @@ def test_images_can_be_matched_anywhere_and_gathered_in_any_order(kind):
         for image in images:
             gt = [a for a in annotations if a["image_id"] == image["id"]]
             dt = [r for r in results if r["image_id"] == image["id"]]
-            matches.append(train_dense.match_image(image, gt, dt, kind))
+            matches.append(train_dense.match_image(image, gt, dt, kind, SIGMAS))
         shuffled = pickle.loads(pickle.dumps(rng.sample(matches, len(matches))))
         metrics = train_dense.accumulate(shuffled, kind, CATEGORIES[::-1])
         problem = (images, annotations, results)

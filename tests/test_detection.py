@@ -248,14 +248,15 @@ def loop_multiclass_nms(candidates, classes, threshold=0.5):
 
 @pytest.mark.parametrize("block", [1, 7, 1024])
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 0.9])
-def test_nms_matches_the_greedy_loop(threshold, block, device):
+def test_nms_matches_the_greedy_loop(threshold, block, device, monkeypatch):
+    monkeypatch.setattr(train_dense, "NMS_BLOCK", block)
     for trial in range(10):
         torch.manual_seed(trial)
         boxes = random_boxes(60, side=50, grid=5)
         scores = (10 * torch.rand(60, dtype=torch.float64)).round()
         expected = loop_nms(boxes.tolist(), scores.tolist(), threshold)
         for max_keep in (1, 5, 60):
-            kept = train_dense.nms(boxes.to(device), scores.to(device), threshold, max_keep, block)
+            kept = train_dense.nms(boxes.to(device), scores.to(device), threshold, max_keep)
             assert kept.tolist() == expected[:max_keep]
 
 
