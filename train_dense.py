@@ -3293,23 +3293,41 @@ SCENE_CATEGORIES = {"person": 1, "disc": 3, "square": 4, "triangle": 7, "cross":
 SCENE_VERSION = 3  # scenes of another version are replaced
 
 
-def arc(count, centre, radius_x, radius_y, turns):
+def arc(count, x, y, radius_x, radius_y, turns):
     """`count` points on an ellipse: from its left end on, first over the top if turns > 0."""
     angle = np.pi + 2 * np.pi * np.linspace(0, turns, count)
-    return centre + radius_x * np.cos(angle) + 1j * radius_y * np.sin(angle)
+    return x + 1j * y + radius_x * np.cos(angle) + 1j * radius_y * np.sin(angle)
 
 
-DISC = arc(33, 0, 1, 1, 1)
-OUTLINES = {  # of radius 1; the ring's goes around it, then back around its hole
-    "disc": DISC, "square": DISC[::8], "triangle": arc(4, 0, 1, 1, 1),
-    "cross": np.outer((1, 1j, -1, -1j), (0.95 + 0.28j, 0.28 + 0.28j, 0.28 + 0.95j)).ravel(),
-    "ring": np.append(DISC, DISC[::-1] / 2)}
-FACE = np.concatenate([  # the 68 points, of radius 1, each line from the image's left
-    arc(17, 0, 1, 1, -0.5),                                                         # ear, chin, ear
-    arc(5, -0.42 - 0.35j, 0.26, 0.12, 0.5), arc(5, 0.42 - 0.35j, 0.26, 0.12, 0.5),  # brows
-    np.linspace(-0.1j, 0.3j, 4), arc(5, 0.35j, 0.17, 0.07, -0.5),                   # nose
-    arc(6, -0.42 - 0.1j, 0.2, 0.13, 5 / 6), arc(6, 0.42 - 0.1j, 0.2, 0.13, 5 / 6),  # eyes
-    arc(12, 0.63j, 0.4, 0.17, 11 / 12), arc(8, 0.63j, 0.26, 0.06, 7 / 8)])          # mouth
+DISC = arc(33, 0, 0, 1, 1, turns=1)
+CROSS_ARM = (0.95 + 0.28j, 0.28 + 0.28j, 0.28 + 0.95j)
+OUTLINES = {  # of radius 1
+    "disc": DISC,
+    "square": DISC[::8],
+    "triangle": arc(4, 0, 0, 1, 1, turns=1),
+    "cross": np.outer((1, 1j, -1, -1j), CROSS_ARM).ravel(),
+    "ring": np.append(DISC, DISC[::-1] / 2),                        # around it, back in its hole
+}
+# Arcs of the face, of radius 1: points, centre x and y, radii, 24ths of a turn. Contour, brows,
+# nostrils, eyes, outer and inner lips, each from the image's left.
+FACE_ARCS = np.array("""
+    17   0.00  0.00  1.00 1.00  -12
+     5  -0.42 -0.35  0.26 0.12   12
+     5   0.42 -0.35  0.26 0.12   12
+     5   0.00  0.35  0.17 0.07  -12
+     6  -0.42 -0.10  0.20 0.13   20
+     6   0.42 -0.10  0.20 0.13   20
+    12   0.00  0.63  0.40 0.17   22
+     8   0.00  0.63  0.26 0.06   21
+""".split(), float).reshape(-1, 6)
+FACE_LINES = [arc(int(row[0]), *row[1:5], row[5] / 24) for row in FACE_ARCS]
+FACE_LINES.insert(3, np.linspace(-0.1j, 0.3j, 4))                   # bridge of the nose
+FACE = np.concatenate(FACE_LINES)                                   # (68,)
+FOOT = np.array((0.045 + 0.055j, 0.085 + 0.035j, -0.01 + 0.045j))   # from the ankle
+FINGER_ANGLES = (1.15, 0.45, 0.05, -0.35, -0.75)                    # to the arm, thumb first
+FINGER_JOINTS = (0.055, 0.08, 0.1, 0.12)                            # from the wrist
+TORSO = [5, 31, 6, 12, 11]                                          # shoulders, chin, hips
+HEAD = [*range(23, 40), 49, 47, 42, 40]                             # contour and brows
 
 
 def person_points(rng):
@@ -3318,68 +3336,94 @@ def person_points(rng):
     high = ((2.4, 0.9), (0.5, 0.1))                                 # 0 is downwards, > 0 outwards
     angles = rng.uniform(low, high, (2, 2, 2)).cumsum(2)            # sides, limbs, bones
     bones = 1j * np.exp(-1j * angles) * ((0.15,), (0.19,))
-    limbs = np.insert(bones, 0, (0.115 - 0.28j, 0.065), 2).cumsum(2).reshape(2, 6)  # all joints
-    feet = limbs[:, 5:] + np.array((0.045 + 0.055j, 0.085 + 0.035j, -0.01 + 0.045j))  # from ankles
-    spread = angles[:, 0, 1:] + (1.15, 0.45, 0.05, -0.35, -0.75)    # (2, 5), thumb first
-    fingers = 1j * np.exp(-1j * spread)[..., None] * (0.055, 0.08, 0.1, 0.12)   # (2, 5, 4)
-    hands = limbs[:, 2:3] + np.insert(fingers.reshape(2, 20), 0, 0, 1)  # from wrists
+    joints = np.insert(bones, 0, (0.115 - 0.28j, 0.065), 2)         # from shoulders and hips
+    limbs = joints.cumsum(2).reshape(2, 6)
+    feet = limbs[:, 5:] + FOOT
+    spread = angles[:, 0, 1:] + FINGER_ANGLES                       # (2, 5)
+    fingers = 1j * np.exp(-1j * spread)[..., None] * FINGER_JOINTS  # (2, 5, 4)
+    hands = limbs[:, 2:3] + np.insert(fingers.reshape(2, 20), 0, 0, 1)
     for sides in (limbs, feet, hands):
         sides[1] = -sides[1].conj()                                 # the person's right
-    head = np.append((FACE[30], FACE[42:48].mean(), FACE[36:42].mean(), 1, -1), FACE)
+    left_eye = FACE[42:48].mean()
+    right_eye = FACE[36:42].mean()
+    head = np.append((FACE[30], left_eye, right_eye, 1, -1), FACE)  # nose, eyes, ears, face
     head = 0.115 * head * np.exp(1j * rng.uniform(-0.3, 0.3)) - 0.43j
-    return np.concatenate([head[:5], limbs.T.ravel(), feet.ravel(), head[5:], hands.ravel()])
+    body = (head[:5], limbs.T.ravel(), feet.ravel())
+    return np.concatenate([*body, head[5:], hands.ravel()])
 
 
 def render_person(rng, width, height):
     """Colours (H, W, 3), 0 outside, and keypoints, complex (133,), of a random person."""
     size = rng.uniform(60, 100)
-    hips = rng.uniform((0.2 * width, 0.5 * size), (0.8 * width, height - 0.4 * size)).view(complex)
-    points = np.round(hips + size * person_points(rng) * np.exp(1j * rng.uniform(-0.3, 0.3)))
-    xy = list(zip(points.real, points.imag))
+    top_left = (0.2 * width, 0.5 * size)
+    hips = rng.uniform(top_left, (0.8 * width, height - 0.4 * size)).view(complex)
+    figure = size * person_points(rng)
+    points = np.round(hips + figure * np.exp(1j * rng.uniform(-0.3, 0.3)))
+    xy = points.view(float).reshape(-1, 2)
     image = Image.new("RGB", (width, height))
     draw = ImageDraw.Draw(image)
-    draw.polygon([xy[i] for i in (5, 31, 6, 12, 11)], "grey")       # shoulders, chin, hips
-    draw.polygon(xy[23:40] + [xy[i] for i in (49, 47, 42, 40)], "tan")
-    for path, colour in zip(LINES, palette(len(LINES)).tolist()):
-        thickness = round(0.06 * size) if 4 < max(path) < 17 else 2
-        draw.line([xy[i] for i in path], tuple(colour), thickness)
-        for i in path:                                              # round joints
-            draw.circle(xy[i], thickness // 2, tuple(colour))
-    draw.point(xy[23:91], "navy")
+    draw.polygon(xy[TORSO].ravel().tolist(), "grey")
+    draw.polygon(xy[HEAD].ravel().tolist(), "tan")
+    for path, colour in zip(LINES, map(tuple, palette(len(LINES)).tolist())):
+        is_limb = 4 < max(path) < 17
+        thickness = round(0.06 * size) if is_limb else 2
+        joints = xy[list(path)].tolist()
+        draw.line(np.ravel(joints).tolist(), colour, thickness)
+        for joint in joints:
+            draw.circle(joint, thickness // 2, colour)
+    draw.point(xy[PARTS["face"]].ravel().tolist(), "navy")
     return np.array(image), points
 
 
 def render_shape(rng, name, crowd, width, height):
     """Colours (H, W, 3), 0 outside, and COCO polygons of a shape or of a crowd of small shapes."""
     radius = rng.uniform(12, 32)
-    centres = rng.uniform(0.5 * radius, np.subtract((width, height), 0.5 * radius)).view(complex)
+    margin = 0.5 * radius
+    centres = rng.uniform(margin, (width - margin, height - margin)).view(complex)
     if crowd:
         radius = 4
         centres = centres + rng.uniform(-28, 28, (20, 2)).view(complex)
-    outline = radius * np.exp(1j * rng.uniform(0, 2 * np.pi)) * OUTLINES[name]
-    polygons = np.round(centres.reshape(-1, 1) + outline, 2).view(float).tolist()
+    turn = np.exp(1j * rng.uniform(0, 2 * np.pi))
+    points = centres.reshape(-1, 1) + radius * turn * OUTLINES[name]
+    polygons = np.round(points, 2).view(float).tolist()
     colour = palette(len(SHAPES))[SHAPES.index(name)] * rng.uniform(0.5, 1)
-    return polygons_to_mask(polygons, height, width)[..., None] * colour, polygons
+    mask = polygons_to_mask(polygons, height, width)
+    return mask[..., None] * colour, polygons
 
 
 def annotate(name, crowd, geometry, visible):
     """COCO annotation, without ids, of a person or shape with `visible` pixels (H, W)."""
     y, x = visible.nonzero()
-    left, top, right, bottom = (int(v) for v in (x.min(), y.min(), x.max() + 1, y.max() + 1))
-    entry = {"category_id": SCENE_CATEGORIES[name], "iscrowd": int(crowd), "area": len(x)}
-    entry["bbox"] = [left, top, right - left, bottom - top]
-    entry["segmentation"] = {"size": list(visible.shape), "counts": mask_runs(visible).tolist()}
+    corner = [int(x.min()), int(y.min())]
+    size = [int(np.ptp(x)) + 1, int(np.ptp(y)) + 1]
+    runs = mask_runs(visible).tolist()
+    entry = {
+        "category_id": SCENE_CATEGORIES[name],
+        "iscrowd": int(crowd),
+        "area": len(x),
+        "bbox": corner + size,
+        "segmentation": {"size": list(visible.shape), "counts": runs},
+    }
     if name == "person":
-        x, y = np.array((geometry.real, geometry.imag), int)
-        valid = (left <= x) & (x < right) & (top <= y) & (y < bottom)   # others are unlabelled
-        table = np.stack([x, y, 1 + visible[y * valid, x * valid]], 1) * valid[:, None]
-        entry["num_keypoints"] = int(valid[PARTS["body"]].sum())
-        for part, indices in PARTS.items():
-            entry[FIELDS[part]] = table[indices].ravel().tolist()
-            entry[f"{part}_valid"] = bool(valid[indices].any())
-    elif not crowd and np.array_equal(polygons_to_mask(geometry, *visible.shape), visible):
-        entry["segmentation"] = geometry
-    return entry
+        return entry | annotate_keypoints(geometry, visible, entry["bbox"])
+    is_whole = np.array_equal(polygons_to_mask(geometry, *visible.shape), visible)
+    return entry | {"segmentation": geometry} if is_whole and not crowd else entry
+
+
+def annotate_keypoints(points, visible, box):
+    """The fields of a person's keypoints; those outside of its box are not labelled."""
+    left, top, width, height = box
+    x = points.real.astype(int)
+    y = points.imag.astype(int)
+    inside_x = (left <= x) & (x < left + width)
+    valid = inside_x & (top <= y) & (y < top + height)
+    visibility = 1 + visible[y * valid, x * valid]                  # 1 if hidden, otherwise 2
+    table = np.stack([x, y, visibility], 1) * valid[:, None]
+    fields = {"num_keypoints": int(valid[PARTS["body"]].sum())}
+    for part, indices in PARTS.items():
+        fields[FIELDS[part]] = table[indices].ravel().tolist()
+        fields[f"{part}_valid"] = bool(valid[indices].any())
+    return fields
 
 
 def render_scene(rng, empty, with_crowd):
@@ -3389,9 +3433,9 @@ def render_scene(rng, empty, with_crowd):
     image = np.array(blobs.resize((width, height)), float)
     labels = np.zeros((height, width), np.uint8)
     kinds = [*rng.choice(SHAPES, rng.integers(2, 7)), *["person"] * rng.integers(3)]
-    kinds = [] if empty else rng.permutation(kinds + ["crowd"] * with_crowd).tolist()
+    kinds += ["crowd"] * with_crowd
     annotations = []
-    for kind in kinds:                                              # from front to back
+    for kind in [] if empty else rng.permutation(kinds).tolist():   # from front to back
         crowd = kind == "crowd"
         name = "disc" if crowd else kind
         if name == "person":
@@ -3414,14 +3458,16 @@ def write_split(root, split, seed, count):
     ade = {"train": "training", "val": "validation"}[split]
     for folder in (f"images/{ade}", f"annotations/{ade}", f"{split}2017"):
         (root / folder).mkdir(parents=True)
-    images, annotations = [], []
+    images = []
+    annotations = []
     for image_id in range(1, count + 1):
         rng = np.random.default_rng((seed, split == "val", image_id))
         image, labels, entries = render_scene(rng, image_id % 20 == 7, image_id % 8 == 4)
         name = f"{image_id:012}.jpg"
         stem = f"{ade}/ADE_{split}_{image_id:08}"
-        Image.fromarray(image).save(root / f"{split}2017" / name, quality=90)
-        shutil.copyfile(root / f"{split}2017" / name, root / f"images/{stem}.jpg")
+        path = root / f"{split}2017" / name
+        Image.fromarray(image).save(path, quality=90)
+        shutil.copyfile(path, root / f"images/{stem}.jpg")
         Image.fromarray(labels).save(root / f"annotations/{stem}.png")
         height, width = labels.shape
         images.append({"id": image_id, "file_name": name, "width": width, "height": height})
@@ -3429,9 +3475,10 @@ def write_split(root, split, seed, count):
             annotations.append({"id": len(annotations) + 1, "image_id": image_id} | entry)
     people = [entry for entry in annotations if entry["category_id"] == PERSON]
     categories = [{"id": key, "name": name} for name, key in SCENE_CATEGORIES.items()]
-    for name, entries in (("instances_{}2017", annotations), ("coco_wholebody_{}_v1.0", people)):
+    files = {f"instances_{split}2017": annotations, f"coco_wholebody_{split}_v1.0": people}
+    for name, entries in files.items():
         data = {"images": images, "annotations": entries, "categories": categories}
-        (root / f"annotations/{name.format(split)}.json").write_text(json.dumps(data))
+        (root / f"annotations/{name}.json").write_text(json.dumps(data))
 
 
 def write_scenes(folder, images=(400, 80), seed=0):
@@ -3446,14 +3493,15 @@ def write_scenes(folder, images=(400, 80), seed=0):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary) / "new"
-        write_split(new, "train", seed, images[0])
-        write_split(new, "val", seed, images[1])
+        for split, count in zip(("train", "val"), images):
+            write_split(new, split, seed, count)
         rows = [f"{label}\t{name}" for label, name in enumerate(SCENE_CLASSES, 1)]
         (new / "objectInfo.txt").write_text("\n".join(["Idx\tName", *rows]))
         (new / record.name).write_text(json.dumps(settings))
         if folder.exists():
             os.rename(folder, Path(temporary) / "old")              # deleted with `temporary`
         os.rename(new, folder)
+
 
 # ------------------------------------------------------------------------------------- command line
 TASKS = {
