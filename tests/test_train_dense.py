@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_train_imagenet import assert_same_state, last_state, logged_updates, read_records
 
 import train_dense
 import train_imagenet
@@ -37,17 +38,8 @@ def run_flags(task, data, output, *more):
     return [str(flag) for flag in flags]
 
 
-def records_of(output):
-    lines = (output / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 def evaluations_of(output):
-    return [record for record in records_of(output) if "best" in record]
-
-
-def checkpoint_of(output):
-    return torch.load(output / "last.pt", weights_only=True)
+    return [record for record in read_records(output) if "best" in record]
 
 
 def fails(flags, message):
@@ -140,24 +132,12 @@ def test_norms_are_exempt_from_decay_with_swins_recipes_only(task, backbone, nor
 
 
 # ------------------------------------------------------------------------------------ whole runs
-def assert_same_run(a, b):
-    """Weights, moments and counters of two checkpoints are equal bit for bit."""
-    assert a["model"].keys() == b["model"].keys()
-    for name in a["model"]:
-        assert torch.equal(a["model"][name], b["model"][name]), name
-    for index, moments in a["optimizer"]["state"].items():
-        for name, value in moments.items():
-            assert torch.equal(value, b["optimizer"]["state"][index][name])
-    for counter in train_imagenet.TrainState.counters:
-        assert a[counter] == b[counter], counter
-
-
 @pytest.mark.parametrize("task", ["semfpn", "upernet", "retinanet", "mask_rcnn", "pose"])
 def test_a_run_resumes_exactly_evaluates_and_predicts(tiny, scenes, tmp_path, task, capsys):
     whole = tmp_path / "whole"
     run(*run_flags(task, scenes, whole))
-    check_resumed(task, scenes, tmp_path, checkpoint_of(whole))
-    records = records_of(whole)
+    check_resumed(task, scenes, tmp_path, last_state(whole))
+    records = read_records(whole)
     assert [record["step"] for record in records[1:]] == [1, 2, 2, 3, 4, 4, 5, 5]
     assert (whole / "curves.png").exists()
     check_evaluated(task, whole, capsys)
@@ -170,7 +150,7 @@ def check_resumed(task, scenes, tmp_path, expected):
     resume = ["--resume", "auto", "--output", output, "--task", task]
     resume += ["--backbone", "secvit_t", "--workers", "1"]
     run(*resume, "--max-steps", "9")
-    assert_same_run(expected, checkpoint_of(output))
+    assert_same_state(expected, last_state(output))
 
 
 def check_evaluated(task, output, capsys):
@@ -203,7 +183,7 @@ LOSSES = {
 @pytest.mark.parametrize("task", LOSSES)
 def test_every_loss_is_logged_and_they_add_up(tiny, scenes, tmp_path, task):
     run(*run_flags(task, scenes, tmp_path, "--max-steps", 1))
-    record = records_of(tmp_path)[1]
+    record = read_records(tmp_path)[1]
     assert list(record["losses"]) == LOSSES[task]
     assert sum(record["losses"].values()) == pytest.approx(record["loss"])
 
@@ -213,7 +193,7 @@ def test_cascade_trains_evaluates_and_predicts(tiny, scenes, tmp_path, capsys):
     stages = []
     for i in (1, 2, 3):
         stages += [f"stage{i}_loss_{kind}" for kind in ("cls", "box", "mask")]
-    names = list(records_of(tmp_path)[1]["losses"])
+    names = list(read_records(tmp_path)[1]["losses"])
     assert names == ["loss_rpn_cls", "loss_rpn_box", *stages]
     metrics = evaluations_of(tmp_path)[0]
     assert sum(name.startswith("mask_A") for name in metrics) == 12
@@ -264,7 +244,7 @@ def test_a_compiled_model_trains(tiny, scenes, tmp_path, task, losses, monkeypat
     monkeypatch.setattr(torch, "compile", compile_nothing)
     run(*run_flags(task, scenes, tmp_path, "--compile", "--max-steps", 1))
     assert len(compiled) == 1
-    assert len(records_of(tmp_path)[1]["losses"]) == losses
+    assert len(read_records(tmp_path)[1]["losses"]) == losses
 
 
 def test_predict_reads_any_image_and_keeps_equal_names_apart(tiny, scenes, tmp_path):
@@ -317,13 +297,14 @@ def test_two_processes_equal_one(scenes, tmp_path, task):
     for world in (1, 2):
         output = tmp_path / str(world)
         launch(tmp_path, world, *run_flags(task, scenes, output, "--iters", 2))
-    one, two = (records_of(tmp_path / world) for world in ("1", "2"))
-    assert logged_losses(one) == pytest.approx(logged_losses(two), rel=1e-4)
-    assert one[-1].keys() == two[-1].keys()
+    one, two = (logged_losses(tmp_path / world) for world in ("1", "2"))
+    assert one == pytest.approx(two, rel=1e-4)
+    one, two = (read_records(tmp_path / world)[-1] for world in ("1", "2"))
+    assert one.keys() == two.keys()
 
 
-def logged_losses(records):
-    return [record["loss"] for record in records if "lr" in record]
+def logged_losses(output):
+    return [record["loss"] for record in logged_updates(output)]
 
 
 # --------------------------------------------------------------------------------------- scoring
@@ -408,7 +389,7 @@ def test_broken_results_are_refused(scenes, tmp_path, change, message):
 def test_an_unreadable_training_image_is_replaced(tiny, copied, tmp_path):
     (copied / "train2017" / "000000000001.jpg").write_bytes(b"no image")
     run(*run_flags("retinanet", copied, tmp_path, "--iters", 3, "--eval-every", 3))
-    assert sum("unreadable_file" in record for record in records_of(tmp_path)) == 1
+    assert sum("unreadable_file" in record for record in read_records(tmp_path)) == 1
 
 
 def test_an_unreadable_validation_image_is_an_error(tiny, copied, tmp_path):
