@@ -64,7 +64,7 @@ for module in (clustr, secvit, linglo, stvit):
     MODELS |= {name: getattr(module, name) for name in module.VARIANTS}
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet
 STD = (0.229, 0.224, 0.225)
-SAMPLE, BATCH, ORDER, DRAWING = range(4)  # first entry of every seed: no two streams share one
+SAMPLE, BATCH, ORDER, RENDERING = range(4)  # first entry of every seed: no two streams share one
 
 
 # ----------------------------------------------------------------------------------------- settings
@@ -288,24 +288,13 @@ def resolve_args(argv=None):
     """
     parser = make_parser("Train or evaluate a backbone on ImageNet-like folders.", FLAGS, OVERRIDES)
     typed = parser.parse_args(argv)
-    checkpoint = None
-    if typed.eval and typed.resume:
-        raise InputError("--eval and --resume are mutually exclusive")
-    if typed.eval:
-        if not typed.weights:
-            raise InputError("--eval needs --weights FILE")
-        checkpoint = read_checkpoint(typed.weights)
-    elif typed.resume:
-        model = typed.model or FLAGS["model"].default
-        output = typed.output or default_output(model)
-        checkpoint = find_checkpoint(typed.resume, output, "model")
+    checkpoint = open_checkpoint(typed)
     saved = checkpoint.get("args") if checkpoint else None
     if not isinstance(saved, dict) or saved.get("model") not in MODELS:
         saved = {}  # the authors' files hold other arguments
-    if typed.resume and typed.model not in (None, saved.get("model", typed.model)):
-        raise InputError(f"the checkpoint holds {saved['model']}, but --model is {typed.model}")
-
     model = typed.model or saved.get("model") or FLAGS["model"].default
+    if typed.resume and model != saved.get("model", model):
+        raise InputError(f"the checkpoint holds {saved['model']}, but --model is {model}")
     if model not in MODELS:
         raise InputError(f"unknown --model {model!r}, expected one of {', '.join(MODELS)}")
     typed = replace_flags(typed, data=typed.data or saved.get("data"))
@@ -314,16 +303,37 @@ def resolve_args(argv=None):
         overrides.append(OVERRIDES["drawn images"])
     args = fill_defaults(typed, FLAGS, overrides, saved)
     args = resolve_run(args, saved, args.model)
+    if args.eval:
+        args = replace_flags(args, micro_batch=args.micro_batch or MAX_MICRO_BATCH)
+    else:
+        args = replace_flags(args, micro_batch=choose_micro_batch(args, MAX_MICRO_BATCH))
+    check_args(args)
+    return args, checkpoint
+
+
+def open_checkpoint(typed):
+    """The checkpoint that --eval or --resume needs, or None. Raises: InputError."""
+    if typed.eval and typed.resume:
+        raise InputError("--eval and --resume are mutually exclusive")
+    if typed.eval:
+        if not typed.weights:
+            raise InputError("--eval needs --weights FILE")
+        return read_checkpoint(typed.weights)
+    if not typed.resume:
+        return None
+    output = typed.output or default_output(typed.model or FLAGS["model"].default)
+    return find_checkpoint(typed.resume, output, "model")
+
+
+def check_args(args):
+    """Raise InputError for values that no run can use."""
     if args.released and not args.model.startswith("secvit_"):
         raise InputError(f"--released is a variant of SecViT, not of {args.model}")
     parse_randaug(args.randaug)
-    if args.eval:
-        return replace_flags(args, micro_batch=args.micro_batch or MAX_MICRO_BATCH), checkpoint
-    args = replace_flags(args, micro_batch=choose_micro_batch(args, MAX_MICRO_BATCH))
-    if args.micro_batch == 1 and args.img_size == 32 and not args.frozen_bn:
+    is_single_value = args.micro_batch == 1 and args.img_size == 32
+    if is_single_value and not (args.frozen_bn or args.eval):
         raise InputError("--micro-batch 1 at --img-size 32 leaves batch norm a single value per "
                          "channel; use 2 or more")
-    return args, checkpoint
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -523,7 +533,7 @@ class DrawnShapes:
         self.labels = np.arange(images) % len(self.classes)
         self.images = []
         for i, label in enumerate(self.labels):
-            rng = np.random.default_rng((DRAWING, split == "val", i))
+            rng = np.random.default_rng((RENDERING, split == "val", i))
             self.images.append(self.render(rng, label))
 
     def __len__(self):
@@ -1445,8 +1455,8 @@ def open_data(folder, *splits, announce):
     if folder is None:
         counts = {"train": 1000, "val": 300}
         if announce:
-            print("no --data given: drawing 1000 training and 300 validation images of 10 classes",
-                  file=sys.stderr)
+            print("no --data given: rendering 1000 training and 300 validation images of 10 "
+                  "classes", file=sys.stderr)
         return [DrawnShapes(split, counts[split]) for split in splits]
     sources = [ImageFolder(Path(folder) / split) for split in splits]
     names = [set(source.classes) for source in sources]
