@@ -1660,7 +1660,7 @@ def pad_proposals(proposals):
     return padded, valid
 
 
-class Sample(NamedTuple):
+class RandomSample(NamedTuple):
     """Random choice among candidates: positive ones, then negative ones, then unused entries.
 
     index (B, n): of the candidate; positive, negative (B, n): what it is, neither if unused.
@@ -1674,7 +1674,7 @@ class Sample(NamedTuple):
 def random_sample(positive, negative, count, max_positive):
     """Sample `count` of N candidates per image: up to `max_positive` positive ones, then negatives.
 
-    Args: positive, negative (B, N): bool. Returns: a `Sample` of n = min(count, N) entries.
+    Args: positive, negative (B, N): bool. Returns: a `RandomSample` of n = min(count, N) entries.
     """
     candidates = positive.shape[1]
     key = torch.rand(positive.shape, device=positive.device)            # in [0, 1); the largest win
@@ -1682,7 +1682,7 @@ def random_sample(positive, negative, count, max_positive):
     chosen = torch.zeros_like(positive).scatter(1, top.indices, top.values >= 0)
     key = key.masked_fill(~negative, -1).masked_fill(chosen, 2)
     key, index = key.topk(min(count, candidates))
-    return Sample(index, positive=key > 1, negative=(key >= 0) & (key <= 1))
+    return RandomSample(index, positive=key > 1, negative=(key >= 0) & (key <= 1))
 
 
 def delta_loss(deltas, targets, kind, beta):
