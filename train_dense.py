@@ -22,7 +22,9 @@ one, and visibility (labelled if > 0) or, in results, confidence.
 
 Rules are those of mmsegmentation 0.x, mmdetection 2.x and mmpose 0.x, which the papers used. Known
 differences: Pillow resizes images and smooths when it shrinks them; hue is one of Pillow's 256
-steps per turn.
+steps per turn; segmentation is tested at mmsegmentation's sizes, while PVT's code, which the papers
+follow for Semantic FPN, enlarges both sides to multiples of 32. ClusTR's paper does not say which
+head its pose result has; ours is mmpose's plain one.
 """
 import json
 import math
@@ -152,8 +154,9 @@ OVERRIDES = {  # defaults of a backbone, a task, a family's paper, the drawn sce
     "secvit upernet": dict(drop_path=None),
     "sec upernet": dict(drop_path=None),
     "linglo semfpn": dict(iters=40000, batch_size=32),           # its sec. 4.3
-    "linglo mask_rcnn": dict(weight_decay=1e-4, norm_decay=True),    # PVT's
-    "clustr mask_rcnn": dict(lr=2e-4, weight_decay=1e-4, norm_decay=True),   # PVTv2's
+    # PVT's, since LinGlo's paper has none, and PVTv2's, whose defaults ClusTR's paper uses
+    "linglo mask_rcnn": dict(lr=2e-4, weight_decay=1e-4, norm_decay=True),
+    "clustr mask_rcnn": dict(lr=2e-4, weight_decay=1e-4, norm_decay=True),
     "drawn scenes": dict(backbone="linglo_b0", batch_size=4, lr=3e-4, img_size=128,
                          warmup_iters=100, drop_path=0.0),
     "drawn semfpn": dict(iters=660, lr=1e-3, img_size=96, warmup_iters=50, eval_every=220),

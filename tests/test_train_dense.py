@@ -72,9 +72,9 @@ def test_a_typed_length_replaces_the_recipes():
     assert (args.schedule, args.epochs, args.iters) == ("3x", None, 9)
 
 
-def test_a_familys_paper_overrides_the_task():
-    flags = ("--task", "mask_rcnn", "--data", "coco")
-    args = resolve(*flags, "--backbone", "clustr_s")
+@pytest.mark.parametrize("backbone", ["clustr_s", "linglo_b1"])
+def test_a_familys_recipe_overrides_the_task(backbone):
+    args = resolve("--task", "mask_rcnn", "--data", "coco", "--backbone", backbone)
     assert (args.lr, args.weight_decay) == (2e-4, 1e-4)
 
 

@@ -670,8 +670,8 @@ def test_help_names_a_default_once(name):
 
 
 def test_help_names_what_overrides_a_default():
-    text = train_imagenet.help_text("lr", FLAGS["lr"], OVERRIDES)
-    assert text.endswith("(default 0.001; secvit 0.002; sec 0.002; drawn images 0.001)")
+    text = train_imagenet.help_text("ema", FLAGS["ema"], OVERRIDES)
+    assert text.endswith("(default 0.0; secvit 0.99992; sec 0.99992; drawn images 0.0)")
 
 
 @pytest.mark.parametrize("group", OVERRIDES)
@@ -698,9 +698,9 @@ def test_a_list_flag_takes_several_values():
 
 
 @pytest.mark.parametrize("model, expected", [
-    ("secvit_t", (2e-3, 0.99992, True)),
-    ("sec_swin_t", (2e-3, 0.99992, True)),
-    ("sec_fastervit_1", (2e-3, 0.99992, True)),
+    ("secvit_t", (1e-3, 0.99992, True)),
+    ("sec_swin_t", (1e-3, 0.99992, True)),
+    ("sec_fastervit_1", (1e-3, 0.99992, True)),
     ("stvit_s", (1e-3, 0, False)),
 ])
 def test_recipe_of_a_family(model, expected):
