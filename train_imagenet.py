@@ -1573,8 +1573,20 @@ def wrap_model(model, args, procs):
         return net
     if args.compile:
         torch._dynamo.config.optimize_ddp = False  # torch 2.6 cannot split graphs at our gradients
+    for parameter in model.parameters():
+        if 1 in parameter.shape:
+            parameter.register_hook(contiguous_strides)
     devices = [procs.device.index] if procs.device.type == "cuda" else None
     return DistributedDataParallel(net, device_ids=devices)
+
+
+def contiguous_strides(grad):
+    """The same gradient with its parameter's strides, which DistributedDataParallel expects.
+
+    For weights (C, 1, k, k) of channels-last depth-wise convolutions autograd gives the axis of
+    size 1 another stride.
+    """
+    return grad.flatten().view_as(grad)
 
 
 def seed_micro_batch(seed, step, index):
