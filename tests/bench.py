@@ -4,7 +4,8 @@
     python tests/bench.py --throughput     images/s of every variant, inference and training
     python tests/bench.py --scaling        growth of clustering and attention with the tokens
     python tests/bench.py --dense          training steps of Mask R-CNN and pose
-    python tests/bench.py --table          parameters and FLOPs of every model, for the README
+    python tests/bench.py --table          parameters and FLOPs of every model and of the rows of
+                                           the papers' ablation and dense tables
 
 Measuring. On CUDA: bfloat16 autocast, batch 128. On the CPU: float32, batch 8 for layers and 4 for
 models. Use a quiet machine. Where other jobs share the CPU, set OMP_WAIT_POLICY=PASSIVE: threads
@@ -51,7 +52,11 @@ STViT's association, LinGlo's sum of keys. Neither has ClusTR's clustering (dist
 per layer that clusters, selection, pointer doubling) and aggregation, SecViT's similarities, sorts
 and gathers, STViT's gathering and folding of neighbours, averages, softmax, activations,
 element-wise products and sums. A value matches the paper's if rounding ours to the paper's digits
-gives it; FLOPs match if either of ours does.
+gives it; FLOPs match if either of ours does. The README has the first table. Then follow the rows
+of the ablation tables with what builds them and FLOPs "as the paper counts": ClusTR's are layers
+and attention products as if the reductions were 64, 16, 4, 1; SecViT's are layers alone; STViT's
+have gathering and folding, too; SEC-Swin's are "all"; LinGlo's paper has none. Dense tables have
+80 classes for detection, 150 for segmentation. LinGlo is deployed.
 
 Peak memory of a whole process, for one 800 x 1333 image (66,800 tokens in stage 1):
 
@@ -91,6 +96,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import paper_tables
+
 import clustr
 import linglo
 import secvit
@@ -733,7 +740,8 @@ PAPERS = {
 }
 REASONS = {  # why a value differs, by a pattern of column and model
     r"FLOPs of clustr_.":
-        "the paper counts attention products as if all models had the reductions 64, 16, 4, 1",
+        "the paper counts attention products as if all models had the reductions 64, 16, 4, 1; "
+        "ours are 2.16, 4.80 and 7.49 then",
     r"(parameters|FLOPs) of secvit_[sb]":
         "the paper's figure is that of the released model, in the row below",
     r"FLOPs of secvit_l.*":
@@ -888,6 +896,114 @@ def table():
     print()
     for (column, reason), titles in differences.items():
         print(f"- {column} of {', '.join(titles)}: {reason}.")
+
+
+PVT_REDUCTIONS = (64, 16, 4, 1)  # tokens per key in each stage
+
+
+def pvt_products(model, pixels=PIXELS):
+    """Multiply-adds of both products of attention if PVT_REDUCTIONS held."""
+    total = 0
+    for i, stage in enumerate(model.stages):
+        tokens = (pixels // 4 // 2 ** i) ** 2
+        keys = tokens // PVT_REDUCTIONS[i]
+        total += len(stage) * 2 * tokens * keys * model.channels[i]
+    return total
+
+
+def unseen_by_attention(attn, tokens):
+    """Multiply-adds of a layer on tokens x tokens that `complexity` does not see, see below."""
+    side, _ = attn.grid
+    C = attn.proj.out_features
+    cells = math.ceil(tokens / side) ** 2
+    averages = cells * side ** 2 * C
+    if attn.iterations == 0:
+        return averages + 4 * tokens ** 2 * C               # bilinear up-sampling
+    sampling = 81 * cells * (C + C + 1) * attn.iterations   # gather; fold, with the column sums
+    upsampling = 81 * cells * C
+    return averages + sampling + upsampling
+
+
+def unseen_multiply_adds(model, pixels):
+    """Multiply-adds that fvcore counts in the authors' code and `complexity` does not see.
+
+    One per element for averages of cells and of the last map; 81 per value for gathering and
+    folding, which are convolutions with nine one-hot 3x3 kernels there.
+    """
+    total = (pixels // 32) ** 2 * model.head.in_features
+    for i, stage in enumerate(model.stages):
+        for block in stage:
+            if block.attn.grid != (1, 1):
+                total += unseen_by_attention(block.attn, pixels // 4 // 2 ** i)
+    return total
+
+
+def printed_flops(factory, model, layers, everything):
+    """Multiply-adds of a model as its paper counts them, or None, see the file's header."""
+    family = factory.split("_")[0]
+    if family == "clustr":
+        return layers + pvt_products(model)
+    if family == "secvit":
+        return layers
+    if family == "stvit":
+        return everything + unseen_multiply_adds(model, PIXELS)
+    return None if family == "linglo" else everything
+
+
+def ablation_builder(row):
+    """A function that builds the model of a row of an ablation table."""
+    build = functools.partial(VARIANTS[row.factory], **row.options)
+    if row.factory.startswith("linglo"):
+        return functools.partial(build_deployed, build)
+    return build
+
+
+def format_options(options):
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def measure_ablation(row):
+    """Parameters in M and multiply-adds in G of a row: as the paper counts, or None, and all."""
+    build = ablation_builder(row)
+    parameters, layers, everything = complexity(build)
+    with torch.device("meta"):
+        model = build()
+    printed = printed_flops(row.factory, model, layers, everything)
+    if printed is not None:
+        printed = printed / 1e9
+    return parameters / 1e6, printed, everything / 1e9
+
+
+def ablation_tables():
+    """Print sizes and arguments of every row of the papers' ablation tables."""
+    for title, rows in paper_tables.ABLATIONS.items():
+        print_header(title, "paper, M", "ours, M", "paper, G", "ours, as the paper counts",
+                     "ours, all", "model", "note")
+        for row in rows:
+            parameters, printed, everything = measure_ablation(row)
+            printed = "-" if printed is None else f"{printed:.2f}"
+            model = f"`{row.factory}({format_options(row.options)})`"
+            print_row(row.title, row.parameters, f"{parameters:.2f}", row.flops, printed,
+                      f"{everything:.2f}", model, row.note)
+
+
+def dense_parameters(row):
+    """Parameters in M of a row of a dense table."""
+    classes = 150 if row.task in train_dense.SEGMENTATION else DENSE_CLASSES.get(row.task, 80)
+    with torch.device("meta"):
+        model = train_dense.build_model(row.task, row.backbone, classes, **row.options)
+        if row.backbone.startswith("linglo"):
+            model.backbone.net.reparameterize()
+    return count_parameters(model) / 1e6
+
+
+def dense_tables():
+    """Print the parameters of every row of the papers' dense tables."""
+    for title, rows in paper_tables.DENSE.items():
+        print_header(title, "backbone", "paper, M", "ours, M", "note")
+        for row in rows:
+            backbone = row.backbone + (", released" if "released" in row.options else "")
+            print_row(row.task, backbone, row.parameters, f"{dense_parameters(row):.2f}", row.note)
 
 
 # --------------------------------------------------------------------------------------- throughput
@@ -1306,7 +1422,9 @@ def main():
     args = parser.parse_args()
     names = model_names(args, parser)
     if args.table:
-        return table()
+        table()
+        ablation_tables()
+        return dense_tables()
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from bench import complexity
+from bench import complexity, unseen_multiply_adds
 from PIL import Image, ImageOps
 from torch import nn
 from torch.testing import assert_close
@@ -540,33 +540,6 @@ MISPRINTS = {  # printed values that are not ours rounded
     "Table 9, Swin's size, RPE": ["4.3"],           # truncated
 }
 each_row = pytest.mark.parametrize("row", ROWS)
-
-
-def unseen_by_attention(attn, tokens):
-    """Multiply-adds of a layer on tokens x tokens that `complexity` does not see, see below."""
-    side, _ = attn.grid
-    C = attn.proj.out_features
-    cells = math.ceil(tokens / side) ** 2
-    averages = cells * side ** 2 * C
-    if attn.iterations == 0:
-        return averages + 4 * tokens ** 2 * C               # bilinear up-sampling
-    sampling = 81 * cells * (C + C + 1) * attn.iterations   # gather; fold, with the column sums
-    upsampling = 81 * cells * C
-    return averages + sampling + upsampling
-
-
-def unseen_multiply_adds(model, pixels):
-    """Multiply-adds that fvcore counts in the authors' code and `complexity` does not see.
-
-    One per element for averages of cells and of the last map; 81 per value for gathering and
-    folding, which are convolutions with nine one-hot 3x3 kernels there.
-    """
-    total = (pixels // 32) ** 2 * model.head.in_features
-    for i, stage in enumerate(model.stages):
-        for block in stage:
-            if block.attn.grid != (1, 1):
-                total += unseen_by_attention(block.attn, pixels // 4 // 2 ** i)
-    return total
 
 
 def exact_size(build, pixels):
