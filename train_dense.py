@@ -31,6 +31,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -38,6 +39,10 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # as in train_imagenet.py
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import numpy as np
 import torch
@@ -276,7 +281,8 @@ def check_batch(args):
     if args.task != "upernet":
         return
     cuda = torch.cuda.is_available()
-    syncs_bn = args.sync_bn and cuda and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    world = train_imagenet.environment_number("WORLD_SIZE", 1, low=1)
+    syncs_bn = args.sync_bn and cuda and world > 1
     if args.micro_batch == 1 and not syncs_bn:
         raise InputError("--micro-batch 1 leaves batch norm a single value per channel of "
                          "UPerNet's coarsest pool; use 2 or more")

@@ -39,12 +39,17 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from contextlib import closing, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # set before torch is imported, which takes seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C ends without a traceback
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # lost connections: one line, not C++'s
 
 import numpy as np
 import PIL
@@ -255,7 +260,7 @@ def default_output(*names):
 
 def resolve_run(args, saved, *names):
     """A copy of `args` with the flags of both scripts that depend on the machine or on `names`."""
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cores = (os.cpu_count() or 1) // environment_number("LOCAL_WORLD_SIZE", 1, low=1)
     defaults = {
         "output": saved.get("output") or default_output(*names),
         "amp": "bf16" if torch.cuda.is_available() else "none",
@@ -270,7 +275,7 @@ def choose_micro_batch(args, max_micro_batch):
 
     Raises: InputError if the batch does not split evenly.
     """
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = environment_number("WORLD_SIZE", 1, low=1)
     part, remainder = divmod(args.batch_size, world)
     if remainder:
         raise InputError(f"--batch-size {args.batch_size} does not split over {world} processes")
@@ -338,16 +343,32 @@ def check_args(args):
 
 
 # ---------------------------------------------------------------------------------------- processes
+SILENT = 60     # seconds without a sign of life after which a process counts as lost
+SLOW = 30 * 60  # seconds that a process which is alive may keep the others waiting
+
+
+def environment_number(name, default, low=0):
+    """A whole number that torchrun or a scheduler sets. Raises: InputError."""
+    value = os.environ.get(name, str(default))
+    if not value.isdecimal() or int(value) < low:
+        raise InputError(f"the environment variable {name} is {value!r}, expected a whole number, "
+                         f"at least {low}")
+    return int(value)
+
+
 class Processes:
     """The processes of this run: one when started plainly, torchrun's otherwise.
 
-    NCCL on GPUs, gloo on CPUs. timeout: seconds a process waits for another before it gives up.
+    NCCL on GPUs, gloo on CPUs. A process that is slow is waited for, one that is lost ends all.
     """
 
-    def __init__(self, timeout=60):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world = int(os.environ.get("WORLD_SIZE", 1))
-        local = int(os.environ.get("LOCAL_RANK", 0))
+    def __init__(self):
+        self.world = environment_number("WORLD_SIZE", 1, low=1)
+        self.rank = environment_number("RANK", 0)
+        if self.rank >= self.world:
+            raise InputError(f"RANK is {self.rank}, but WORLD_SIZE is {self.world}: ranks count "
+                             "from 0")
+        local = environment_number("LOCAL_RANK", 0)
         cuda = torch.cuda.is_available()
         if cuda and local >= torch.cuda.device_count():
             raise InputError(f"process {local} of this machine has no GPU: "
@@ -356,36 +377,37 @@ class Processes:
         if cuda:
             torch.cuda.set_device(local)
         self.gloo_group = None
-        self.checkpoint_group = None
-        if self.world > 1 and "MASTER_ADDR" not in os.environ:
-            raise InputError(f"WORLD_SIZE is {self.world}, but MASTER_ADDR is not set: start "
-                             "several processes with torchrun")
         if self.world > 1:
-            limit = datetime.timedelta(seconds=timeout)
-            store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-            # torchrun's store survives a restart: the keys of a dead attempt must not be read again
-            store = dist.PrefixStore(f"attempt {attempt}", store)
-            dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank,
-                                    world_size=world, timeout=limit)
-            self.gloo_group = dist.new_group(backend="gloo", timeout=limit)  # never waits for a GPU
-            long = datetime.timedelta(minutes=30)
-            self.checkpoint_group = dist.new_group(backend="gloo", timeout=long)
+            self.connect("nccl" if cuda else "gloo")
 
-    def run_collective(self, collective, *args, **options):
-        """Call a collective operation; exit with a message if another process died or timed out."""
-        if self.world == 1:
-            return
+    def connect(self, backend):
+        """Start the process groups and the heartbeat. Raises: InputError."""
+        for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+            if not os.environ.get(name):
+                raise InputError(f"WORLD_SIZE is {self.world}, but {name} is not set: start "
+                                 "several processes with torchrun")
+        address = os.environ["MASTER_ADDR"]
+        port = environment_number("MASTER_PORT", 0)
+        # torchrun's store survives a restart: the keys of a dead attempt must not be read again
+        attempt = "attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        silent = datetime.timedelta(seconds=SILENT)
+        slow = datetime.timedelta(seconds=SLOW)
         try:
-            collective(*args, **options)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            sys.exit(f"process {self.rank}: another process died or timed out, stopping ({reason})")
+            store, _, _ = next(dist.rendezvous("env://", timeout=silent))
+            second = dist.TCPStore(address, port, is_master=False, timeout=silent)
+        except (dist.DistError, ValueError) as error:
+            raise InputError(f"cannot meet the other processes at {address}, port {port} "
+                             f"({first_line(error)})") from None
+        self.heartbeat = Heartbeat(dist.PrefixStore(attempt, second), self.rank, self.world)
+        dist.init_process_group(backend, store=dist.PrefixStore(attempt, store), rank=self.rank,
+                                world_size=self.world, timeout=slow)
+        self.gloo_group = dist.new_group(backend="gloo", timeout=slow)  # never waits for a GPU
 
     def reduce(self, values, operation=dist.ReduceOp.SUM):
         """Sum (or another reduction) of a float64 tensor over all processes, as lists."""
         values = values.cpu()
-        self.run_collective(dist.all_reduce, values, operation, group=self.gloo_group)
+        if self.world > 1:
+            dist.all_reduce(values, operation, group=self.gloo_group)
         return values.tolist()
 
     def any(self, flag):
@@ -403,39 +425,126 @@ class Processes:
         """Copy the first process's BatchNorm statistics to all."""
         for model in models if self.world > 1 else ():
             for buffer in model.buffers():
-                self.run_collective(dist.broadcast, buffer, 0)
+                dist.broadcast(buffer, 0)
 
     def gather(self, items):
         """All processes' lists, joined, tensors on the CPU."""
         items = [item.cpu() if isinstance(item, torch.Tensor) else item for item in items]
         lists = [items] * self.world
-        self.run_collective(dist.all_gather_object, lists, items, group=self.gloo_group)
+        if self.world > 1:
+            dist.all_gather_object(lists, items, group=self.gloo_group)
         return sum(lists, [])
 
     def wait(self):
         """Wait until all processes are here, however long the first one writes."""
-        self.run_collective(dist.barrier, group=self.checkpoint_group)
+        if self.world > 1:
+            dist.barrier(group=self.gloo_group)
 
     def close(self):
+        """Wait for the others, so that nobody misses this process's heartbeat, and disconnect."""
         if self.world > 1:
+            self.wait()
+            self.heartbeat.finished.set()
             dist.destroy_process_group()
 
 
-class StopSignal:
-    """Remembers SIGTERM or SIGINT until the loop has finished its step.
+class Heartbeat:
+    """Ends this process when another one has given no sign of life for SILENT seconds.
 
-    A second Ctrl-C terminates immediately.
+    Each process counts up its own key of the store and watches that of the next rank. A process
+    that writes a large checkpoint or compiles still counts; one that is stopped, or whose machine
+    is gone, does not, whatever the others are waiting for: a collective operation would wait SLOW
+    seconds.
     """
 
-    def __init__(self):
-        self.caught = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.catch)
+    def __init__(self, store, rank, world):
+        self.store = store
+        self.rank = rank
+        self.watched = (rank + 1) % world
+        self.alive = threading.Event()     # the watched process has counted up since the last look
+        self.finished = threading.Event()
+        self.interval = SILENT / 20
+        for method in (self.count, self.watch):
+            threading.Thread(target=method, daemon=True).start()
 
-    def catch(self, number, _frame):
+    def count(self):
+        """Count up this process's key, look at the watched one; both may block."""
+        latest = 0
+        while not self.finished.is_set():
+            with suppress(dist.DistError):  # a lost store is silence, too
+                self.store.add(f"heartbeat {self.rank}", 1)
+                count = self.store.add(f"heartbeat {self.watched}", 0)
+                if count > latest:
+                    latest = count
+                    self.alive.set()
+                if self.store.check(["lost"]):
+                    self.end(self.store.get("lost").decode())
+            self.finished.wait(self.interval)
+
+    def watch(self):
+        """Sum the intervals of silence. No clock: this process may have been stopped itself."""
+        silent = 0.0
+        while not self.finished.wait(self.interval):
+            silent = 0.0 if self.alive.is_set() else silent + self.interval
+            self.alive.clear()
+            if silent >= SILENT:
+                tell = threading.Thread(target=self.store.set, daemon=True,
+                                        args=("lost", str(self.watched)))
+                tell.start()
+                tell.join(self.interval)  # the store may be what is silent
+                self.end(self.watched)
+
+    def end(self, lost):
+        end_process(f"process {self.rank}: no sign of life from process {lost} for {SILENT:g} s, "
+                    "stopping", 1)
+
+
+def first_line(error):
+    return str(error).strip().split("\n")[0]
+
+
+def is_lost_process(error):
+    """Whether a collective operation failed, anywhere, because another process is gone."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def end_process(message, status):
+    """End from any thread or signal handler, without clean-up: one line. Linux ends the workers."""
+    with suppress(OSError):
+        os.write(2, f"\n{Path(sys.argv[0]).name}: {message}\n".encode())
+    os._exit(status)
+
+
+def end_by_signal(number, _frame):
+    """The signal handler as long as there is nothing to save."""
+    end_process(f"stopped by {signal.Signals(number).name}", 128 + number)
+
+
+class StopSignal:
+    """Remembers SIGTERM or SIGINT, instead of ending the process, until `close`.
+
+    A second Ctrl-C ends it at once. answer: what is said on the terminal, on rank 0.
+    """
+
+    def __init__(self, rank, answer):
+        self.caught = False
+        self.answer = f"\n{answer}; again: stop now\n".encode() if rank == 0 else b""
+        self.previous = {number: signal.signal(number, self.catch) for number in STOP_SIGNALS}
+
+    def catch(self, number, frame):
+        if not self.caught:
+            with suppress(OSError):
+                os.write(2, self.answer)  # print must not be used in a handler
+        elif number == signal.SIGINT:     # schedulers send SIGTERM several times
+            end_by_signal(number, frame)
         self.caught = True
-        if number == signal.SIGINT:  # schedulers send SIGTERM several times
-            signal.signal(number, signal.SIG_DFL)
+
+    def close(self):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -678,11 +787,15 @@ class StepSampler:
                 yield [(epoch, int(i), int(copy)) for i, copy in entries]
 
 
-def make_loader(samples, batches, collate_samples, workers, device):
-    """DataLoader over lists of keys."""
-    return torch.utils.data.DataLoader(
+def start_loader(samples, batches, collate_samples, workers, device):
+    """Iterator of a DataLoader over lists of keys, with its processes started."""
+    loader = torch.utils.data.DataLoader(
         samples, batch_sampler=batches, collate_fn=partial(collate, collate_samples),
         num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=follow_parent)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # workers inherit it
+    iterator = iter(loader)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    return iterator
 
 
 def follow_parent(_worker):
@@ -690,7 +803,7 @@ def follow_parent(_worker):
 
     They are killed by `kill_workers` at its exit, or by Linux if it was killed itself.
     """
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
@@ -987,7 +1100,7 @@ class TrainState:
                 state[part] = getattr(self, part).state_dict()
             state["ema"] = self.average.state_dict() if self.average else None
             state["args"] = vars(args)
-            save_checkpoint(Path(args.output) / name, state)
+            replace_file(Path(args.output) / name, partial(torch.save, state))
         procs.wait()
         self.saved_at = self.step
 
@@ -1034,25 +1147,27 @@ def check_classes(what, classes, expected):
         raise InputError(f"{what} has the classes {ours}, the data has {theirs}")
 
 
-def save_checkpoint(path, state):
-    """Write to a temporary file, sync, rename: whatever happens, `path` is whole.
+def replace_file(path, write):
+    """Call write(file) on a temporary file, sync, rename: whatever happens, `path` is whole.
 
+    A symbolic link in the place of either file is replaced, never followed.
     Raises: InputError if the disk refuses.
     """
     temporary = path.with_suffix(".tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
+        temporary.unlink(missing_ok=True)
+        with open(temporary, "xb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if is_dead_worker(error):
             raise
-        reason = str(error).splitlines()[0]
-        raise InputError(f"cannot write {path} ({reason}); the previous checkpoint is untouched"
-                         ) from None
+        raise InputError(f"cannot write {path} ({first_line(error)}); the previous file is "
+                         "untouched") from None
 
 
 def read_checkpoint(path):
@@ -1143,12 +1258,20 @@ def load_weights(model, state, entry="model"):
 # ---------------------------------------------------------------------------------------------- log
 def append(path, **record):
     """Add one JSON line to a log, on a line of its own even if the previous write was truncated."""
-    with open(path, "ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(record).encode() + b"\n")
+    try:
+        with open(path, "ab+", opener=open_no_link) as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    file.write(b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def open_no_link(path, flags):
+    """Opener that refuses a symbolic link, which may lead out of --output."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def describe_run(args, procs, model):
@@ -1178,10 +1301,11 @@ class RunLog:
         self.args = args
         self.procs = procs
         self.path = Path(args.output) / "log.jsonl" if procs.rank == 0 else None
-        self.losses = []         # {name: scalar} of each update since the last line
-        self.rates = []          # their learning rates
-        self.unreadable = []     # files that could not be decoded since the last line
-        self.reported = set()    # those already named
+        self.losses = []          # {name: scalar} of each update since the last line
+        self.rates = []           # their learning rates
+        self.unreadable = []      # files that could not be decoded since the last line
+        self.new_unreadable = []  # those of the current update
+        self.reported = set()     # those already named
         self.train_seconds = 0.0
         self.clock = time.perf_counter()
         self.bar = tqdm(total=last_step * args.batch_size, initial=state.step * args.batch_size,
@@ -1199,6 +1323,7 @@ class RunLog:
             self.clock = time.perf_counter()
         self.losses.append({})
         self.rates.append(lr)
+        self.new_unreadable = []
 
     def add(self, losses, weight):
         """Add a micro-batch's losses, each times `weight`, to those of the current update."""
@@ -1206,7 +1331,12 @@ class RunLog:
         for name, value in losses.items():
             update[name] = update.get(name, 0) + value.detach() * weight
 
+    def drop_update(self):
+        self.losses.pop()
+        self.rates.pop()
+
     def end_update(self, state):
+        self.unreadable += self.new_unreadable
         self.bar.update(self.args.batch_size)
         self.bar.set_description(f"epoch {state.step / state.per_epoch:.1f}")
 
@@ -1290,7 +1420,7 @@ def plot_curves(output, metrics):
     sheet = Image.new("RGB", (1000, 380), "white")
     plot_lines(ImageDraw.Draw(sheet), 60, losses)
     plot_lines(ImageDraw.Draw(sheet), 560, lines)
-    sheet.save(output / "curves.png")
+    replace_file(output / "curves.png", partial(sheet.save, format="png"))
 
 
 def plot_lines(draw, left, lines):
@@ -1508,13 +1638,15 @@ def train(task, args, procs, checkpoint):
     procs.check_same_step(state.step)
     net = wrap_model(model, args, procs)
 
-    with closing(RunLog(args, procs, state, last_step)) as log:
+    accumulate = args.batch_size // (args.micro_batch * procs.world)
+    answer = f"{'finishing' if accumulate == 1 else 'dropping'} this update, then saving"
+    log = RunLog(args, procs, state, last_step)
+    stop = StopSignal(procs.rank, answer)
+    with closing(log), closing(stop):
         start_run(task, log, state, total, report)
         samples = Samples(train_set, task.train_sample, args.seed, max_replacements=9)
         sampler = task.sampler(train_set, **schedule, first=state.step, last=last_step)
-        batches = iter(make_loader(samples, sampler, task.collate, args.workers, procs.device))
-        accumulate = args.batch_size // (args.micro_batch * procs.world)
-        stop = StopSignal()
+        batches = start_loader(samples, sampler, task.collate, args.workers, procs.device)
         stopping = False
         metrics = {}
         if evaluation_due(state, eval_every, total):  # killed during an evaluation, after its save
@@ -1527,9 +1659,13 @@ def train(task, args, procs, checkpoint):
                 group["lr"] = state.lr
             net.train(task.train_mode)
             log.start_update(state.lr)
+            buffers = [b.clone() for b in model.buffers()] if accumulate > 1 else []
             for i in range(accumulate):
+                stopping = i > 0 and procs.any(stop.caught)
+                if stopping:
+                    break
                 batch, unreadable = next(batches)
-                log.unreadable += unreadable
+                log.new_unreadable += unreadable
                 if batch is None:
                     raise InputError(f"ten files in a row cannot be decoded, last {unreadable[-1]}")
                 batch = [t.to(procs.device, non_blocking=True) for t in batch]
@@ -1541,6 +1677,11 @@ def train(task, args, procs, checkpoint):
                     loss = sum(losses.values()) / accumulate
                 scaler.scale(loss).backward()
                 log.add(losses, 1 / accumulate)
+            if stopping:  # in mid-update: nothing has changed but the statistics of BatchNorm
+                for buffer, before in zip(model.buffers(), buffers):
+                    buffer.copy_(before)
+                log.drop_update()
+                break
             if args.clip_grad:
                 scaler.unscale_(optimizer)
                 torch.nn.utils.clip_grad_norm_(net.parameters(), args.clip_grad)
@@ -1559,8 +1700,9 @@ def train(task, args, procs, checkpoint):
             if due and not stopping:
                 metrics = evaluate_and_save(task, state, val_set, log)
                 stopping = procs.any(stop.caught)
-    if state.saved_at != state.step:
-        state.save("last.pt", args, procs)
+        log.flush(state)
+        if state.saved_at != state.step:
+            state.save("last.pt", args, procs)
     if procs.rank == 0:
         unfinished = stopping and state.evaluated_at < total
         print(last_words(task, args, state, unfinished, metrics))
@@ -1607,7 +1749,7 @@ def continues_output(args):
 
 def check_output(args):
     """Raise InputError if a run on a user's data would overwrite the files of another one."""
-    holds_run = any((Path(args.output) / name).exists() for name in RUN_FILES)
+    holds_run = any(os.path.lexists(Path(args.output) / name) for name in RUN_FILES)
     if holds_run and args.data and not (continues_output(args) or args.overwrite):
         raise InputError(f"{args.output} holds a run: continue it with --resume auto, replace it "
                          "with --overwrite, or name another --output")
@@ -1687,7 +1829,7 @@ def evaluate(task, model, source, args, procs):
     batches = [keys[start:start + size] for start in range(0, len(keys), size)]
     samples = Samples(source, task.test_sample, args.seed, max_replacements=0)
     records = []
-    loader = make_loader(samples, batches, task.collate_test, args.workers, procs.device)
+    loader = start_loader(samples, batches, task.collate_test, args.workers, procs.device)
     for batch, unreadable in loader:
         if unreadable:
             raise InputError(f"validation image cannot be decoded: {unreadable[0]}")
@@ -1719,7 +1861,7 @@ def launch(command, make_task, args, checkpoint):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.deterministic)
-    procs = Processes(timeout=600 if args.compile else 60)
+    procs = Processes()
     try:
         command(make_task(args, procs.device), args, procs, checkpoint)
     finally:
@@ -1733,19 +1875,48 @@ def main(argv=None):
     launch(test if args.eval else train, Classification, args, checkpoint)
 
 
+class Terminal:
+    """stdout or stderr; what is written after its reader has gone is dropped.
+
+    Neither `| head -1` nor a `| tee` that Ctrl-C has ended ends a training run.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 def run_main(main, script):
     """Call a script's main; a user's mistake ends in one line on stderr and status 2."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, end_by_signal)
+    sys.stdout = Terminal(sys.stdout)
+    sys.stderr = Terminal(sys.stderr)
+    status = 1
     try:
         main()
+        return
     except (InputError, OSError) as error:
         message = str(error).split("InputError: ")[-1]  # a loader process adds its traceback
-        print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+        status = 2
     except RuntimeError as error:
-        if not is_dead_worker(error):
+        if is_dead_worker(error):
+            message = f"a loader process died, out of memory perhaps ({error})"
+        elif is_lost_process(error):
+            message = f"another process died or timed out ({first_line(error)})"
+        else:
             raise
-        print(f"{script}: a loader process died, out of memory perhaps ({error})", file=sys.stderr)
-        sys.exit(1)
+    print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 def is_dead_worker(error):
