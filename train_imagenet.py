@@ -37,6 +37,7 @@ import os
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -393,9 +394,11 @@ class Processes:
         silent = datetime.timedelta(seconds=SILENT)
         slow = datetime.timedelta(seconds=SLOW)
         try:
+            if self.rank > 0:
+                await_server(address, port)
             store, _, _ = next(dist.rendezvous("env://", timeout=silent))
             second = dist.TCPStore(address, port, is_master=False, timeout=silent)
-        except (dist.DistError, ValueError) as error:
+        except (OSError, OverflowError, ValueError, dist.DistError) as error:
             raise InputError(f"cannot meet the other processes at {address}, port {port} "
                              f"({first_line(error)})") from None
         self.heartbeat = Heartbeat(dist.PrefixStore(attempt, second), self.rank, self.world)
@@ -446,6 +449,18 @@ class Processes:
             self.wait()
             self.heartbeat.finished.set()
             dist.destroy_process_group()
+
+
+def await_server(address, port):
+    """Wait at most SILENT seconds for the store's server. Raises: OSError."""
+    end = time.monotonic() + SILENT
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=SILENT).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.1)
 
 
 class Heartbeat:

@@ -859,19 +859,52 @@ def test_a_damaged_file_is_refused(finished, tmp_path):
         train_imagenet.find_checkpoint(str(tmp_path / "cut.pt"), tmp_path, "model")
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
-    train_imagenet.save_checkpoint(path, {"step": 1})
+    train_imagenet.replace_file(path, partial(torch.save, {"step": 1}))
 
     def full(_state, file):
         file.write(b"half a checkpoint")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(train_imagenet.InputError, match="previous checkpoint is untouched"):
-        train_imagenet.save_checkpoint(path, {"step": 2})
+    with pytest.raises(train_imagenet.InputError, match="No space left.*file is untouched"):
+        train_imagenet.replace_file(path, partial(full, {"step": 2}))
     assert torch.load(path)["step"] == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named_by_the_log(tmp_path, monkeypatch):
+    """/dev/full: every write fails."""
+    monkeypatch.setattr(train_imagenet, "open_no_link", lambda *_: os.open("/dev/full", os.O_RDWR))
+    with pytest.raises(train_imagenet.InputError, match="log.jsonl: No space left on device"):
+        train_imagenet.append(tmp_path / "log.jsonl", step=1)
+
+
+@pytest.mark.parametrize("name", ["last.pt", "last.tmp"])
+def test_checkpoints_do_not_follow_links(tmp_path, name):
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"another file")
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / name).symlink_to(outside)
+    train_imagenet.replace_file(output / "last.pt", partial(torch.save, {"step": 2}))
+    assert outside.read_bytes() == b"another file"
+    assert [path.name for path in output.iterdir()] == ["last.pt"]
+    assert torch.load(output / "last.pt")["step"] == 2
+
+
+def test_the_log_does_not_follow_links(tmp_path):
+    (tmp_path / "log.jsonl").symlink_to(tmp_path / "outside")
+    with pytest.raises(train_imagenet.InputError, match="cannot write .*symbolic links"):
+        train_imagenet.append(tmp_path / "log.jsonl", step=1)
+    assert not (tmp_path / "outside").exists()
+
+
+def test_a_dangling_link_does_not_hide_a_checkpoint(tmp_path, capsys):
+    write_checkpoint(tmp_path / "best.pt", step=3, model="secvit_t")
+    (tmp_path / "last.pt").symlink_to(tmp_path / "nowhere")
+    assert train_imagenet.find_checkpoint("auto", tmp_path, "model")["step"] == 3
+    assert "skipped: no checkpoint" in capsys.readouterr().err
 
 
 def test_resume_in_mid_epoch_equals_an_uninterrupted_run(finished, folder, tmp_path):
@@ -1232,30 +1265,33 @@ class SmallModel(secvit.SecViT):
 
     def forward(self, x):
         SmallModel.calls += 1
-        if SmallModel.calls == 3:  # in the second update
+        if SmallModel.calls == CALL:
             EVENT
         return super().forward(x)
 
 
 train_imagenet.MODELS["secvit_t"] = SmallModel
+SETUP
 train_imagenet.run_main(train_imagenet.main, "train_imagenet.py")
 """
 two_on_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="two processes on one GPU")
 
 
-@pytest.fixture
-def start(tmp_path):
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
     """Start train_imagenet.py with the small model in a process of its own.
 
-    torchrun: with that many processes; event: what happens in the second update.
+    torchrun: with that many processes, restarted up to `restarts` times; event: what happens in
+    forward pass `call`, by default the first one of the second update; setup: what happens before.
     """
-    def start(*arguments, torchrun=0, event="pass", **environment):
-        script = tmp_path / "launcher.py"
-        script.write_text(LAUNCHER.replace("SMALL,", f"{SMALL},").replace("EVENT", event))
+    def start(*arguments, torchrun=0, restarts=0, event="pass", call=3, setup="", **environment):
+        script = tmp_path_factory.mktemp("launcher") / "launcher.py"
+        text = LAUNCHER.replace("SMALL,", f"{SMALL},").replace("SETUP", setup)
+        script.write_text(text.replace("CALL", str(call)).replace("EVENT", event))
         command = [sys.executable]
         if torchrun:
             command += ["-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc-per-node={torchrun}"]
+            command += [f"--nproc-per-node={torchrun}", f"--max-restarts={restarts}"]
         command += [str(script), *map(str, arguments)]
         variables = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), **environment)
         return subprocess.Popen(
@@ -1291,18 +1327,37 @@ def start_processes(start, world, *arguments, **options):
     return processes
 
 
-@two_on_a_gpu
-def test_two_processes_equal_one(tiny, folder, tmp_path, start):
-    common = [*FAST, *FULL, "--max-steps", 3, "--data", folder]
-    run(*common, "--output", tmp_path / "one")
-    process = start(*common, "--output", tmp_path / "two", torchrun=2)
+@pytest.fixture(scope="module")
+def two(folder, tmp_path_factory, start):
+    """The output folder of a whole run of two processes; not to be changed."""
+    output = tmp_path_factory.mktemp("two")
+    process = start(*FAST, *FULL, "--data", folder, "--output", output, torchrun=2)
     _, errors = finish(process)
     assert process.returncode == 0, errors
     assert "strides" not in errors  # DistributedDataParallel's warning on the layout of gradients
-    one = [record["loss"] for record in logged_updates(tmp_path / "one")]
-    two = [record["loss"] for record in logged_updates(tmp_path / "two")]
+    return output
+
+
+@two_on_a_gpu
+def test_two_processes_equal_one(finished, two):
+    one = [record["loss"] for record in logged_updates(finished)[:3]]
+    losses = [record["loss"] for record in logged_updates(two)[:3]]
     assert len(one) == 3
-    assert one == pytest.approx(two, rel=2e-5)
+    assert one == pytest.approx(losses, rel=2e-5)
+
+
+@two_on_a_gpu
+def test_torchrun_restarts_a_killed_process_exactly(two, folder, tmp_path, start):
+    """Killed in its eighth forward pass: three updates, four batches of an evaluation, this one."""
+    event = (
+        'os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" '
+        "and os.kill(os.getpid(), signal.SIGKILL)")
+    common = [*FAST, *FULL, "--data", folder, "--output", tmp_path / "out", "--resume", "auto"]
+    process = start(*common, torchrun=2, restarts=2, event=event, call=8)
+    output, errors = finish(process)
+    assert process.returncode == 0, errors
+    assert "continuing from update 3" in output
+    assert_same_state(last_state(two), last_state(tmp_path / "out"))
 
 
 @two_on_a_gpu
@@ -1319,16 +1374,103 @@ def test_three_processes_evaluate_like_one(finished, start):
         assert scores[name] == pytest.approx(record[name]), name
 
 
-def test_sigterm_saves_and_the_resumed_run_is_exact(finished, folder, tmp_path, start):
+@pytest.mark.parametrize("call, step", [(3, 1), (4, 2)], ids=["mid-update", "last micro-batch"])
+def test_sigterm_saves_and_the_resumed_run_is_exact(finished, folder, tmp_path, start, call, step):
     """Loader processes get the signal, too, as under a scheduler."""
     common = [*FAST, *FULL, "--workers", 2, "--data", folder, "--output", tmp_path / "stopped"]
-    process = start(*common, event="os.killpg(0, signal.SIGTERM)")
+    process = start(*common, event="os.killpg(0, signal.SIGTERM)", call=call)
     output, errors = finish(process)
     assert process.returncode == 0, errors
+    assert "dropping this update, then saving; again: stop now" in errors
     assert "resume with --resume" in output
-    assert last_state(tmp_path / "stopped")["step"] == 2
+    assert last_state(tmp_path / "stopped")["step"] == step
     run(*common, "--resume", "auto", "--workers", 0)
     assert_same_state(last_state(finished), last_state(tmp_path / "stopped"))
+
+
+def test_a_second_interrupt_ends_at_once(folder, tmp_path, start):
+    twice = "[os.kill(os.getpid(), signal.SIGINT) for _ in range(2)]"
+    process = start(*FAST, "--data", folder, "--output", tmp_path / "out", event=twice)
+    _, errors = finish(process)
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].endswith(": stopped by SIGINT")
+
+
+@pytest.mark.parametrize("number, status", [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_before_the_first_update_is_one_line(tmp_path, start, number, status):
+    signalled = f"train_imagenet.open_data = lambda *_, **_2: os.kill(0, signal.{number})"
+    process = start(*FAST, "--output", tmp_path / "out", setup=signalled)
+    _, errors = finish(process)
+    assert process.returncode == status
+    assert errors.strip() == f"launcher.py: stopped by {number}"
+
+
+# What a process does in the given place: it stops, its threads included.
+STOPPED = """
+train_imagenet.SILENT = 3
+def stop(*_):
+    os.kill(os.getpid(), signal.SIGSTOP)
+if os.environ["RANK"] == "{rank}":
+    train_imagenet.{function} = stop
+"""
+
+
+@two_on_a_gpu
+@pytest.mark.parametrize("rank, function", [(0, "replace_file"), (1, "Classification.losses")])
+def test_a_stopped_process_ends_the_other(folder, tmp_path, start, rank, function):
+    """While the other one waits for a checkpoint, or in the backward pass."""
+    common = [*FAST, "--data", folder, "--output", tmp_path / "out"]
+    setup = STOPPED.format(rank=rank, function=function)
+    processes = start_processes(start, 2, *common, setup=setup)
+    _, errors = finish(processes[1 - rank])
+    processes[rank].kill()
+    finish(processes[rank])
+    assert processes[1 - rank].returncode == 1
+    message = f"process {1 - rank}: no sign of life from process {rank} for 3 s, stopping"
+    assert errors.splitlines()[-1].endswith(message)
+    assert "Traceback" not in errors
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """The processes that Heartbeats have called lost; SILENT is 0.4 s."""
+    lost = []
+    monkeypatch.setattr(train_imagenet, "SILENT", 0.4)
+    monkeypatch.setattr(train_imagenet.Heartbeat, "end", lambda beat, rank: lost.append(rank))
+    return lost
+
+
+def test_living_processes_hear_each_other(ended):
+    store = torch.distributed.HashStore()
+    beats = [train_imagenet.Heartbeat(store, rank, 3) for rank in range(3)]
+    time.sleep(1)
+    for beat in beats:
+        beat.finished.set()
+    assert ended == []
+
+
+def test_a_silent_process_is_named_to_all(ended):
+    """Rank 2 never starts: rank 1 misses it and tells rank 0, which hears rank 1."""
+    store = torch.distributed.HashStore()
+    beats = [train_imagenet.Heartbeat(store, rank, 3) for rank in range(2)]
+    time.sleep(1)
+    for beat in beats:
+        beat.finished.set()
+    assert 2 in {int(rank) for rank in ended}
+    assert store.get("lost") == b"2"
+
+
+def test_a_silent_store_is_noticed(ended):
+    class SilentStore:
+        def add(self, _key, _amount):
+            time.sleep(2)
+
+        set = add
+
+    beat = train_imagenet.Heartbeat(SilentStore(), 0, 2)
+    time.sleep(1)
+    beat.finished.set()
+    assert 1 in ended
 
 
 @two_on_a_gpu
@@ -1338,8 +1480,9 @@ def test_a_process_that_dies_ends_the_other(folder, tmp_path, start):
     first, second = start_processes(start, 2, *common, event=death)
     finish(second)
     output, errors = finish(first)
-    assert first.returncode != 0, output
-    assert errors.strip()
+    assert first.returncode == 1, output
+    assert "another process died" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
 
 
 def test_a_killed_loader_process_ends_the_run(folder, tmp_path, start):
@@ -1366,6 +1509,38 @@ def test_fewer_gpus_than_processes_is_an_error(monkeypatch):
     message = "process 1 of this machine has no GPU: 1 found"
     with pytest.raises(train_imagenet.InputError, match=message):
         train_imagenet.Processes()
+
+
+@pytest.mark.parametrize("variables, message", [
+    ("RANK=2 WORLD_SIZE=2", "RANK is 2, but WORLD_SIZE is 2"),
+    ("RANK=one WORLD_SIZE=2", "RANK is 'one', expected a whole number, at least 0"),
+    ("RANK=-1 WORLD_SIZE=2", "RANK is '-1', expected a whole number, at least 0"),
+    ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE is '0', expected a whole number, at least 1"),
+    ("RANK=0 WORLD_SIZE=", "WORLD_SIZE is '', expected a whole number, at least 1"),
+    ("WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=1", "RANK is not set"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_PORT=1", "MASTER_ADDR is not set"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost", "MASTER_PORT is not set"),
+    ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=x", "MASTER_PORT is 'x', expected"),
+    ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=nowhere.invalid MASTER_PORT=1", "at nowhere.invalid, port 1"),
+    ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=99999", "at localhost, port 99999"),
+])
+def test_an_environment_of_no_sense_is_an_error(monkeypatch, variables, message):
+    monkeypatch.setattr(train_imagenet, "SILENT", 0.1)
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split("="))
+    with pytest.raises(train_imagenet.InputError, match=message):
+        train_imagenet.Processes()
+
+
+def test_a_closed_pipe_ends_nothing():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        stream = train_imagenet.Terminal(pipe)
+        print("nobody reads this", file=stream)
+        print("nor this", file=stream, flush=True)
 
 
 # --------------------------------------------------------------------------------- errors of a user
