@@ -1777,7 +1777,7 @@ def start_run(task, log, state, total, report):
     if procs.rank > 0:
         return
     Path(args.output).mkdir(parents=True, exist_ok=True)
-    if args.resume == "auto" and state.step == 0:
+    if args.resume == "auto" and state.saved_at is None:
         print(f"{args.output} holds no checkpoint of this run: starting from the beginning")
     elif args.resume:
         print(f"continuing from update {state.step}")
@@ -1927,7 +1927,8 @@ def run_main(main, script):
         if is_dead_worker(error):
             message = f"a loader process died, out of memory perhaps ({error})"
         elif is_lost_process(error):
-            message = f"another process died or timed out ({first_line(error)})"
+            reason = first_line(error).split(". ")[0]
+            message = f"another process died or timed out ({reason})"
         else:
             raise
     print(f"{script}: {' '.join(message.split())}", file=sys.stderr)
