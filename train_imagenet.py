@@ -1181,6 +1181,8 @@ def replace_file(path, write):
             temporary.unlink(missing_ok=True)
         if is_dead_worker(error):
             raise
+        if isinstance(error.__context__, OSError):  # torch.save hides it behind an error of its own
+            error = error.__context__
         raise InputError(f"cannot write {path} ({first_line(error)}); the previous file is "
                          "untouched") from None
 

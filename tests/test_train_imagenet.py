@@ -880,6 +880,24 @@ def test_a_full_disk_is_named_by_the_log(tmp_path, monkeypatch):
         train_imagenet.append(tmp_path / "log.jsonl", step=1)
 
 
+def test_the_cause_of_a_failed_checkpoint_is_named(tmp_path):
+    """torch.save itself would say "unexpected pos"."""
+    class FullDisk:
+        def __init__(self, file):
+            self.file = file
+
+        def write(self, data):
+            if self.file.tell() > 1000:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+    def save(file):
+        torch.save({"model": torch.ones(1000)}, FullDisk(file))
+
+    with pytest.raises(train_imagenet.InputError, match="last.pt .*No space left on device"):
+        train_imagenet.replace_file(tmp_path / "last.pt", save)
+
+
 @pytest.mark.parametrize("name", ["last.pt", "last.tmp"])
 def test_checkpoints_do_not_follow_links(tmp_path, name):
     outside = tmp_path / "outside"
