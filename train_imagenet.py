@@ -1085,7 +1085,13 @@ class TrainState:
     per_epoch and classes: what a run that continues must agree with.
     """
 
-    counters = ("step", "evaluated_at", "best", "period_losses", "unreadable")
+    counters = {  # and their types
+        "step": int,
+        "evaluated_at": int,
+        "best": (int, float),
+        "period_losses": dict,
+        "unreadable": int,
+    }
 
     def __init__(self, model, optimizer, scaler, ema, per_epoch, classes):
         self.model = model
@@ -1240,6 +1246,10 @@ def is_checkpoint(state, script_key):
     """Whether a file's dict is a whole checkpoint whose arguments include `script_key`."""
     fields = {"model", "ema", "optimizer", "scaler", "per_epoch", "classes", "args"}
     if not fields | set(TrainState.counters) <= state.keys():
+        return False
+    if not all(isinstance(state[name], kind) for name, kind in TrainState.counters.items()):
+        return False
+    if state["step"] < 0:
         return False
     return isinstance(state["args"], dict) and script_key in state["args"]
 

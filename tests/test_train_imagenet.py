@@ -918,6 +918,18 @@ def test_the_log_does_not_follow_links(tmp_path):
     assert not (tmp_path / "outside").exists()
 
 
+@pytest.mark.parametrize("counter, value", [
+    ("step", -5), ("step", "6"), ("best", torch.ones(3)), ("period_losses", None),
+    ("unreadable", None),
+])
+def test_counters_of_another_type_are_no_checkpoint(tmp_path, counter, value):
+    path = write_checkpoint(tmp_path / "last.pt", model="secvit_t")
+    torch.save({**torch.load(path), counter: value}, path)
+    assert train_imagenet.find_checkpoint("auto", tmp_path, "model") is None
+    with pytest.raises(train_imagenet.InputError, match="is no checkpoint of this script"):
+        train_imagenet.find_checkpoint(str(path), tmp_path, "model")
+
+
 def test_a_dangling_link_does_not_hide_a_checkpoint(tmp_path, capsys):
     write_checkpoint(tmp_path / "best.pt", step=3, model="secvit_t")
     (tmp_path / "last.pt").symlink_to(tmp_path / "nowhere")
