@@ -1494,6 +1494,10 @@ def test_a_silent_store_is_noticed(ended):
     class SilentStore:
         def add(self, _key, _amount):
             time.sleep(2)
+            return 0
+
+        def check(self, _keys):
+            return False
 
         set = add
 
