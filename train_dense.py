@@ -20,11 +20,27 @@ the largest number in the batch). Boxes are float x1, y1, x2, y2 in pixels, thei
 COCO's files hold x, y, width, height. Keypoints are x, y, v: pixels, (0, 0) the centre of the first
 one, and visibility (labelled if > 0) or, in results, confidence.
 
-Rules are those of mmsegmentation 0.x, mmdetection 2.x and mmpose 0.x, which the papers used. Known
-differences: Pillow resizes images and smooths when it shrinks them; hue is one of Pillow's 256
-steps per turn; segmentation is tested at mmsegmentation's sizes, while PVT's code, which the papers
-follow for Semantic FPN, enlarges both sides to multiples of 32. ClusTR's paper does not say which
-head its pose result has; ours is mmpose's plain one.
+Rules are those of mmsegmentation 0.x, mmdetection 2.x and mmpose 0.x, which the papers used;
+tests/test_golden.py compares them, see "Checked against" in the README. Known differences:
+
+    resizing     Pillow smooths images that it shrinks. Of labels and masks it takes the pixel that
+                 is nearest to the centre, OpenCV the one above and to the left of it (1.8 % of a
+                 mask's area differ).
+    person crop  Pillow cuts fractions of a value off, OpenCV rounds: on average 0.5 of 255 darker.
+    hue          Pillow has 256 steps per turn, OpenCV 180.
+    sampling     `GroupSampler` fills the last micro-batch of each orientation, mmdetection that of
+                 all GPUs: up to 14 images more per orientation and epoch with 8 GPUs and 16 images
+                 per update.
+    candidates   RetinaNet's are a level's best anchors, as in mmdetection 2.11 (which Swin used);
+                 2.28 takes the best pairs of anchor and class.
+    mask heads   of the cascade start like Mask R-CNN's, as in 2.11. In 2.28 deconvolution and
+                 classifier have a deviation of 0.018 and 0.036 instead of 0.044 and 0.158.
+    test sizes   Segmentation is tested at mmsegmentation's; PVT's code, which the papers follow for
+                 Semantic FPN, enlarges both sides to multiples of 32.
+    decay        SecViT's three down-sampling norms decay with the weights; mmdetection exempts them
+                 where it exempts norms, since the authors' names for them hold "norm".
+
+ClusTR's paper does not say which head its pose result has; ours is mmpose's plain one.
 """
 import json
 import math
@@ -1704,9 +1720,10 @@ def delta_loss(deltas, targets, kind, beta):
 def rpn_losses(scores, deltas, anchors, valid, targets, box_loss):
     """Losses of 256 random anchors per image: cross-entropy of the score, box loss of the deltas.
 
-    Both are divided by the number of sampled anchors. Args: scores (B, A), deltas (B, A, 4),
-    anchors (A, 4); valid (B, A): anchors that take part; targets as of `MaskRCNN`; box_loss: "l1",
-    or "smooth_l1" with beta 1/9.
+    Both are divided by the number of sampled anchors; an image without any positive one counts as
+    having one, likewise for negative ones. Args: scores (B, A), deltas (B, A, 4), anchors (A, 4);
+    valid (B, A): anchors that take part; targets as of `MaskRCNN`; box_loss: "l1", or "smooth_l1"
+    with beta 1/9.
     """
     boxes = targets["boxes"]
     assigned = assign(
@@ -1725,7 +1742,9 @@ def rpn_losses(scores, deltas, anchors, valid, targets, box_loss):
     )
     deltas = deltas.take_along_dim(index[..., None], 1)
     regression = delta_loss(deltas, encode(start, end), box_loss, beta=1 / 9)
-    count = used.sum().clamp(min=1)
+    num_positive = positive.sum(1).clamp(min=1)                         # (B,)
+    num_negative = negative.sum(1).clamp(min=1)
+    count = (num_positive + num_negative).sum()
     return {
         "loss_rpn_cls": (classification * used).sum() / count,
         "loss_rpn_box": (regression * positive[..., None]).sum() / count,
@@ -1998,9 +2017,10 @@ def axis_weights(start, end, bins, length):
     samples = bin_size.ceil()                                           # per bin
     sample = torch.arange(int(samples.max()), device=start.device)
     bin_number = torch.arange(bins, device=start.device)[:, None]
-    point = start - 0.5 + (bin_number + (sample + 0.5) / samples) * bin_size    # (R, bins, samples)
+    divisor = samples.clamp(min=1)                                      # of no sample, too
+    point = start - 0.5 + (bin_number + (sample + 0.5) / divisor) * bin_size    # (R, bins, samples)
     inside = (sample < samples) & (point >= -1) & (point <= length)
-    sample_weight = inside / samples.clamp(min=1)
+    sample_weight = inside / divisor
     point = point.clamp(0, length - 1)
     pixel = point.long()
     next_pixel = (pixel + 1).clamp(max=length - 1)
@@ -2026,12 +2046,19 @@ def paste_masks(probabilities, boxes, size):
 
 
 def tent_weights(start, end, cells, length):
-    """Bilinear weights (n, length, cells) of an interval's cells in each of `length` pixels."""
+    """Bilinear weights (n, length, cells) of an interval's cells in each of `length` pixels.
+
+    An interval without extent shows the middle of the cells in the pixels that mmdetection looks
+    at (on a CPU): its own and one more on each side; at the border of the image that is one pixel.
+    """
     start = start[:, None]
-    extent = (end[:, None] - start).clamp(min=1e-6)
-    centre = torch.arange(length, device=start.device) + 0.5
+    end = end[:, None]
+    extent = (end - start).clamp(min=1e-6)
+    pixel = torch.arange(length, device=start.device)
     cell = torch.arange(cells, device=start.device)
-    point = (centre - start) / extent * cells - 0.5                     # (n, length), in cells
+    point = (pixel + 0.5 - start) / extent * cells - 0.5                # (n, length), in cells
+    near = (pixel >= start.floor() - 1) & (pixel < end.ceil() + 1)
+    point = point.masked_fill((start == end) & near, (cells - 1) / 2)
     return (1 - (point[..., None] - cell).abs()).clamp(min=0)
 
 
@@ -2524,6 +2551,7 @@ def gaussian_maps(points, size):
 
     Returns: maps (B, K, h, w), Gaussians of peak 1 cut off at 3 sigma along both axes, and weights
     (B, K), 1 if the point is labelled and its Gaussian overlaps the map. Maps of weight 0 are 0.
+    As in mmpose, one pixel to the left or above of what overlaps still has weight 1.
     """
     sigma = 2.0                                                 # in pixels of the map
     reach = 3 * sigma
@@ -2534,7 +2562,7 @@ def gaussian_maps(points, size):
         distance = torch.arange(side, device=points.device) - position[..., None]   # (B, K, side)
         gaussian = (-distance ** 2 / (2 * sigma ** 2)).exp()
         factors.append(gaussian * (distance.abs() <= reach))
-        weights = weights & (position >= -reach) & (position < side + reach)
+        weights = weights & (position >= -reach - 1) & (position < side + reach)
     rows, columns = factors                                     # (B, K, h), (B, K, w)
     weights = weights.to(points.dtype)
     return weights[..., None, None] * rows[..., None] * columns[..., None, :], weights

@@ -22,8 +22,10 @@ BatchNorm's running statistics are those of the first process.
 
 Deliberate differences from the authors' scripts: --batch-size is global; the rate is a function of
 the step; a plain run reshuffles every epoch; layer-scale vectors are exempt from weight decay;
-evaluation counts each image once. SecViT's peak rate is DeiT's 1e-3 for batches of 1024, as its
-paper says; the authors' logs, 2e-3, fit batches of 2048 by the same rule.
+evaluation counts each image once. CutMix rounds half of a box's side down at both ends, as timm
+0.4.12, which the authors used, and not, as timm 1.0.31, up at the far one (a box of an odd side is
+one pixel larger there). SecViT's peak rate is DeiT's 1e-3 for batches of 1024, as its paper says;
+the authors' logs, 2e-3, fit batches of 2048 by the same rule.
 """
 import argparse
 import copy

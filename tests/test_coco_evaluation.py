@@ -946,7 +946,7 @@ def has_more_than(limit, results):
     return any(ids.count(i) > limit for i in set(ids))
 
 
-@pytest.mark.parametrize("kind, problems", [("bbox", 250), ("segm", 120), ("keypoints", 120)])
+@pytest.mark.parametrize("kind, problems", [("bbox", 100), ("segm", 60), ("keypoints", 60)])
 def test_metrics_equal_loops(kind, problems):
     rng = random.Random(kind)
     seen = set()

@@ -325,71 +325,6 @@ def test_multiclass_nms_of_nothing(device):
 
 
 # ------------------------------------------------------------------------------------- losses
-def test_focal_loss_is_equation_5():
-    logits = torch.randn(50, dtype=torch.float64, requires_grad=True)
-    targets = torch.rand(50) < 0.3
-    slow = []
-    for logit, positive in zip(logits, targets):
-        p = 1 / (1 + (-logit).exp())
-        p_t = p if positive else 1 - p
-        alpha = 0.25 if positive else 0.75
-        slow.append(-alpha * (1 - p_t) ** 2 * p_t.log())
-    slow = torch.stack(slow)
-    fast = train_dense.focal_loss(logits, targets)
-    assert_close(fast, slow)
-    fast_grad, = torch.autograd.grad(fast.sum(), logits)
-    slow_grad, = torch.autograd.grad(slow.sum(), logits)
-    assert_close(fast_grad, slow_grad)
-
-
-def test_retinanet_losses_match_loops(device):
-    """Two images, one without objects; the other is smaller, so some cells do not count."""
-    strides = (8, 16)
-    levels = [(12, 12), (6, 6)]
-    base = train_dense.base_anchors(strides, [2, 3]).double()
-    anchors = train_dense.anchor_boxes(base, levels, strides)
-    A = len(anchors)
-    sizes = torch.tensor([[60, 40], [96, 96]])
-    labels = torch.tensor([[2, 0, -1], [-1, -1, -1]])
-    boxes = torch.zeros(2, 3, 4, dtype=torch.float64)
-    boxes[0, 0] = torch.tensor([3., 5., 30., 40.])
-    boxes[0, 1] = torch.tensor([20., 20., 38., 33.])
-    logits = torch.randn(2, A, 3, dtype=torch.float64, requires_grad=True)
-    deltas = torch.randn(2, A, 4, dtype=torch.float64, requires_grad=True)
-    classification = 0
-    regression = 0
-    positives = [0, 0]
-    for b in range(2):
-        inside = loop_cells_inside(levels, strides, sizes[b].tolist(), base.shape[1])
-        matched = loop_assign(boxes[b], labels[b], anchors, inside, 0.5, 0.4, 0.0)
-        for a, index in enumerate(matched):
-            is_positive = isinstance(index, int)
-            label = labels[b, index] if is_positive else -1
-            if index != "unused":
-                loss = train_dense.focal_loss(logits[b, a], torch.arange(3) == label)
-                classification = classification + loss.sum()
-            if is_positive:
-                target = train_dense.encode(anchors[a], boxes[b, index])
-                regression = regression + (deltas[b, a] - target).abs().sum()
-                positives[b] += 1
-    assert positives[0] > 1 and positives[1] == 0
-    slow = {
-        "loss_cls": classification / (positives[0] + 1),
-        "loss_box": regression / (positives[0] + 1),
-    }
-    valid = train_dense.cells_inside(levels, strides, sizes.to(device), base.shape[1])
-    targets = {"boxes": boxes.to(device), "labels": labels.to(device)}
-    fast = train_dense.retinanet_losses(
-        logits.to(device), deltas.to(device), anchors.to(device), valid, targets
-    )
-    assert list(fast) == list(slow)
-    for name, variable in (("loss_cls", logits), ("loss_box", deltas)):
-        assert_close(fast[name].cpu(), slow[name])
-        fast_grad, = torch.autograd.grad(fast[name], variable)
-        slow_grad, = torch.autograd.grad(slow[name], variable)
-        assert_close(fast_grad, slow_grad)
-
-
 # -------------------------------------------------------------------------------------- model
 @pytest.mark.parametrize("H, W", [(64, 64), (70, 99)])
 def test_retinanet_takes_any_size_and_trains_every_parameter(H, W, device):
@@ -830,6 +765,16 @@ def test_groups_show_every_image_in_an_epoch(schedule):
     for batch in train_dense.GroupSampler(**schedule, rank=0, world=1):
         seen |= {index for epoch, index, _ in batch if epoch == 0}
     assert seen == set(range(23))
+
+
+def test_micro_batches_of_an_incomplete_step_come_last(schedule):
+    """Seven micro-batches per orientation, four per step: two are left over."""
+    schedule["is_landscape"] = np.arange(26) % 2 > 0
+    sampler = train_dense.GroupSampler(**schedule, rank=0, world=1)
+    order = sampler.order(0)[:, 0]
+    assert sampler.per_epoch == 3
+    assert len(order) == 28
+    assert set(order.tolist()) == set(range(26))
 
 
 # ------------------------------------------------------------------------------------- metrics

@@ -859,6 +859,23 @@ def test_a_damaged_file_is_refused(finished, tmp_path):
         train_imagenet.find_checkpoint(str(tmp_path / "cut.pt"), tmp_path, "model")
 
 
+class Command:
+    """Its pickle makes a folder when it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    torch.save({"model": Command(str(tmp_path / "made"))}, tmp_path / "last.pt")
+    with pytest.raises(train_imagenet.InputError, match="cannot read"):
+        train_imagenet.read_checkpoint(tmp_path / "last.pt")
+    assert not (tmp_path / "made").exists()
+
+
 def test_a_full_disk_leaves_the_old_checkpoint(tmp_path):
     path = tmp_path / "last.pt"
     train_imagenet.replace_file(path, partial(torch.save, {"step": 1}))
