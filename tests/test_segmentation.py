@@ -151,6 +151,23 @@ def small_secvit(monkeypatch):
     monkeypatch.setitem(train_dense.MODELS, "secvit_t", factory)
 
 
+@pytest.mark.parametrize("flags, options", [
+    (["--released"], {"released": True}),
+    (["--drop-path", "0.25"], {"drop_path_rate": 0.25}),
+])
+def test_the_backbone_is_built_as_the_flags_say(small_secvit, monkeypatch, flags, options):
+    built = []
+    factory = train_dense.MODELS["secvit_t"]
+
+    def remember(**given):
+        built.append(given)
+        return factory(**given)
+    monkeypatch.setitem(train_dense.MODELS, "secvit_t", remember)
+    args, _ = train_dense.resolve_args(["--backbone", "secvit_t", "--data", "x", *flags])
+    train_dense.Segmentation(args, CPU).build_model(["a"])
+    assert built == [options]
+
+
 def weights_task(backbone, path):
     """A task that starts from --backbone-weights."""
     args = argparse.Namespace(

@@ -779,6 +779,13 @@ def test_decay_skips_vectors_layer_scale_included():
     assert len(decayed["params"]) + len(exempt["params"]) == len(names)
 
 
+def test_averaged_weights_get_no_gradient():
+    model = torch.nn.Linear(2, 3)
+    state = train_imagenet.TrainState(model, None, None, ema=0.9, per_epoch=1, classes=["a"])
+    assert not any(p.requires_grad for p in state.average.parameters())
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_average_of_weights_and_statistics_matches_a_loop():
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
     average = copy.deepcopy(model)
