@@ -5,7 +5,7 @@
     torchrun --nproc-per-node 8 train_dense.py --task upernet --backbone stvit_s \\
         --backbone-weights runs/s/best.pt --data /data/ade20k --resume auto
     python train_dense.py --eval --ms-test --weights runs/upernet_stvit_s/best.pt
-    python train_dense.py --predict a.jpg b.jpg --weights runs/upernet_stvit_s/best.pt
+    python train_dense.py --predict a.jpg folder --weights runs/upernet_stvit_s/best.pt
     python train_dense.py --task retinanet --score results.json --data /data/coco
     python train_dense.py --eval --boxes detections.json --weights runs/pose_clustr_s/best.pt
 
@@ -42,6 +42,7 @@ tests/test_golden.py compares them, see "Checked against" in the README. Known d
 
 ClusTR's paper does not say which head its pose result has; ours is mmpose's plain one.
 """
+import io
 import json
 import math
 import os
@@ -53,6 +54,7 @@ import tempfile
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,7 +111,8 @@ FLAGS = {
                  f"one of {', '.join((*SEGMENTATION, *DETECTION, 'pose'))}"),
     "backbone": Flag(nonempty, "secvit_s", f"one of {', '.join(MODELS)}"),
     "backbone_weights": Flag(nonempty, None, "classification weights to start from: "
-                             "train_imagenet.py's or an authors' file"),
+                             "train_imagenet.py's, whose model is then the default, or an authors' "
+                             "file"),
     "data": OnceFlag(nonempty, None, "folder in ADE20K's layout (segmentation) or COCO's; default: "
                      "drawn scenes"),
     "iters": Flag(COUNT, None, "length of training in updates"),
@@ -118,7 +121,8 @@ FLAGS = {
     "drop_path": RUN_FLAGS["drop_path"]._replace(
         default=0.1, help="stochastic depth of the last block; default of SecViT and SEC-*: the "
                           "classifier's"),
-    "weights": OnceFlag(nonempty, None, "checkpoint of this script to evaluate or predict with"),
+    "weights": OnceFlag(nonempty, None, "checkpoint of this script to evaluate or predict with, or "
+                        "to start from on other data; heads of other classes are left out"),
     "batch_size": Flag(COUNT, 16, "images (pose: persons) per update, over all processes"),
     "lr": Flag(NOT_NEGATIVE, 1e-4, "peak learning rate, never rescaled"),
     "min_lr": Flag(NOT_NEGATIVE, 0.0, "learning rate at the end of segmentation's polynomial"),
@@ -128,7 +132,7 @@ FLAGS = {
     "img_size": Flag(bounded(int, 64), 800, "crop side (segmentation), crop height (pose), shorter "
                      "side (detection)"),
     "frozen_bn": Flag(ON_OFF, None, "backbone BatchNorm statistics fixed; default on with "
-                      "--backbone-weights"),
+                      "--backbone-weights and --weights"),
     "sync_bn": Flag(ON_OFF, False, "batch statistics over all GPUs"),
     "eval_every": Flag(COUNT, None, "updates between evaluations; default a tenth of --iters, or "
                        "an epoch"),
@@ -142,7 +146,10 @@ FLAGS = {
     "jitter": Flag(FRACTION, None, "strength of pose's augmentation; weak on small data sets"),
     "boxes": OnceFlag(nonempty, None, "COCO results file; pose uses its person boxes instead of "
                       "the annotated ones"),
-    "predict": OnceFlag(nonempty, None, "write overlays of these images to --output", several=True),
+    "predict": OnceFlag(nonempty, None, "write overlays of these images, or of all images in these "
+                        "folders, to --output; print what they show as JSON lines", several=True),
+    "threshold": OnceFlag(FRACTION, 0.3, "--predict: score of the objects, or keypoints, that are "
+                          "shown and counted"),
     "score": OnceFlag(nonempty, None, "score a COCO results file, or a folder of label PNGs, "
                       "without a model"),
 }
@@ -154,8 +161,10 @@ TASK_FLAGS = {  # flags that only some tasks have, and these tasks
     "keypoints": ("pose",),
     "boxes": ("pose",),
     "jitter": ("pose",),
+    "threshold": (*DETECTION, "pose"),
     "compile": ("semfpn", "upernet", "retinanet", "pose"),  # the others' regions vary in number
 }
+ARCHITECTURE = ("task", "backbone", "released", "option", "box_head")  # what --weights decides
 OVERRIDES = {  # defaults of a backbone, a task, a family's paper, the drawn scenes; last one wins
     "secvit": dict(drop_path=None),                              # the classifier's
     "sec": dict(drop_path=None),
@@ -196,7 +205,7 @@ def resolve_args(argv=None):
     description = "Train or evaluate a backbone on ADE20K- or COCO-like data."
     typed = train_imagenet.make_parser(description, FLAGS, OVERRIDES).parse_args(argv)
     checkpoint = open_checkpoint(typed)
-    saved = checkpoint["args"] if checkpoint else {}
+    saved = checkpoint["args"] if checkpoint else read_architecture(typed)
     typed = replace_flags(typed, data=typed.data or saved.get("data"))
     task, backbone = name_run(typed, saved)
     typed = replace_flags(typed, task=task, backbone=backbone)
@@ -208,7 +217,9 @@ def resolve_args(argv=None):
     args = train_imagenet.fill_defaults(typed, FLAGS, list_overrides(typed), saved)
     args = train_imagenet.resolve_run(args, saved, task, backbone)
     if args.frozen_bn is None:
-        args = replace_flags(args, frozen_bn=bool(args.backbone_weights))
+        args = replace_flags(args, frozen_bn=bool(args.backbone_weights or args.weights))
+    option = train_imagenet.resolve_options(args.backbone, args.option)
+    args = replace_flags(args, option=option)
     check_model(args)
     if not (args.eval or args.predict or args.score):
         args = replace_flags(args, micro_batch=choose_micro_batch(args))
@@ -240,22 +251,41 @@ def list_overrides(typed):
 
 def open_checkpoint(typed):
     """The checkpoint that --eval, --predict or --resume needs, or None. Raises: InputError."""
-    if sum(map(bool, (typed.eval, typed.predict, typed.score, typed.resume))) > 1:
-        raise InputError("--eval, --predict, --score and --resume are mutually exclusive")
+    train_imagenet.check_commands(typed, "eval", "predict", "score", "resume")
+    if typed.weights and typed.backbone_weights:
+        raise InputError("--weights and --backbone-weights are mutually exclusive")
     if typed.eval or typed.predict:
-        if not typed.weights:
-            raise InputError(f"--{'eval' if typed.eval else 'predict'} needs --weights FILE")
-        checkpoint = train_imagenet.read_checkpoint(typed.weights)
-        if not train_imagenet.is_checkpoint(checkpoint, "task"):
-            raise InputError(f"{typed.weights} is no checkpoint of this script")
-        return checkpoint
-    if typed.weights:
-        raise InputError("--weights is for --eval and --predict; training starts from "
-                         "--backbone-weights or continues with --resume")
+        return read_dense_checkpoint(typed.weights)
     if not typed.resume:
         return None
     output = typed.output or train_imagenet.default_output(*name_run(typed, saved={}))
     return train_imagenet.find_checkpoint(typed.resume, output, "task")
+
+
+def read_dense_checkpoint(path):
+    """A checkpoint of this script. Raises: InputError for any other file."""
+    checkpoint = train_imagenet.read_checkpoint(path)
+    if not train_imagenet.is_checkpoint(checkpoint, "task"):
+        raise InputError(f"{path} is no checkpoint of this script; classification weights are for "
+                         "--backbone-weights")
+    return checkpoint
+
+
+def read_architecture(typed):
+    """What the file of --weights or --backbone-weights says about its model: {flag: value}."""
+    if typed.weights:
+        saved = read_dense_checkpoint(typed.weights)["args"]
+        return {name: saved[name] for name in ARCHITECTURE if name in saved}
+    if not typed.backbone_weights:
+        return {}
+    state = train_imagenet.read_checkpoint(typed.backbone_weights)
+    saved = train_imagenet.saved_arguments(state, "model", "option")
+    _, backbone = name_run(typed, {"backbone": saved.get("model")})
+    architecture = {"backbone": backbone}
+    architecture["released"] = bool(train_imagenet.is_released(backbone, state))
+    if backbone == saved.get("model"):
+        architecture["option"] = saved.get("option")
+    return architecture
 
 
 def check_flags(typed, saved):
@@ -270,7 +300,7 @@ def check_flags(typed, saved):
                              f"not for {typed.task}")
     for flag in ("task", "backbone", "schedule", "keypoints"):
         given = getattr(typed, flag)
-        if saved and given not in (None, saved[flag]):
+        if given not in (None, saved.get(flag, given)):
             raise InputError(f"the checkpoint holds {saved[flag]}, but --{flag} is {given}")
     if typed.iters and typed.epochs:
         raise InputError("--iters and --epochs are mutually exclusive")
@@ -316,13 +346,17 @@ class DenseTask:
     augment(raw, rng) -> training sample; raw is what source.read(index) returns
     collate(samples) -> tuple of tensors; losses(net, batch) -> {name: scalar}
     predict(model, image) -> prediction; overlay(image, prediction, classes) -> image
-    record(model, source, sample) -> what the metrics need of one image
+    describe(prediction, classes) -> dict, what the overlay shows, in numbers
+    record(source, sample, prediction) -> what the metrics need of one image
     summarize(source, records) -> {metric: value}; score_results(source, path) -> the same
+    results(source, sample, prediction) -> what a results file holds of one image, a list
+    write_results(path, results): write the file, or folder, that score_results reads
     """
 
     train_mode = True  # argument of model.train()
     test_batch = 1     # images differ in size
     decimals = 3
+    small_data = "--batch-size 4 --iters 1000 --warmup-iters 100"
 
     def __init__(self, args, device):
         self.args = args
@@ -364,27 +398,38 @@ class DenseTask:
     def collate_test(self, samples):
         return samples[0]
 
+    def infer(self, model, sample):
+        """The prediction for a test sample."""
+        _, (image, *_) = sample
+        return self.predict(model, image)
+
     def build_model(self, classes):
         """The model that the flags name, for these class names."""
         args = self.args
         flags = {"rois": args.rois, "box_head": args.box_head}
         options = {name: value for name, value in flags.items() if value is not None}
-        overrides = {"released": True} if args.released else {}
+        overrides = self.backbone_options()
         if args.drop_path is not None:
             overrides["drop_path_rate"] = args.drop_path
         return build_model(args.task, args.backbone, len(classes), frozen_bn=args.frozen_bn,
                            options=options, **overrides)
 
+    def backbone_options(self):
+        """Arguments of the backbone that decide which weights fit it."""
+        released = {"released": True} if self.args.released else {}
+        return released | self.args.option
+
     def load_pretrained(self, model):
-        """Load --backbone-weights, if given, averaged ones if the file has them.
+        """Load --weights or --backbone-weights, if given, averaged ones if the file has them.
 
         Returns: a line to print, or None. Raises: InputError for another model's weights.
         """
         path = self.args.backbone_weights
+        if self.args.weights:
+            return self.load_checkpoint(model, self.args.weights)
         if not path:
             return None
-        options = {"released": True} if self.args.released else {}
-        classifier = MODELS[self.args.backbone](**options)
+        classifier = MODELS[self.args.backbone](**self.backbone_options())
         checkpoint = train_imagenet.read_checkpoint(path)
         entry = "ema" if checkpoint.get("ema") else "model"
         train_imagenet.load_weights(classifier, checkpoint, entry)
@@ -393,6 +438,19 @@ class DenseTask:
         model.backbone.net.load_state_dict({name: weights[name] for name in needed})
         unused = {name.split(".")[0] for name in weights.keys() - needed}
         return f"{path}: loaded, without {' and '.join(sorted(unused))}"
+
+    def load_checkpoint(self, model, path):
+        """Load a checkpoint of this task, but for layers of another number of classes."""
+        checkpoint = train_imagenet.read_checkpoint(path)
+        source = self.build_model(checkpoint["classes"])
+        train_imagenet.load_weights(source, checkpoint, "ema" if checkpoint["ema"] else "model")
+        weights = source.state_dict()
+        expected = model.state_dict()
+        matching = {name: t for name, t in weights.items() if t.shape == expected[name].shape}
+        model.load_state_dict(expected | matching)
+        layers = {name.rpartition(".")[0] for name in weights.keys() - matching.keys()}
+        without = f", without {' and '.join(sorted(layers))}: other classes" if layers else ""
+        return f"{path}: loaded{without}"
 
     def param_groups(self, model):
         """AdamW's groups: all parameters decay, or all but the norms'."""
@@ -526,7 +584,6 @@ class FPN(nn.Module):
         return outputs
 
 
-OVERLAY_THRESHOLD = 0.3  # score of the detections, confidence of the keypoints that are plotted
 
 
 def read_annotated_image(path, width, height):
@@ -943,13 +1000,33 @@ class Segmentation(DenseTask):
                 draw.text(position, classes[label], "white", anchor="mm", **outline)
         return result
 
-    def record(self, model, source, sample):
+    def describe(self, prediction, classes):
+        """The fraction of the pixels of each class that occurs, largest first."""
+        count = np.bincount(prediction.ravel(), minlength=len(classes))
+        order = [label for label in count.argsort()[::-1] if count[label] > 0]
+        fractions = {classes[label]: round(count[label] / prediction.size, 4) for label in order}
+        return {"pixels": fractions}
+
+    def record(self, source, sample, prediction):
         """Pixel counts of one image, see `count_pixels`."""
-        _, (image, labels) = sample
-        return count_pixels(self.predict(model, image), labels, len(source.classes))
+        _, (_, labels) = sample
+        return count_pixels(prediction, labels, len(source.classes))
 
     def summarize(self, _source, records):
         return mean_iou(sum(records))
+
+    def results(self, source, sample, prediction):
+        """[(name, content)] of the image's label PNG, which holds 1 to K, as the benchmark asks."""
+        index, _ = sample
+        file = io.BytesIO()
+        Image.fromarray(prediction + 1).save(file, "PNG")
+        return [(f"{source.files[index].stem}.png", file.getvalue())]
+
+    def write_results(self, path, results):
+        """Write the label PNGs into a folder."""
+        Path(path).mkdir(exist_ok=True)
+        for name, content in results:
+            (Path(path) / name).write_bytes(content)
 
     def score_results(self, source, path):
         """Metrics of a folder of label PNGs named like the images. Raises: InputError."""
@@ -1526,17 +1603,23 @@ def collate_boxes(images, boxes, labels):
     return *pad_images(images, 32), padded_boxes, padded_labels
 
 
-def match_objects(source, index, detections, kind):
-    """`match_image` of one image's detections. Raises: InputError for malformed annotations."""
+def detection_results(source, index, detections):
+    """One image's detections as entries of a COCO results file, masks as compressed RLE."""
     boxes, scores, labels, *masks = detections
     boxes = np.concatenate([boxes[:, :2], box_size(boxes)], 1)
+    image_id = source.entries[index]["image"]["id"]
     results = []
     for box, score, label in zip(boxes.tolist(), scores.tolist(), labels):
-        category = source.categories[label]
-        results.append({"category_id": category, "bbox": box, "score": score})
-    if kind == "segm":
-        for result, mask in zip(results, masks[0]):
-            result["segmentation"] = {"size": mask.shape, "counts": mask_runs(mask)}
+        ids = {"image_id": image_id, "category_id": source.categories[label]}
+        results.append(ids | {"bbox": box, "score": score})
+    for image_masks in masks:
+        for result, mask in zip(results, image_masks):
+            result["segmentation"] = rle_encode(mask)
+    return results
+
+
+def match_objects(source, index, results, kind):
+    """`match_image` of one image's results. Raises: InputError for malformed annotations."""
     image = source.entries[index]["image"]
     try:
         annotations = annotations_for(kind, source.annotations[image["id"]])
@@ -1546,36 +1629,39 @@ def match_objects(source, index, detections, kind):
 
 
 def match_results(source, path, kinds):
-    """`match_image` of each image's results in a COCO results file: a list, one for each kind."""
-    fields = ["segmentation" if kind == "segm" else kind for kind in kinds]
+    """{kind: [`match_image` of each image's results]} of a COCO results file.
+
+    A kind, of which no result has the field, is left out, if another one is there.
+    """
     results = {entry["image"]["id"]: [] for entry in source.entries}
-    for result in read_results(path, results.keys(), source.categories, fields):
+    entries = read_results(path, results.keys(), source.categories)
+    held = [kind for kind in kinds if any(RESULT_FIELDS[kind] in entry for entry in entries)]
+    matches = {kind: [] for kind in held or kinds}
+    check_fields(path, entries, [RESULT_FIELDS[kind] for kind in matches])
+    for result in entries:
         results[result["image_id"]].append(result)
-    records = []
     for entry in source.entries:
         image = entry["image"]
         annotations = source.annotations[image["id"]]
-        record = []
         try:
-            for kind in kinds:
+            for kind in matches:
                 pair = annotations_for(kind, annotations), results[image["id"]]
-                record.append(match_image(image, *pair, kind))
+                matches[kind].append(match_image(image, *pair, kind))
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None
-        records.append(record)
-    return records
+    return matches
 
 
-def plot_detections(image, detections, classes):
+def plot_detections(image, detections, classes, threshold):
     """A PIL image with the boxes, names and, if there are any, masks of its detections.
 
-    Detections that score less than OVERLAY_THRESHOLD are left out.
+    Detections that score less than the threshold are left out.
     """
     overlay = image.copy()
     canvas = ImageDraw.Draw(overlay)
     colours = palette(len(classes)).tolist()
     boxes, scores, labels, *masks = detections
-    for i in np.flatnonzero(scores >= OVERLAY_THRESHOLD)[::-1]:     # the best one is on top
+    for i in np.flatnonzero(scores >= threshold)[::-1]:     # the best one is on top
         colour = tuple(colours[labels[i]])
         if masks:
             opacity = Image.fromarray(masks[0][i].astype(np.uint8) * 128)
@@ -1586,6 +1672,12 @@ def plot_detections(image, detections, classes):
         canvas.rectangle(canvas.textbbox(corner, caption), colour)
         canvas.text(corner, caption, "black")
     return overlay
+
+
+def count_objects(prediction, classes, threshold):
+    """Number of objects of each class that reach the threshold, those of the best score first."""
+    _, scores, labels, *_ = prediction
+    return {"objects": Counter(classes[label] for label in labels[scores >= threshold])}
 
 
 class Detection(DenseTask):
@@ -1617,20 +1709,30 @@ class Detection(DenseTask):
         return tuple(x.cpu().numpy() for x in detections)
 
     def overlay(self, image, prediction, classes):
-        return plot_detections(image, prediction, classes)
+        return plot_detections(image, prediction, classes, self.args.threshold)
 
-    def record(self, model, source, sample):
+    def describe(self, prediction, classes):
+        return count_objects(prediction, classes, self.args.threshold)
+
+    def record(self, source, sample, prediction):
         """The image's detections, matched with its annotations."""
-        index, (image, *_) = sample
-        return match_objects(source, index, self.predict(model, image), "bbox")
+        index, _ = sample
+        return match_objects(source, index, self.results(source, sample, prediction), "bbox")
 
     def summarize(self, source, records):
         return accumulate(records, "bbox", source.categories)
 
+    def results(self, source, sample, prediction):
+        index, _ = sample
+        return detection_results(source, index, prediction)
+
+    def write_results(self, path, results):
+        write_coco_results(path, results)
+
     def score_results(self, source, path):
         """Metrics of the boxes of a COCO results file."""
-        records = [match for match, in match_results(source, path, ["bbox"])]
-        return {"kind": "bbox"} | self.summarize(source, records)
+        matches = match_results(source, path, ["bbox"])
+        return {"kind": "bbox"} | self.summarize(source, matches["bbox"])
 
 # --------------------------------------------------------------------------------------- Mask R-CNN
 # Instance segmentation: Mask R-CNN (arXiv 1703.06870) and Cascade Mask R-CNN (arXiv 1712.00726)
@@ -2239,25 +2341,46 @@ class InstanceSegmentation(DenseTask):
         return tuple(x.cpu().numpy() for x in detections)
 
     def overlay(self, image, prediction, classes):
-        return plot_detections(image, prediction, classes)
+        return plot_detections(image, prediction, classes, self.args.threshold)
 
-    def record(self, model, source, sample):
+    def describe(self, prediction, classes):
+        return count_objects(prediction, classes, self.args.threshold)
+
+    def results(self, source, sample, prediction):
+        index, _ = sample
+        return detection_results(source, index, prediction)
+
+    def record(self, source, sample, prediction):
         """The image's detections, matched with its annotations by boxes and by masks."""
-        index, (image, *_) = sample
-        detections = self.predict(model, image)
-        return [match_objects(source, index, detections, kind) for kind in ("bbox", "segm")]
+        index, _ = sample
+        results = self.results(source, sample, prediction)
+        return [match_objects(source, index, results, kind) for kind in ("bbox", "segm")]
 
     def summarize(self, source, records):
-        box_records, mask_records = zip(*records)
-        box_metrics = accumulate(box_records, "bbox", source.categories)
-        mask_metrics = accumulate(mask_records, "segm", source.categories)
-        metrics = {f"box_{name}": value for name, value in box_metrics.items()}
-        metrics |= {f"mask_{name}": value for name, value in mask_metrics.items()}
+        return self.metrics_of(source, dict(zip(("bbox", "segm"), zip(*records))))
+
+    def metrics_of(self, source, matches):
+        """The metrics of {kind: matches of all images}."""
+        metrics = {}
+        for kind, prefix in (("bbox", "box"), ("segm", "mask")):
+            if kind in matches:
+                values = accumulate(matches[kind], kind, source.categories)
+                metrics |= {f"{prefix}_{name}": value for name, value in values.items()}
         return metrics
 
     def score_results(self, source, path):
-        """Metrics of the boxes and of the masks of a COCO results file."""
-        return self.summarize(source, match_results(source, path, ["bbox", "segm"]))
+        """Metrics of the boxes and of the masks of a COCO results file, or of what it holds."""
+        return self.metrics_of(source, match_results(source, path, ["bbox", "segm"]))
+
+    def write_results(self, path, results):
+        """Write NAME.bbox.json and NAME.segm.json for NAME.json.
+
+        COCO's server would take the sizes of masks from boxes that stand beside them.
+        """
+        for kind, field in RESULT_FIELDS.items():
+            names = "image_id", "category_id", "score", field
+            entries = [dict(zip(names, itemgetter(*names)(result))) for result in results]
+            write_coco_results(Path(path).with_suffix(f".{kind}.json"), entries)
 
 # --------------------------------------------------------------------------------------------- pose
 # Keypoints of persons, top-down: a detector gives boxes, and the network sees one crop per person.
@@ -2720,7 +2843,7 @@ class Pose(DenseTask):
         face = PARTS["face"]
         points, _ = prediction
         for person in points:
-            visible = person[:, 2] >= OVERLAY_THRESHOLD
+            visible = person[:, 2] >= self.args.threshold
             for line, colour in zip(LINES, colours):
                 width = thick if max(line) < face.start else thin
                 for a, b in zip(line, line[1:]):
@@ -2731,14 +2854,37 @@ class Pose(DenseTask):
                 canvas.rectangle((x - radius, y - radius, x + radius, y + radius), "white")
         return figure
 
-    def record(self, model, source, sample):
+    def describe(self, prediction, _classes):
+        """The number of persons of whom a keypoint is shown."""
+        points, _ = prediction
+        visible = points[..., 2] >= self.args.threshold                 # (n, K)
+        return {"objects": {"person": int(visible.any(1).sum())}}
+
+    def infer(self, model, sample):
+        _, (image, boxes, _) = sample
+        return self.predict(model, image, boxes)
+
+    def record(self, source, sample, prediction):
         """What the metrics need of one image: its poses matched with its persons."""
-        index, (image, boxes, _) = sample
-        points, scores = self.predict(model, image, boxes)
-        results = [({"score": score}, person) for person, score in zip(points, scores)]
+        index, _ = sample
         image_id = source.ids[index]
-        annotations = source.annotations[image_id]
-        return match_persons(image_id, annotations, results, self.args.keypoints)
+        results = self.results(source, sample, prediction)
+        pairs = [(result, points) for result, points in zip(results, prediction[0])]
+        return match_persons(image_id, source.annotations[image_id], pairs, self.args.keypoints)
+
+    def results(self, source, sample, prediction):
+        """The poses of one image as entries of a results file of COCO or COCO-WholeBody."""
+        index, _ = sample
+        results = []
+        for points, score in zip(*prediction):
+            result = {"image_id": source.ids[index], "category_id": PERSON, "score": float(score)}
+            for part in ("body",) if self.args.keypoints == 17 else PARTS:
+                result[FIELDS[part]] = points[PARTS[part]].ravel().tolist()
+            results.append(result)
+        return results
+
+    def write_results(self, path, results):
+        write_coco_results(path, results)
 
     def summarize(self, _source, records):
         """COCO's ten metrics for 17 keypoints; for 133 AP and AR of the whole body ("AP", "AR"),
@@ -2833,6 +2979,7 @@ RULES = {  # type of entry: {field: rule}
     "annotation": {"id": WHOLE, **IDS, "bbox": BOX, "area": REAL, "iscrowd": ZERO_ONE},
     "result": {**IDS, "score": REAL, "bbox": BOX},
 }
+RESULT_FIELDS = {"bbox": "bbox", "segm": "segmentation"}  # kind of metrics: what it needs
 OPTIONAL_FIELDS = (("annotation", "id"), ("annotation", "iscrowd"), ("result", "bbox"))
 
 
@@ -2917,11 +3064,11 @@ def read_annotations(path):
     return data
 
 
-def read_results(path, image_ids=None, category_ids=None, fields=()):
+def read_results(path, image_ids=None, category_ids=None):
     """A COCO results file, checked: a list of dicts with image_id, category_id and score.
 
-    image_ids, category_ids: sets that the results' ids must be in, if given. fields: what else
-    each result must have. Raises: InputError that names the file and the wrong result's image.
+    image_ids, category_ids: sets that the results' ids must be in, if given.
+    Raises: InputError that names the file and the wrong result's image.
     """
     known_ids = {"image_id": image_ids, "category_id": category_ids}
     known_ids = {field: ids for field, ids in known_ids.items() if ids is not None}
@@ -2930,11 +3077,21 @@ def read_results(path, image_ids=None, category_ids=None, fields=()):
         if not isinstance(results, list):
             raise ValueError("expected a list of results")
         check_entries(path, "result", results, known_ids)
-        for index, result in enumerate(results):
-            for field in fields:
-                if result.get(field) is None:
-                    raise entry_error(path, "result", index, result, f"expected a {field}")
     return results
+
+
+def check_fields(path, results, fields):
+    """Raise InputError for a result without one of the fields, named as in `read_results`."""
+    for index, result in enumerate(results):
+        for field in fields:
+            if result.get(field) is None:
+                raise entry_error(path, "result", index, result, f"expected a {field}")
+
+
+def write_coco_results(path, results):
+    """Write what `read_results` reads, in order of the images' ids."""
+    in_order = sorted(results, key=lambda result: result["image_id"])
+    Path(path).write_text(json.dumps(in_order))
 
 
 # Run-length masks (RLE): pixels are scanned down each column, columns from left to right. Runs of
@@ -3560,33 +3717,36 @@ ARCHITECTURES = {  # of each task: the model, the backbone's stages (0 to 3) tha
 
 
 def predict(task, args, procs, checkpoint):
-    """--predict: write an overlay of every image to --output."""
+    """--predict: write an overlay of every image to --output, print what it shows as JSON."""
+    files = train_imagenet.list_images(args.predict)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     person_boxes = read_person_boxes(args.boxes) if args.boxes else {}
     classes = checkpoint["classes"]
-    model = task.build_model(classes)
-    train_imagenet.load_weights(model, checkpoint, "ema" if checkpoint["ema"] else "model")
-    model.to(procs.device).eval()
-    names = overlay_names(args)
-    for path in args.predict[procs.rank::procs.world]:
-        image = read_image(path, upright=True)
+    entry = "ema" if checkpoint["ema"] else "model"
+    model = train_imagenet.load_trained(task, checkpoint, entry, classes).to(procs.device)
+    names = overlay_names(files, args.task)
+    for path, image in train_imagenet.read_images(files, procs):
         options = {"boxes": task.boxes_in(path, person_boxes)} if args.boxes else {}
         prediction = task.predict(model, image, **options)
-        task.overlay(image, prediction, classes).save(output / names[path])
-        print(f"wrote {output / names[path]}")
+        overlay = output / names[path]
+        task.overlay(image, prediction, classes).save(overlay)
+        facts = {"image": path, "overlay": str(overlay)}
+        print(json.dumps(facts | task.describe(prediction, classes)))
 
 
-def overlay_names(args):
+def overlay_names(files, task):
     """{image: file name of its overlay}; a name that is taken gets a number."""
     names = {}
-    for path in dict.fromkeys(args.predict):  # an image may be given twice
+    taken = set()
+    for path in files:
         stem = Path(path).stem
-        name = f"{stem}_{args.task}.png"
+        name = f"{stem}_{task}.png"
         copies = 0
-        while name in names.values():
+        while name in taken:
             copies += 1
-            name = f"{stem}_{copies}_{args.task}.png"
+            name = f"{stem}_{copies}_{task}.png"
+        taken.add(name)
         names[path] = name
     return names
 

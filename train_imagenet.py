@@ -6,6 +6,7 @@
         --output runs/s
     torchrun --nproc-per-node 8 --max-restarts 3 train_imagenet.py ... --resume auto
     python train_imagenet.py --eval --weights runs/s/best.pt --data /data/imagenet
+    python train_imagenet.py --predict photo.jpg folder --weights runs/s/best.pt
     # STViT at 384:
     torchrun --nproc-per-node 8 train_imagenet.py --model stvit_s --data /data/imagenet \\
         --weights runs/s/last.pt --output runs/s384 --frozen-bn --img-size 384 --epochs 30 \\
@@ -31,6 +32,7 @@ import argparse
 import copy
 import ctypes
 import datetime
+import inspect
 import itertools
 import json
 import math
@@ -126,6 +128,31 @@ def nonempty(value):
     return value
 
 
+def option(typed):
+    """Flag type: "grids=8,4,1,1" -> ("grids", (8, 4, 1, 1)), see `parse_value`."""
+    name, equals, value = typed.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{typed!r}, expected NAME=VALUE")
+    return name, parse_value(value)
+
+
+def parse_value(typed):
+    """A number, true, false, none or a name; with commas a tuple, whose entries may be tuples, too.
+
+    The inner ones are written with colons: "64:16,4" -> ((64, 16), 4).
+    """
+    for separator in ",:":
+        if separator in typed:
+            return tuple(parse_value(part) for part in typed.split(separator) if part)
+    words = {"true": True, "false": False, "none": None}
+    if typed.lower() in words:
+        return words[typed.lower()]
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(typed)
+    return typed
+
+
 COUNT = bounded(int, 1)
 POSITIVE = bounded(float, 0, above=True)
 NOT_NEGATIVE = bounded(float, 0)
@@ -139,7 +166,11 @@ WHOLE_TEST_IMAGE = 384  # pixels from which on they are
 WARMUP_START = 1e-6  # learning rate of update 0 if there is a warm-up
 
 RUN_FLAGS = {  # of both scripts
-    "released": Flag(bool, False, "the architecture of SecViT's released weights"),
+    "released": Flag(bool, False, "the architecture of SecViT's released weights; found out from "
+                     "weights, if any"),
+    "option": Flag(option, None, "NAME=VALUE, an argument of the model's class, such as "
+                   "aggregation=grid or ratios=64:16,16:4,4:1,1; an unknown name prints them all",
+                   several=True),
     "output": OnceFlag(nonempty, None, "folder for log.jsonl, last.pt, best.pt, curves.png"),
     "micro_batch": Flag(COUNT, None, "images per process and forward pass; gradients accumulate "
                         "up to --batch-size; default: a divisor of it"),
@@ -162,6 +193,8 @@ RUN_FLAGS = {  # of both scripts
                        "do not override; auto: the latest one in --output, if any"),
     "overwrite": OnceFlag(bool, False, "replace an earlier run in --output"),
     "eval": OnceFlag(bool, False, "only evaluate --weights and print one JSON line"),
+    "results": OnceFlag(nonempty, None, "with --eval: write what was predicted to this file (JSON; "
+                        "segmentation: folder of label PNGs)"),
 }
 FLAGS = {
     "model": Flag(nonempty, "linglo_b0", f"one of {', '.join(MODELS)}"),
@@ -169,8 +202,8 @@ FLAGS = {
                      "drawn images"),
     "epochs": Flag(COUNT, 300, "length of training and of the cosine"),
     **RUN_FLAGS,
-    "weights": OnceFlag(nonempty, None, "start from these weights: a checkpoint, a bare state dict "
-                        "or an authors' file"),
+    "weights": OnceFlag(nonempty, None, "start from these weights: a checkpoint, whose model is "
+                        "then the default, a bare state dict or an authors' file"),
     "batch_size": Flag(COUNT, 1024, "images per update, over all processes and accumulation"),
     "lr": Flag(NOT_NEGATIVE, 1e-3, "peak learning rate at this --batch-size, never rescaled"),
     "weight_decay": Flag(NOT_NEGATIVE, 0.05, "AdamW's weight decay"),
@@ -189,6 +222,8 @@ FLAGS = {
                       f"side; default {TEST_CROP}, from {WHOLE_TEST_IMAGE} pixels on 1"),
     "sync_bn": Flag(ON_OFF, False, "batch statistics over all GPUs"),
     "frozen_bn": Flag(bool, False, "train in eval mode: BatchNorm statistics fixed, no drop path"),
+    "predict": OnceFlag(nonempty, None, "print the five most probable classes of these images, or "
+                        "of all images in these folders, as JSON lines", several=True),
 }
 SECVIT = dict(ema=0.99992, sync_bn=True)
 OVERRIDES = {  # what a model family, then the drawn images, set differently
@@ -221,6 +256,7 @@ def make_parser(description, flags, overrides):
         else:
             options["type"] = flag.type
         if flag.several:
+            options["action"] = "extend"  # the flag may also be repeated
             options["nargs"] = "+"
         parser.add_argument(f"--{name.replace('_', '-')}", **options)
     return parser
@@ -298,40 +334,31 @@ def resolve_args(argv=None):
     parser = make_parser("Train or evaluate a backbone on ImageNet-like folders.", FLAGS, OVERRIDES)
     typed = parser.parse_args(argv)
     checkpoint = open_checkpoint(typed)
-    saved = checkpoint.get("args") if checkpoint else None
-    if not isinstance(saved, dict) or saved.get("model") not in MODELS:
-        saved = {}  # the authors' files hold other arguments
+    start = None
+    if checkpoint is None and typed.weights:
+        start = read_checkpoint(typed.weights)
+    saved = saved_arguments(checkpoint) if checkpoint else saved_arguments(start, "model", "option")
     model = typed.model or saved.get("model") or FLAGS["model"].default
     if typed.resume and model != saved.get("model", model):
         raise InputError(f"the checkpoint holds {saved['model']}, but --model is {model}")
     if model not in MODELS:
         raise InputError(f"unknown --model {model!r}, expected one of {', '.join(MODELS)}")
-    typed = replace_flags(typed, data=typed.data or saved.get("data"))
+    if model != saved.get("model"):
+        saved.pop("option", None)
+    released = typed.released or is_released(model, checkpoint or start)
+    typed = replace_flags(typed, data=typed.data or saved.get("data"), released=released)
     overrides = [OVERRIDES.get(model.split("_")[0], {})]
-    if not typed.data:
+    if not (typed.data or typed.predict):
         overrides.append(OVERRIDES["drawn images"])
     args = fill_defaults(typed, FLAGS, overrides, saved)
     args = resolve_run(args, saved, args.model)
-    if args.eval:
+    args = replace_flags(args, option=resolve_options(args.model, args.option))
+    if args.eval or args.predict:
         args = replace_flags(args, micro_batch=args.micro_batch or MAX_MICRO_BATCH)
     else:
         args = replace_flags(args, micro_batch=choose_micro_batch(args, MAX_MICRO_BATCH))
     check_args(args)
     return args, checkpoint
-
-
-def open_checkpoint(typed):
-    """The checkpoint that --eval or --resume needs, or None. Raises: InputError."""
-    if typed.eval and typed.resume:
-        raise InputError("--eval and --resume are mutually exclusive")
-    if typed.eval:
-        if not typed.weights:
-            raise InputError("--eval needs --weights FILE")
-        return read_checkpoint(typed.weights)
-    if not typed.resume:
-        return None
-    output = typed.output or default_output(typed.model or FLAGS["model"].default)
-    return find_checkpoint(typed.resume, output, "model")
 
 
 def check_args(args):
@@ -340,9 +367,97 @@ def check_args(args):
         raise InputError(f"--released is a variant of SecViT, not of {args.model}")
     parse_randaug(args.randaug)
     is_single_value = args.micro_batch == 1 and args.img_size == 32
-    if is_single_value and not (args.frozen_bn or args.eval):
+    if is_single_value and not (args.frozen_bn or args.eval or args.predict):
         raise InputError("--micro-batch 1 at --img-size 32 leaves batch norm a single value per "
                          "channel; use 2 or more")
+
+
+def check_commands(typed, *names):
+    """Raise InputError unless the flags ask for at most one of the commands in `names`."""
+    given = [name for name in names if getattr(typed, name)]
+    if len(given) > 1:
+        flags = ", ".join(f"--{name}" for name in names)
+        raise InputError(f"{flags} are mutually exclusive")
+    for name in given:
+        if name in ("eval", "predict") and not typed.weights:
+            raise InputError(f"--{name} needs --weights FILE")
+    if typed.results and not typed.eval:
+        raise InputError("--results is for --eval")
+
+
+ARGUMENTS_WITH_FLAGS = ("num_classes", "drop_path_rate", "released")
+
+
+def resolve_options(model, options):
+    """{name: value} of --option, pairs or such a dict, as the constructor of `model` takes it.
+
+    Raises: InputError for an unknown name, which lists the model's, and for a wrong value.
+    """
+    options = dict(options or {})
+    if not options:
+        return options
+    with torch.device("meta"):  # without memory for weights, so fast
+        network = MODELS[model](num_classes=1)
+        parameters = dict(inspect.signature(type(network)).parameters)
+        for name in ARGUMENTS_WITH_FLAGS:
+            parameters.pop(name, None)
+        arguments = ", ".join(map(str, parameters.values()))
+        for name, value in options.items():
+            if name not in parameters:
+                raise InputError(f"--option {name}: {model} has only {arguments}")
+            options[name] = fit_value(name, value, parameters[name].default)
+        try:
+            MODELS[model](num_classes=1, **options)
+        except ValueError as error:
+            raise InputError(f"--option: {error}") from None
+        except TypeError as error:
+            raise InputError(f"--option: a value of another type than in {arguments} "
+                             f"({error})") from None
+    return options
+
+
+def fit_value(name, value, default):
+    """`value`, entries of tuples of tuples turned into tuples. Raises: InputError for a wrong type.
+
+    default: the constructor's, or inspect.Parameter.empty.
+    """
+    expected = type(default)
+    if default is inspect.Parameter.empty or (value is None and expected is str):
+        return value
+    if type(value) is not expected:
+        kinds = {bool: "true or false", int: "a whole number", str: "a name",
+                 tuple: "values separated by commas"}
+        raise InputError(f"--option {name}: {value!r}, expected {kinds[expected]}, "
+                         f"default {default}")
+    if expected is tuple and isinstance(default[0], tuple):
+        return tuple(entry if isinstance(entry, tuple) else (entry,) for entry in value)
+    return value
+
+
+def saved_arguments(state, *names):
+    """The arguments, or those of these names, in a checkpoint of this script; of others, none."""
+    saved = state.get("args") if state else None
+    if not isinstance(saved, dict) or saved.get("model") not in MODELS:
+        return {}  # the authors' files hold other arguments
+    return {name: saved[name] for name in names or saved if name in saved}
+
+
+def is_released(model, state):
+    """True if a file, or None, holds weights of SecViT's released architecture, else None."""
+    if state is None or not model.startswith("secvit_"):
+        return None
+    names = checkpoint_tensors(state).keys()
+    released = {"stages.0.0.ffn.conv.weight", "patch_embed.proj.0.weight"} & names
+    return bool(released) or None
+
+
+def open_checkpoint(typed):
+    """The file that --eval, --predict or --resume reads, or None. Raises: InputError."""
+    check_commands(typed, "eval", "predict", "resume")
+    if typed.resume:
+        output = typed.output or default_output(typed.model or FLAGS["model"].default)
+        return find_checkpoint(typed.resume, output, "model")
+    return read_checkpoint(typed.weights) if typed.eval or typed.predict else None
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -645,6 +760,49 @@ def image_files(folder):
     Image.init()
     names = (entry.name for entry in os.scandir(folder))
     return sorted(name for name in names if Path(name).suffix.lower() in Image.EXTENSION)
+
+
+def list_images(paths):
+    """The files among `paths` and the image files in its folders, at any depth, each once.
+
+    Hidden files and folders are left out. Raises: InputError for a path that does not exist and
+    for a folder without images.
+    """
+    files = {}
+    for path in paths:
+        if not os.path.exists(path):
+            raise InputError(f"no file or folder {path}")
+        if not os.path.isdir(path):
+            files[path] = None
+            continue
+        images = []
+        for folder, subfolders, _ in os.walk(path):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            names = [name for name in image_files(folder) if not name.startswith(".")]
+            images += [os.path.join(folder, name) for name in names]
+        if not images:
+            raise InputError(f"{path} holds no image")
+        files |= dict.fromkeys(sorted(images))
+    return list(files)
+
+
+def read_images(files, procs):
+    """(file, upright RGB image) of this process's part of the files.
+
+    A file that cannot be decoded is named on stderr; after all the others the exit status is 2.
+    """
+    unreadable = False
+    for file in files[procs.rank::procs.world]:
+        try:
+            image = read_image(file, upright=True)
+        except UnreadableImage as error:
+            print(f"cannot decode {error}", file=sys.stderr)
+            unreadable = True
+        else:
+            yield file, image
+    procs.wait()
+    if procs.any(unreadable):
+        sys.exit(2)
 
 
 class DrawnShapes:
@@ -1256,6 +1414,14 @@ def is_checkpoint(state, script_key):
     return isinstance(state["args"], dict) and script_key in state["args"]
 
 
+def checkpoint_tensors(state, entry="model"):
+    """{name: tensor} of a file's dict, see `load_weights`, without wrappers' prefixes."""
+    dicts = [state[key] for key in (entry, "state_dict") if isinstance(state.get(key), dict)]
+    state = dicts[0] if dicts else state
+    tensors = {str(name): t for name, t in state.items() if isinstance(t, torch.Tensor)}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", name): t for name, t in tensors.items()}
+
+
 def load_weights(model, state, entry="model"):
     """Copy a weight file into `model`; a classifier of another number of classes is left out.
 
@@ -1264,10 +1430,7 @@ def load_weights(model, state, entry="model"):
     Returns: names of the classifier's tensors that were not loaded.
     Raises: InputError if anything else does not fit.
     """
-    dicts = [state[key] for key in (entry, "state_dict") if isinstance(state.get(key), dict)]
-    state = dicts[0] if dicts else state
-    tensors = {str(name): t for name, t in state.items() if isinstance(t, torch.Tensor)}
-    weights = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): t for name, t in tensors.items()}
+    weights = checkpoint_tensors(state, entry)
     if "patch_embed.proj.0.weight" in weights and hasattr(model, "convert_released"):
         weights = model.convert_released(weights)
     expected = model.state_dict()
@@ -1503,14 +1666,19 @@ class Classification:
     losses(net, batch)                 {name: scalar}; their sum is minimised
     test_sample(source, index, rng)    a sample of an evaluation, which holds `test_batch` per batch
     collate_test(samples)              a batch of an evaluation
-    record(model, source, batch)       what the metrics need of this batch
+    infer(model, batch)                the model's prediction for this batch
+    record(source, batch, prediction)  what the metrics need of it
+    results(source, batch, prediction) what --results writes of it, a list
+    write_results(path, results)       write the file of --results
     summarize(source, records)         {metric: value} of all batches' records
+    small_data                         flags that suit fewer images than a default batch
     metric, decimals                   name of the metric that picks best.pt, larger is better;
                                        digits of printed metrics
     """
 
     metric = "top1"
     decimals = 2
+    small_data = "--batch-size 16 --repeated-aug 1 --epochs 20 --warmup-epochs 1 --lr 1e-4 --ema 0"
 
     def __init__(self, args, device):
         self.args = args
@@ -1534,15 +1702,19 @@ class Classification:
         return np.asarray(image), int(source.labels[index])
 
     def test_sample(self, source, index, _rng):
+        """The central crop, its label and its index."""
+        return self.test_pixels(source.read(index)), int(source.labels[index]), index
+
+    def test_pixels(self, image):
+        """What the model sees of a PIL image in an evaluation: (S, S, 3) uint8."""
         size = self.args.img_size
         default = TEST_CROP if size < WHOLE_TEST_IMAGE else 1.0
-        image = center_crop(source.read(index), size, self.args.test_crop or default)
-        return np.asarray(image), int(source.labels[index])
+        return np.asarray(center_crop(image, size, self.args.test_crop or default))
 
     def collate(self, samples):
-        """Samples -> images (B, S, S, 3) uint8, labels (B,)."""
-        images, labels = zip(*samples)
-        return torch.from_numpy(np.stack(images)), torch.tensor(labels)
+        """Samples -> images (B, S, S, 3) uint8, labels (B,), in an evaluation also indices (B,)."""
+        images, *numbers = zip(*samples)
+        return torch.from_numpy(np.stack(images)), *map(torch.tensor, numbers)
 
     collate_test = collate
 
@@ -1553,7 +1725,7 @@ class Classification:
 
     def build_model(self, classes):
         """The backbone that the flags name, with its paper's drop path unless the flag is given."""
-        options = {"num_classes": len(classes)}
+        options = {"num_classes": len(classes), **self.args.option}
         if self.args.drop_path is not None:
             options["drop_path_rate"] = self.args.drop_path
         if self.args.released:
@@ -1589,12 +1761,15 @@ class Classification:
                          mixup=self.args.mixup, cutmix=self.args.cutmix, rng=random)
         return {"loss_cls": F.cross_entropy(net(x).float(), targets)}
 
-    def record(self, model, _source, batch):
-        """Sums over a batch (4,) float64: top-1 and top-5 hits, loss, images."""
-        images, labels = (t.to(self.device, non_blocking=True) for t in batch)
+    def infer(self, model, batch):
+        """Logits (B, K) float32 of a batch whose first entry is its images."""
+        images = batch[0].to(self.device, non_blocking=True)
         with autocast(self.args, self.device):
-            logits = model(normalize(images))
-        logits = logits.float()
+            return model(normalize(images)).float()
+
+    def record(self, _source, batch, logits):
+        """Sums over a batch (4,) float64: top-1 and top-5 hits, loss, images."""
+        labels = batch[1].to(self.device, non_blocking=True)
         top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]      # (B, 5)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums = torch.stack([top5[:, 0].sum(), top5.sum(), loss]).double()
@@ -1605,6 +1780,27 @@ class Classification:
         top1, top5, loss, images = sum(records, torch.zeros(4, dtype=torch.float64)).tolist()
         assert images == len(source), f"{images} images counted, {len(source)} exist"
         return dict(top1=100 * top1 / images, top5=100 * top5 / images, loss=loss / images)
+
+    def results(self, source, batch, logits):
+        """A dict for each image of a batch: its file, its class, the most probable classes."""
+        _, labels, indices = batch
+        entries = []
+        for index, label, row in zip(indices.tolist(), labels.tolist(), logits):
+            image = {"image": source.name(index), "class": source.classes[label]}
+            entries.append(image | {"probabilities": best_classes(row, source.classes)})
+        return entries
+
+    def write_results(self, path, results):
+        """Write one JSON line for each image."""
+        lines = [json.dumps(entry) + "\n" for entry in results]
+        Path(path).write_text("".join(sorted(lines)))
+
+
+def best_classes(logits, classes):
+    """{name: probability} of the five most probable classes, best first; logits (K,)."""
+    best = logits.softmax(0).topk(min(5, len(logits)))
+    values = [round(value, 6) for value in best.values.tolist()]
+    return dict(zip([classes[label] for label in best.indices.tolist()], values))
 
 
 def open_data(folder, *splits, announce):
@@ -1645,7 +1841,7 @@ def train(task, args, procs, checkpoint):
     per_epoch = task.sampler(train_set, **schedule).per_epoch
     if per_epoch == 0:
         raise InputError(f"--batch-size {args.batch_size} is larger than the {len(train_set)} "
-                         "training images of an epoch")
+                         f"training images of an epoch; for small data: {task.small_data}")
     total = task.total_updates(per_epoch)
     last_step = min(total, args.max_steps or total)
     eval_every = task.eval_every(per_epoch, total)
@@ -1847,9 +2043,10 @@ def last_words(task, args, state, stopped, metrics):
 
 
 @torch.no_grad()
-def evaluate(task, model, source, args, procs):
+def evaluate(task, model, source, args, procs, results=None):
     """The task's metrics over all images of `source`, each counted once by any number of processes.
 
+    results: a list to which this process's part of the task's results is added, if given.
     Raises: InputError for an unreadable image; evaluation never substitutes.
     """
     model.eval()
@@ -1862,26 +2059,67 @@ def evaluate(task, model, source, args, procs):
     for batch, unreadable in loader:
         if unreadable:
             raise InputError(f"validation image cannot be decoded: {unreadable[0]}")
-        records.append(task.record(model, source, batch))
+        prediction = task.infer(model, batch)
+        records.append(task.record(source, batch, prediction))
+        if results is not None:
+            results += task.results(source, batch, prediction)
     return task.summarize(source, procs.gather(records))
 
 
 def test(task, args, procs, checkpoint):
-    """--eval: print one JSON line with the metrics of the weights, and of their average if any."""
+    """--eval: print one JSON line with the metrics of the weights, and of their average if any.
+
+    --results then holds what the last of them, the average if there is one, predicts.
+    """
     val_set, = task.open_data(procs, "val")
     check_classes(args.weights, checkpoint.get("classes", val_set.classes), val_set.classes)
+    if args.results and procs.rank == 0:
+        Path(args.results).parent.mkdir(parents=True, exist_ok=True)
+        task.write_results(args.results, [])  # fails now rather than after the evaluation
     metrics = {}
     for entry in ("model", "ema") if checkpoint.get("ema") else ("model",):
-        model = task.build_model(val_set.classes)
-        if load_weights(model, checkpoint, entry):
-            raise InputError(f"the classifier of {args.weights} is not one of "
-                             f"{len(val_set.classes)} classes")
-        result = evaluate(task, model.to(procs.device), val_set, args, procs)
+        model = load_trained(task, checkpoint, entry, val_set.classes)
+        results = [] if args.results else None
+        result = evaluate(task, model.to(procs.device), val_set, args, procs, results)
         prefix = "ema_" if entry == "ema" else ""
         metrics |= {prefix + name: value for name, value in result.items()}
+    if args.results:
+        results = procs.gather(results)
     if procs.rank == 0:
+        if args.results:
+            task.write_results(args.results, results)
         facts = dict(task.identity, weights=args.weights, images=len(val_set))
         print(json.dumps(facts | metrics))
+
+
+def load_trained(task, checkpoint, entry, classes):
+    """The task's model with the weights of a checkpoint, in eval mode.
+
+    Raises: InputError if they do not fit, or if their classifier is of another number of classes.
+    """
+    model = task.build_model(classes)
+    if load_weights(model, checkpoint, entry):
+        raise InputError(f"the classifier of {task.args.weights} is not one of {len(classes)} "
+                         "classes")
+    return model.eval()
+
+
+@torch.no_grad()
+def predict(task, args, procs, checkpoint):
+    """--predict: print one JSON line with the most probable classes of each image."""
+    files = list_images(args.predict)
+    classes = checkpoint.get("classes")
+    if classes is None:  # a bare file of weights names none
+        weights = checkpoint_tensors(checkpoint)
+        classes = [str(label) for label in range(len(weights.get("head.weight", ())))]
+        if not classes:
+            raise InputError(f"{args.weights} has no classifier")
+    entry = "ema" if checkpoint.get("ema") else "model"
+    model = load_trained(task, checkpoint, entry, classes).to(procs.device)
+    for file, image in read_images(files, procs):
+        batch = task.collate([(task.test_pixels(image),)])
+        logits, = task.infer(model, batch)
+        print(json.dumps({"image": file, "probabilities": best_classes(logits, classes)}))
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -1899,9 +2137,12 @@ def launch(command, make_task, args, checkpoint):
 
 
 def main(argv=None):
-    """Resolve the arguments, then train or evaluate."""
+    """Resolve the arguments, then train, evaluate or predict."""
     args, checkpoint = resolve_args(argv)
-    launch(test if args.eval else train, Classification, args, checkpoint)
+    command = test if args.eval else train
+    if args.predict:
+        command = predict
+    launch(command, Classification, args, checkpoint)
 
 
 class Terminal:

@@ -216,13 +216,25 @@ VALID_RESULT = dict(image_id=7, category_id=5, score=0.5, bbox=[1, 2, 3, 4])
     ({"bbox": [1, 2, 3, math.nan]}, "bbox [1, 2, 3, nan], expected x, y, width, height"),
     ({"bbox": [1, 2, 3, HUGE]}, "bbox [1, 2, 3, 1000"),
     ({"bbox": [1, 2], "segmentation": []}, "bbox [1, 2], expected x, y, width, height"),
-    ({"bbox": None}, "expected a bbox"),
 ])
 def test_a_bad_result_names_file_image_and_field(tmp_path, change, message):
     result = VALID_RESULT | change
-    text = message_of(read_changed_results, tmp_path, [VALID_RESULT, result], {7}, {5}, ["bbox"])
+    text = message_of(read_changed_results, tmp_path, [VALID_RESULT, result], {7}, {5})
     shown = f"{result['image_id']!r:.60}"
     assert f"{tmp_path / 'results.json'}: result 1, image {shown}: {message}" in text
+
+
+def test_a_result_without_a_field_is_named():
+    results = [VALID_RESULT, VALID_RESULT | {"bbox": None}]
+    text = message_of(train_dense.check_fields, "results.json", results, ["bbox"])
+    assert text == "results.json: result 1, image 7: expected a bbox"
+
+
+def test_results_are_written_in_order_of_their_images(tmp_path):
+    results = [VALID_RESULT | {"image_id": i, "score": 1 / (1 + i)} for i in (9, 2, 9, 5)]
+    path = tmp_path / "results.json"
+    train_dense.write_coco_results(path, results)
+    assert train_dense.read_results(path) == [results[i] for i in (1, 3, 0, 2)]
 
 
 OTHER_RESULTS = {

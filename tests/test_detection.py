@@ -18,6 +18,7 @@ import train_dense
 
 def make_task(task_class, **changes):
     args = dict(task="retinanet", backbone="secvit_t", schedule="1x", img_size=64, amp="none")
+    args["threshold"] = 0.3
     return task_class(argparse.Namespace(**(args | changes)), torch.device("cpu"))
 
 
@@ -811,7 +812,8 @@ def test_ap_of_perfect_boxes_depends_on_their_classes(two_objects, labels, expec
     task = make_task(train_dense.Detection)
     image = Image.new("RGB", (100, 50))
     model = fake_detector(boxes, torch.tensor(labels), image)
-    record = task.record(model, source, (0, (image, None, None)))
+    sample = 0, (image, None, None)
+    record = task.record(source, sample, task.infer(model, sample))
     metrics = task.summarize(source, [record])
     assert list(metrics) == "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
     assert metrics["AP"] == pytest.approx(expected)

@@ -1079,7 +1079,8 @@ def test_boxes_and_masks_are_evaluated(one_object):
     *_, masks = task.predict(model, image)
     assert masks.shape == (1, 50, 100)
     assert masks[0, 5:25, 10:40].all() and masks.sum() == 600
-    record = task.record(model, source, (0, (image, None, None)))
+    sample = 0, (image, None, None)
+    record = task.record(source, sample, task.infer(model, sample))
     metrics = task.summarize(source, [record])
     names = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
     expected = [f"box_{name}" for name in names] + [f"mask_{name}" for name in names]
@@ -1151,8 +1152,10 @@ def test_malformed_masks_are_named_when_they_are_evaluated(name, coco_with_mask,
     task = make_task()
     source = task.open_split(coco_with_mask(MALFORMED[name]), "val")
     message = f"{source.path}: image 5, annotation 8: segmentation: "
+    sample = 0, (image, None, None)
+    prediction = task.infer(model, sample)
     with pytest.raises(train_dense.InputError, match=re.escape(message)):
-        task.record(model, source, (0, (image, None, None)))
+        task.record(source, sample, prediction)
 
 
 @pytest.mark.parametrize("name", MALFORMED)
@@ -1184,15 +1187,29 @@ def test_boxes_and_masks_of_results_files_are_scored(coco_with_mask, tmp_path):
     assert metrics["mask_AP"] == pytest.approx(0.1)                     # IoU 0.5
 
 
+@pytest.mark.parametrize("fields, kind", [(["bbox"], "box"), (["segmentation"], "mask")])
+def test_results_of_one_kind_are_scored(coco_with_mask, tmp_path, fields, kind):
+    task = make_task()
+    mask = [[10, 5, 40, 5, 40, 25, 10, 25]]
+    source = task.open_split(coco_with_mask(mask), "val")
+    values = dict(bbox=[10, 5, 30, 20], segmentation=mask)
+    result = dict(image_id=5, category_id=4, score=1) | {name: values[name] for name in fields}
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([result]))
+    metrics = task.score_results(source, path)
+    assert len(metrics) == 12
+    assert metrics[f"{kind}_AP"] == pytest.approx(1)
+
+
 @pytest.mark.parametrize("field", ["bbox", "segmentation"])
 def test_results_without_box_or_mask_are_named(coco_with_mask, tmp_path, field):
     task = make_task()
     mask = [[10, 5, 40, 5, 40, 25, 10, 25]]
     source = task.open_split(coco_with_mask(mask), "val")
     result = dict(image_id=5, category_id=4, score=1, bbox=[10, 5, 30, 20], segmentation=mask)
-    del result[field]
+    without = {name: value for name, value in result.items() if name != field}
     path = tmp_path / "results.json"
-    path.write_text(json.dumps([result]))
-    message = re.escape(f"{path}: result 0, image 5: expected a {field}")
+    path.write_text(json.dumps([result, without]))
+    message = re.escape(f"{path}: result 1, image 5: expected a {field}")
     with pytest.raises(train_dense.InputError, match=message):
         task.score_results(source, path)

@@ -126,7 +126,7 @@ def three_people(tmp_path):
 
 def make_task(**changes):
     args = {"task": "pose", "backbone": "linglo_b0", "img_size": 128, "jitter": 1.0}
-    args |= {"keypoints": 133, "boxes": None, "amp": "none"}
+    args |= {"keypoints": 133, "boxes": None, "amp": "none", "threshold": 0.3}
     return train_dense.Pose(argparse.Namespace(**args | changes), CPU)
 
 
@@ -1130,7 +1130,8 @@ def test_perfect_poses_are_recorded_as_such(three_people, monkeypatch, keypoints
     records = []
     for i in range(len(source)):
         sample = task.test_sample(source, i, None)
-        records.append(task.record("model", source, sample))
+        prediction = task.infer("model", sample)
+        records.append(task.record(source, sample, prediction))
     metrics = task.summarize(source, records)
     assert metrics["AP"] == metrics["AR"] == 1
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from test_train_imagenet import assert_same_state, last_state, logged_updates, read_records
 
+import secvit
 import train_dense
 import train_imagenet
 
@@ -141,7 +142,8 @@ def test_a_run_resumes_exactly_evaluates_and_predicts(tiny, scenes, tmp_path, ta
     assert [record["step"] for record in records[1:]] == [1, 2, 2, 3, 4, 4, 5, 5]
     assert (whole / "curves.png").exists()
     check_evaluated(task, whole, capsys)
-    check_predicted(task, scenes, whole)
+    check_predicted(task, scenes, whole, capsys)
+    check_results(task, scenes, whole, capsys)
 
 
 def check_resumed(task, scenes, tmp_path, expected):
@@ -163,12 +165,42 @@ def check_evaluated(task, output, capsys):
         assert printed[name] == last[name], name
 
 
-def check_predicted(task, scenes, output):
+def check_predicted(task, scenes, output, capsys):
     image = scenes / "val2017" / "000000000001.jpg"
     weights = output / "last.pt"
-    run("--predict", image, "--weights", weights, "--output", output)
+    flags = [] if task in train_dense.SEGMENTATION else ["--threshold", "0"]
+    run("--predict", image, "--weights", weights, "--output", output, *flags)
     overlay = output / f"000000000001_{task}.png"
     assert Image.open(overlay).size == Image.open(image).size
+    line = json.loads(capsys.readouterr().out)
+    assert line.pop("image") == str(image)
+    assert line.pop("overlay") == str(overlay)
+    assert list(line) == ["pixels" if task in train_dense.SEGMENTATION else "objects"]
+
+
+RESULTS = {  # of each task: the names that --score's names have in --eval, by file
+    "semfpn": "labels",
+    "upernet": "labels",
+    "retinanet": "results.json",
+    "mask_rcnn": "results.{}.json",
+    "pose": "results.json",
+}
+
+
+def check_results(task, scenes, output, capsys):
+    """What --eval --results writes scores with --score what --eval prints."""
+    given = output / RESULTS[task].replace(".{}", "")
+    run("--eval", "--weights", output / "last.pt", "--results", given)
+    evaluated = json.loads(capsys.readouterr().out)
+    kinds = ("bbox", "segm") if "{}" in RESULTS[task] else ("",)
+    scores = {}
+    for kind in kinds:
+        file = output / RESULTS[task].format(kind)
+        run("--task", task, "--data", scenes, "--score", file)
+        scores |= json.loads(capsys.readouterr().out)
+    scores.pop("kind", None)
+    metrics = evaluated.keys() - {"task", "backbone", "weights", "images"}
+    assert scores == {name: evaluated[name] for name in metrics}
 
 
 LOSSES = {
@@ -198,7 +230,7 @@ def test_cascade_trains_evaluates_and_predicts(tiny, scenes, tmp_path, capsys):
     metrics = evaluations_of(tmp_path)[0]
     assert sum(name.startswith("mask_A") for name in metrics) == 12
     check_evaluated("cascade_mask_rcnn", tmp_path, capsys)
-    check_predicted("cascade_mask_rcnn", scenes, tmp_path)
+    check_predicted("cascade_mask_rcnn", scenes, tmp_path, capsys)
 
 
 def test_resume_refuses_another_batch(tiny, scenes, tmp_path):
@@ -224,6 +256,94 @@ def test_a_resumed_run_may_be_evaluated_more_often(tiny, scenes, tmp_path):
     run(*resume, "--eval-every", "1", "--iters", "4")
     steps = [record["step"] for record in evaluations_of(tmp_path)]
     assert steps == [2, 3, 4]
+
+
+# ---------------------------------------------------------------------------------- fine-tuning
+def run_other_classes(scenes, folder, task, *flags):
+    """An update on the scenes with names for seven classes more, or without category 10."""
+    data = folder / "other"
+    shutil.copytree(scenes, data)
+    (data / "objectInfo.txt").write_text("Idx\tName\n" + "".join(f"1\t{i}\n" for i in range(14)))
+    for path in (data / "annotations").glob("instances_*.json"):
+        content = json.loads(path.read_text())
+        content["categories"].pop()
+        kept = [a for a in content["annotations"] if a["category_id"] != 10]
+        path.write_text(json.dumps(content | {"annotations": kept}))
+    output = folder / "fine"
+    fast = [*FAST[:FAST.index("--backbone")], *EXTRA.get(task, []), "--lr", "0", "--iters", "1"]
+    run("--data", data, "--output", output, *fast, *flags)
+    return last_state(output)
+
+
+LEFT_OUT = {
+    "semfpn": {"classifier"},
+    "retinanet": {"classifier.8"},
+    "mask_rcnn": {"box_heads.0.classifier", "box_heads.0.regressor", "mask_heads.0.10"},
+}
+
+
+@pytest.mark.parametrize("task", LEFT_OUT)
+def test_training_starts_from_a_checkpoint_of_other_classes(tiny, scenes, tmp_path, task, capsys):
+    """Task and backbone are the checkpoint's; heads of another number of classes are new."""
+    run(*run_flags(task, scenes, tmp_path / "first", "--iters", "1"))
+    first = last_state(tmp_path / "first")["model"]
+    capsys.readouterr()
+    fine = run_other_classes(scenes, tmp_path, task, "--weights", tmp_path / "first" / "last.pt")
+    report = capsys.readouterr().out.splitlines()[0]
+    path = tmp_path / "first" / "last.pt"
+    names = " and ".join(sorted(LEFT_OUT[task]))
+    assert report == f"{path}: loaded, without {names}: other classes"
+    assert (fine["args"]["task"], fine["args"]["backbone"]) == (task, "secvit_t")
+    assert fine["args"]["frozen_bn"]
+    for name, tensor in fine["model"].items():
+        layer, _, kind = name.rpartition(".")
+        if layer not in LEFT_OUT[task] and kind in ("weight", "bias"):
+            assert torch.equal(tensor, first[name]), name
+
+
+def test_training_starts_from_a_checkpoint_of_the_same_classes(tiny, scenes, tmp_path, capsys):
+    run(*run_flags("semfpn", scenes, tmp_path / "a", "--iters", 1))
+    capsys.readouterr()
+    start = tmp_path / "a" / "last.pt"
+    run(*run_flags("semfpn", scenes, tmp_path / "b", "--iters", 1, "--weights", start))
+    assert capsys.readouterr().out.startswith(f"{start}: loaded\n")
+
+
+def test_a_checkpoint_of_another_task_is_refused(tiny, scenes, tmp_path):
+    run(*run_flags("semfpn", scenes, tmp_path, "--iters", 1))
+    flags = ["--task", "upernet", "--weights", tmp_path / "last.pt", "--data", scenes]
+    fails(flags, "the checkpoint holds semfpn, but --task is upernet")
+
+
+def test_options_reach_the_backbone_and_are_restored(tiny, scenes, tmp_path, capsys):
+    """Those of a checkpoint of either script, too."""
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        (data / split / "a").mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(data / split / "a" / "a.png")
+    flags = "--model secvit_t --img-size 64 --batch-size 1 --repeated-aug 1 --epochs 1 --workers 0"
+    flags = [*flags.split(), "--data", data, "--output", tmp_path / "first"]
+    train_imagenet.main([*map(str, flags), "--option", "lce=false"])
+    weights = tmp_path / "first" / "last.pt"
+    output = tmp_path / "run"
+    run(*run_flags("semfpn", scenes, output, "--iters", 1, "--backbone-weights", weights))
+    assert not any("lce" in name for name in last_state(output)["model"])
+    check_evaluated("semfpn", output, capsys)
+    args = resolve("--weights", str(output / "last.pt"), "--data", str(scenes))
+    assert args.option == {"lce": False}
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_backbone_weights_say_whether_they_are_released(tmp_path, released):
+    """And which model they are."""
+    model = secvit.secvit_t(num_classes=2, released=released)
+    args = {"model": "secvit_t", "released": released}
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "own.pt")
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    from_own = resolve("--data", "x", "--backbone-weights", str(tmp_path / "own.pt"))
+    assert (from_own.backbone, from_own.released) == ("secvit_t", released)
+    flags = ("--backbone", "secvit_t", "--backbone-weights", str(tmp_path / "bare.pt"))
+    assert resolve("--data", "x", *flags).released == released
 
 
 def test_resume_refuses_another_schedule(tiny, scenes, tmp_path):
@@ -261,8 +381,48 @@ def test_predict_reads_any_image_and_keeps_equal_names_apart(tiny, scenes, tmp_p
     for suffix, size in zip(("", "_1", "_2"), sizes.values()):
         overlay = output / f"image{suffix}_retinanet.png"
         assert Image.open(overlay).size == size
-    no_image = scenes / "scenes.json"
-    fails(["--predict", no_image, "--weights", weights], "scenes.json")
+
+
+@pytest.fixture
+def retinanet(tiny, scenes, tmp_path):
+    """A checkpoint of a RetinaNet after one update."""
+    run(*run_flags("retinanet", scenes, tmp_path / "run", "--iters", 1))
+    return str(tmp_path / "run" / "last.pt")
+
+
+def test_predict_takes_folders(retinanet, tmp_path, capsys):
+    """At any depth, but no hidden ones; other files are left alone."""
+    folder = tmp_path / "photos"
+    for name in ("b.jpg", "deep/a.png", ".hidden/c.jpg", "._b.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (50, 40)).save(folder / name)
+    (folder / "notes.txt").write_text("no image")
+    capsys.readouterr()
+    run("--predict", folder, folder / "b.jpg", "--weights", retinanet, "--output", tmp_path)
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == [str(folder / "b.jpg"), str(folder / "deep/a.png")]
+
+
+def test_predict_names_an_unreadable_image_and_goes_on(retinanet, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "a.jpg").write_bytes(b"no image")
+    Image.new("RGB", (50, 40)).save(photos / "b.jpg")
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit:
+        run("--predict", photos, "--weights", retinanet, "--output", tmp_path)
+    output = capsys.readouterr()
+    assert exit.value.code == 2
+    assert output.err.startswith(f"cannot decode {photos / 'a.jpg'}: ")
+    assert output.err.count("\n") == 1
+    assert json.loads(output.out)["image"] == str(photos / "b.jpg")
+
+
+def test_the_threshold_decides_what_is_counted():
+    args = argparse.Namespace(task="retinanet", backbone="secvit_t", threshold=0.5)
+    prediction = np.zeros((4, 4)), np.array([0.9, 0.6, 0.5, 0.4]), np.array([1, 0, 1, 0])
+    task = train_dense.Detection(args, torch.device("cpu"))
+    assert task.describe(prediction, ["cat", "dog"]) == {"objects": {"dog": 2, "cat": 1}}
 
 
 # A process of its own has no fixtures: it shrinks the models, then does what the script does.
@@ -332,6 +492,57 @@ def write_results(scenes, path, *kinds):
             fields = ("image_id", "category_id", *kinds)
             results.append({name: annotation[name] for name in fields} | {"score": 0.9})
     path.write_text(json.dumps(results))
+
+
+def shaken_truth(task, source, rng):
+    """A `predict` that returns one image after the other: objects that are moved or left out."""
+    def boxes_of(index):
+        _, boxes, labels, *_ = source.read(index)
+        keep = rng.random(len(boxes)) < 0.8
+        boxes = boxes + rng.normal(0, 3, boxes.shape).astype(np.float32)
+        scores = rng.random(len(boxes)).astype(np.float32)
+        return boxes[keep], scores[keep], labels[keep]
+
+    def predict_objects(_model, image):
+        boxes, scores, labels = boxes_of(next(indices))
+        masks = np.zeros((len(boxes), image.height, image.width), bool)
+        for mask, (left, top, right, bottom) in zip(masks, boxes.clip(0).astype(int)):
+            mask[top:bottom, left:right] = True
+        masks &= rng.random(masks.shape) < 0.9
+        detections = boxes, scores, labels
+        return (*detections, masks) if task == "mask_rcnn" else detections
+
+    def predict_poses(_model, _image, boxes):
+        points = source.read(next(indices))[2].astype(np.float64)
+        points += rng.normal(0, 0.5, points.shape)
+        return points, rng.random(len(boxes))
+
+    indices = iter(range(len(source)))
+    return predict_poses if task == "pose" else predict_objects
+
+
+@pytest.mark.parametrize("task", ["retinanet", "mask_rcnn", "pose"])
+def test_results_score_what_their_evaluation_prints(scenes, tmp_path, monkeypatch, task):
+    """To the last digit."""
+    args = argparse.Namespace(task=task, backbone="secvit_t", keypoints=133, boxes=None)
+    a_task = train_dense.TASKS[task](args, torch.device("cpu"))
+    source = a_task.open_split(scenes, "val")
+    monkeypatch.setattr(a_task, "predict", shaken_truth(task, source, np.random.default_rng(0)))
+    records = []
+    results = []
+    for index in range(len(source)):
+        sample = a_task.test_sample(source, index, None)
+        prediction = a_task.infer(None, sample)
+        records.append(a_task.record(source, sample, prediction))
+        results += a_task.results(source, sample, prediction)
+    expected = a_task.summarize(source, records)
+    a_task.write_results(tmp_path / "results.json", results)
+    scores = {}
+    for file in sorted(tmp_path.glob("*.json")):
+        scores |= a_task.score_results(source, file)
+    scores.pop("kind", None)
+    assert scores == expected
+    assert 0.05 < expected[a_task.metric] < 0.95
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -418,11 +629,15 @@ BAD = {
     "--task mask_rcnn --jitter 0": "--jitter is for pose",
     "--task pose --img-size 200": "--img-size 200: pose needs a multiple of 128",
     "--eval": "--eval needs --weights",
-    "--weights x.pt": "--weights is for --eval and --predict",
+    "--weights x.pt": "no checkpoint x.pt",
+    "--weights x.pt --backbone-weights y.pt": "--weights and --backbone-weights are mutually",
+    "--weights {d}/bare.pt": "bare.pt is no checkpoint of this script; .* --backbone-weights",
+    "--backbone stvit_s --option grid=8": "--option grid: stvit_s has only depths, dims, heads, gr",
+    "--results x.json": "--results is for --eval",
     "--eval --predict a.jpg --weights x.pt": "mutually exclusive",
     "--predict a.jpg": "--predict needs --weights",
     "--data {d} --batch-size 3 --micro-batch 2": "not a multiple of --micro-batch",
-    "--data {d} --batch-size 64": "64 is larger than the 12 training images",
+    "--data {d} --batch-size 64": "64 is larger than the 12 .* for small data: --batch-size 4",
     "--data {d} --task upernet --batch-size 2 --micro-batch 1": "single value per channel",
     "--weights {d}/nothing.pt --eval": "no checkpoint",
     "--data {d} --task retinanet --score {d}/nothing.json": "cannot read",
@@ -433,6 +648,7 @@ BAD = {
 
 @pytest.mark.parametrize("typed", BAD)
 def test_bad_input_is_named(scenes, tiny, tmp_path, typed):
+    torch.save({"weight": torch.zeros(2)}, scenes / "bare.pt")
     fails([*typed.format(d=scenes).split(), "--output", tmp_path], BAD[typed])
 
 
@@ -448,8 +664,7 @@ def test_errors_are_one_line_and_status_2(tmp_path):
 # ------------------------------------------------------------------------------------ predictions
 def test_overlays_of_any_images_have_names_of_their_own():
     images = ["a.jpg", "x/a.jpg", "a_1.jpg", "a.jpg"]
-    args = argparse.Namespace(task="semfpn", predict=images)
-    names = train_dense.overlay_names(args)
+    names = train_dense.overlay_names(images, "semfpn")
     assert len(set(names.values())) == len(names) == 3
 
 

@@ -26,6 +26,7 @@ import torch
 from conftest import TINY, tiny_backbone
 from PIL import Image, ImageOps
 
+import secvit
 import train_imagenet
 
 ROOT = Path(train_imagenet.__file__).parent
@@ -697,6 +698,57 @@ def test_a_list_flag_takes_several_values():
     assert parser.parse_args(["--size", "3", "4"]).size == [3, 4]
 
 
+@pytest.mark.parametrize("text, expected", [
+    ("aggregation=grid", ("aggregation", "grid")),
+    ("lce=false", ("lce", False)),
+    ("iterations=0", ("iterations", 0)),
+    ("grids=8,4,1,1", ("grids", (8, 4, 1, 1))),
+    ("layer_scale=none,none,1e-6,0.5", ("layer_scale", (None, None, 1e-6, 0.5))),
+    ("ratios=64:16,4", ("ratios", ((64, 16), 4))),
+    ("position=None", ("position", None)),
+    ("name=a=b", ("name", "a=b")),
+])
+def test_options_are_parsed(text, expected):
+    assert train_imagenet.option(text) == expected
+
+
+def test_options_of_tuples_of_tuples_may_be_numbers():
+    args = resolve("--model", "clustr_t", "--option", "ratios=64,16,4,1", "--option",
+                   "aggregation=grid")
+    assert args.option == {"ratios": ((64,), (16,), (4,), (1,)), "aggregation": "grid"}
+
+
+ABLATIONS = {  # a row of every table of ablations
+    "clustr_t": "aggregation=knn ratios=16,4,1,1 neighbours=3",
+    "secvit_t": "attention=csw lce=false cpe=false conv_stem=false",
+    "linglo_b0": "layout=CCHH cpe=r attention=dot",
+    "stvit_s": "stem=patch projection=false position=rpe iterations=2 grids=8,4,2,1",
+    "sec_fastervit_0": "stage4_attention=sec",
+}
+
+
+@pytest.mark.parametrize("model", ABLATIONS)
+def test_options_are_the_models_arguments(model):
+    args = resolve("--model", model, "--option", *ABLATIONS[model].split())
+    train_imagenet.Classification(args, "cpu").build_model(["cat", "dog"])
+
+
+def test_options_are_saved_and_restored(tiny, folder, tmp_path, capsys):
+    """By --eval, --predict, --resume and a run that starts from the weights."""
+    flags = ("--data", folder, "--output", tmp_path / "run", "--max-steps", 1)
+    run(*FAST, *flags, "--repeated-aug", 1, "--option", "lce=false")
+    weights = tmp_path / "run" / "last.pt"
+    assert not any("lce" in name for name in last_state(tmp_path / "run")["model"])
+    assert evaluate(capsys, "--weights", weights)["images"] == 7
+    assert len(predict(capsys, folder / "val", "--weights", weights)) == 7
+    run("--resume", weights, "--max-steps", 2)
+    assert last_state(tmp_path / "run")["step"] == 2
+    args = resolve("--weights", weights, "--data", folder, "--batch-size", 2)
+    assert args.option == {"lce": False}
+    args = resolve("--weights", weights, "--data", folder, "--batch-size", 2, "--model", "stvit_s")
+    assert args.option == {}
+
+
 @pytest.mark.parametrize("model, expected", [
     ("secvit_t", (1e-3, 0.99992, True)),
     ("sec_swin_t", (1e-3, 0.99992, True)),
@@ -1137,6 +1189,85 @@ def test_eval_counts_hits_like_a_loop(finished, folder, capsys):
     assert scores["top5"] == 100
 
 
+def predict(capsys, *arguments):
+    """The JSON lines that --predict prints."""
+    capsys.readouterr()
+    run("--predict", *arguments)
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_predict_names_the_classes_of_images_and_folders(finished, folder, capsys):
+    """By the averaged weights, which `finished` has."""
+    first = folder / "val" / "cat" / "00.png"
+    lines = predict(capsys, first, folder / "val", "--weights", finished / "last.pt")
+    assert len(lines) == 7
+    model = small_model(num_classes=2).eval()
+    model.load_state_dict(last_state(finished)["ema"])
+    for line in lines:
+        image = train_imagenet.center_crop(train_imagenet.read_image(line["image"]), 32, 0.875)
+        images = torch.from_numpy(np.array(image))[None]
+        cat, dog = model(train_imagenet.normalize(images)).softmax(1)[0].tolist()
+        expected = {"cat": pytest.approx(cat, abs=1e-5), "dog": pytest.approx(dog, abs=1e-5)}
+        assert line["probabilities"] == expected
+        assert list(line["probabilities"]) == sorted(expected, key={"cat": -cat, "dog": -dog}.get)
+
+
+def test_predict_numbers_the_classes_of_a_bare_file(tiny, folder, tmp_path, capsys):
+    torch.save(small_model(num_classes=8).state_dict(), tmp_path / "eight.pt")
+    flags = ("--model", "secvit_t", "--weights", tmp_path / "eight.pt")
+    line, = predict(capsys, folder / "val" / "cat" / "00.png", *flags)
+    assert len(line["probabilities"]) == 5
+    assert set(line["probabilities"]) <= set("01234567")
+
+
+def test_predict_sees_what_an_evaluation_sees(tmp_path):
+    """224 pixels even without --data, as a recipe and not as the drawn images have it."""
+    torch.save({}, tmp_path / "bare.pt")
+    assert resolve("--predict", "a.jpg", "--weights", tmp_path / "bare.pt").img_size == 224
+
+
+def test_predict_turns_photos_upright(finished, tmp_path, capsys):
+    image = random_image(40, 60)
+    image.save(tmp_path / "a.png")
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6                                        # shown after a quarter turn clockwise
+    turned.save(tmp_path / "b.png", exif=exif)
+    first, second = predict(capsys, tmp_path, "--weights", finished / "last.pt")
+    assert first["probabilities"] == second["probabilities"]
+
+
+def test_results_of_an_evaluation_give_its_accuracy(finished, tmp_path, capsys):
+    """That of the averaged weights, recomputed from the file."""
+    path = tmp_path / "new" / "results.jsonl"
+    scores = evaluate(capsys, "--weights", finished / "last.pt", "--results", path)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    hits = [max(x["probabilities"], key=x["probabilities"].get) == x["class"] for x in lines]
+    assert len(lines) == 7
+    assert 100 * sum(hits) / len(hits) == scores["ema_top1"]
+
+
+def test_results_that_cannot_be_written_are_refused_before_the_evaluation(finished, tmp_path):
+    with pytest.raises(OSError, match="Is a directory"):
+        run("--eval", "--weights", finished / "last.pt", "--results", tmp_path)
+
+
+def test_fine_tuning_takes_the_model_of_its_weights(finished, folder):
+    """Not its other flags."""
+    args = resolve("--weights", finished / "last.pt", "--data", folder, "--batch-size", 2)
+    assert args.model == "secvit_t"
+    assert (args.img_size, args.epochs) == (224, 300)
+
+
+@pytest.mark.parametrize("flags", ["--eval", "--data x", "--resume auto --data x"])
+@pytest.mark.parametrize("released", [False, True])
+def test_weights_say_whether_they_are_released(tmp_path, flags, released):
+    model = secvit.secvit_t(num_classes=2, released=released)
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    flags = ("--model", "secvit_t", "--weights", tmp_path / "bare.pt", *flags.split())
+    assert resolve(*flags, "--output", tmp_path / "none").released == released
+
+
 def test_files_of_the_authors_with_a_namespace_load(tiny, folder, tmp_path, capsys):
     model = small_model(num_classes=2).state_dict()
     theirs = argparse.Namespace(model="SecViT_T", lr=5e-4)
@@ -1207,8 +1338,11 @@ class TwoLosses:
         error = net(batch[0]) - (2 * batch[0] + 1)
         return {"loss_square": (error ** 2).mean(), "loss_absolute": error.abs().mean()}
 
-    def record(self, model, _source, batch):
-        return float((model(batch[0]) - (2 * batch[0] + 1)).abs().sum())
+    def infer(self, model, batch):
+        return model(batch[0])
+
+    def record(self, _source, batch, prediction):
+        return float((prediction - (2 * batch[0] + 1)).abs().sum())
 
     def summarize(self, source, records):
         return {"closeness": -sum(records) / len(source)}
@@ -1307,6 +1441,7 @@ import multiprocessing
 import os
 import signal
 
+import secvit
 import secvit
 import train_imagenet
 
@@ -1415,10 +1550,10 @@ def test_torchrun_restarts_a_killed_process_exactly(two, folder, tmp_path, start
 
 
 @two_on_a_gpu
-def test_three_processes_evaluate_like_one(finished, start):
+def test_three_processes_evaluate_like_one(finished, tmp_path, start):
     """7 images: 3, 2 and 2."""
-    weights = finished / "last.pt"
-    processes = start_processes(start, 3, "--eval", "--workers", 0, "--weights", weights)
+    flags = ("--eval", "--workers", 0, "--weights", finished / "last.pt")
+    processes = start_processes(start, 3, *flags, "--results", tmp_path / "results.jsonl")
     (output, errors), *_ = [finish(process) for process in processes]
     assert processes[0].returncode == 0, errors
     scores = json.loads(output.splitlines()[-1])
@@ -1426,6 +1561,7 @@ def test_three_processes_evaluate_like_one(finished, start):
     assert scores["images"] == 7
     for name in ("top1", "top5", "loss", "ema_top1", "ema_loss"):
         assert scores[name] == pytest.approx(record[name]), name
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 7
 
 
 @pytest.mark.parametrize("call, step", [(3, 1), (4, 2)], ids=["mid-update", "last micro-batch"])
@@ -1618,7 +1754,7 @@ BAD = {  # what is typed -> what the one line says; {d}: the data, {t}: a folder
     "--data {d} --batch-size 6 --micro-batch 4":
         "6 is not a multiple of --micro-batch 4 x 1 processes",
     "--data {d} --batch-size 512":
-        "512 is larger than the 14 training images",
+        "512 is larger than the 14 .* for small data: --batch-size 16 --repeated-aug 1",
     "--data {d} --img-size 16":
         "--img-size: 16, expected at least 32",
     "--data {d} --epochs 0":
@@ -1649,6 +1785,36 @@ BAD = {  # what is typed -> what the one line says; {d}: the data, {t}: a folder
         "--released is a variant of SecViT, not of sec_swin_t",
     "--eval":
         "--eval needs --weights",
+    "--predict a.jpg":
+        "--predict needs --weights",
+    "--eval --predict a.jpg --weights {t}/five.pt":
+        "--eval, --predict, --resume are mutually exclusive",
+    "--model clustr_t --option aggregation":
+        "--option: 'aggregation', expected NAME=VALUE",
+    "--model clustr_t --option aggregate=grid":
+        r"aggregate: clustr_t has only depths, dims, heads, ratios=\(\(64, 16\), .*neighbours=5",
+    "--model secvit_t --option released=true":
+        "--option released: secvit_t has only",
+    "--model clustr_t --option neighbours=2.5":
+        "--option neighbours: 2.5, expected a whole number",
+    "--model clustr_t --option aggregation=3":
+        "--option aggregation: 3, expected a name",
+    "--model secvit_t --option lce=0":
+        "--option lce: 0, expected true or false",
+    "--model secvit_t --option clusters=8":
+        "--option clusters: 8, expected values separated by commas",
+    "--model clustr_t --option aggregation=all":
+        "--option: aggregation = 'all', expected 'cluster', 'grid' or 'knn'",
+    "--model clustr_t --option depths=3":
+        "--option: a value of another type than in depths, dims, heads",
+    "--results a.json":
+        "--results is for --eval",
+    "--predict {t}/nowhere.jpg --weights {t}/five.pt --model secvit_t":
+        "no file or folder .*nowhere.jpg",
+    "--predict {t}/empty --weights {t}/five.pt --model secvit_t":
+        "empty holds no image",
+    "--predict {d} --weights {t}/headless.pt --model secvit_t":
+        "headless.pt has no classifier",
     "--resume {t}/none.pt":
         "no checkpoint .*none.pt",
     "--model secvit_t --weights {t}/cut.pt --data {d} --batch-size 2":
@@ -1694,6 +1860,7 @@ def wrong(tmp_path_factory):
     torch.save({"stem.0.weight": torch.zeros(8, 3, 3, 3)}, root / "part.pt")
     torch.save(small_model(num_classes=5).state_dict(), root / "five.pt")
     torch.save(torch.zeros(2), root / "tensor.pt")
+    torch.save(small_model(num_classes=0).state_dict(), root / "headless.pt")
     return root
 
 
