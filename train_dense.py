@@ -1631,12 +1631,13 @@ def match_objects(source, index, results, kind):
 def match_results(source, path, kinds):
     """{kind: [`match_image` of each image's results]} of a COCO results file.
 
-    A kind, of which no result has the field, is left out, if another one is there.
+    Kinds that no result has a field for are left out, unless there is nothing else.
     """
     results = {entry["image"]["id"]: [] for entry in source.entries}
     entries = read_results(path, results.keys(), source.categories)
-    held = [kind for kind in kinds if any(RESULT_FIELDS[kind] in entry for entry in entries)]
-    matches = {kind: [] for kind in held or kinds}
+    fields = set().union(*entries)
+    present = [kind for kind in kinds if RESULT_FIELDS[kind] in fields]
+    matches = {kind: [] for kind in present or kinds}
     check_fields(path, entries, [RESULT_FIELDS[kind] for kind in matches])
     for result in entries:
         results[result["image_id"]].append(result)
