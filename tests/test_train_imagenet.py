@@ -16,6 +16,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -1627,7 +1628,10 @@ def ended(monkeypatch):
     lost = []
     monkeypatch.setattr(train_imagenet, "SILENT", 0.4)
     monkeypatch.setattr(train_imagenet.Heartbeat, "end", lambda beat, rank: lost.append(rank))
-    return lost
+    others = threading.enumerate()
+    yield lost
+    for thread in set(threading.enumerate()).difference(others):
+        thread.join()  # one that outlived this test would end pytest
 
 
 def test_living_processes_hear_each_other(ended):
