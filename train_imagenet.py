@@ -163,6 +163,7 @@ ON_OFF = argparse.BooleanOptionalAction
 MAX_MICRO_BATCH = 128  # images per process and forward pass, unless --micro-batch is given
 TEST_CROP = 0.875  # default of --test-crop; larger images are evaluated whole
 WHOLE_TEST_IMAGE = 384  # pixels from which on they are
+MAX_PER_CLASS = 200  # classes of which --eval prints each one's metric; ADE20K has 150
 WARMUP_START = 1e-6  # learning rate of update 0 if there is a warm-up
 
 RUN_FLAGS = {  # of both scripts
@@ -1499,6 +1500,7 @@ class RunLog:
         self.new_unreadable = []  # those of the current update
         self.reported = set()     # those already named
         self.train_seconds = 0.0
+        self.data_seconds = 0.0  # spent waiting for the loader since the last line
         self.clock = time.perf_counter()
         self.bar = tqdm(total=last_step * args.batch_size, initial=state.step * args.batch_size,
                         unit="img", disable=procs.rank > 0)
@@ -1516,6 +1518,13 @@ class RunLog:
         self.losses.append({})
         self.rates.append(lr)
         self.new_unreadable = []
+
+    def next_batch(self, batches):
+        """The loader's next item; the time that it takes is counted."""
+        start = time.perf_counter()
+        item = next(batches)
+        self.data_seconds += time.perf_counter() - start
+        return item
 
     def add(self, losses, weight):
         """Add a micro-batch's losses, each times `weight`, to those of the current update."""
@@ -1547,18 +1556,22 @@ class RunLog:
                                         self.args.output, state.saved_at))
         elapsed = time.perf_counter() - self.clock
         self.train_seconds += elapsed
+        fraction = torch.tensor([self.data_seconds / elapsed], dtype=torch.float64)
+        data_wait, = self.procs.reduce(fraction, dist.ReduceOp.MAX)  # all wait for the slowest
         for name, value in zip(names, rows.sum(0).tolist()):
             state.period_losses[name] = state.period_losses.get(name, 0.0) + value
         self.report_unreadable(state)
         means = dict(zip(names, rows.mean(0).tolist()))
         self.write(step=state.step, epoch=state.step / state.per_epoch, loss=float(totals.mean()),
                    losses=means, lr=state.lr, time=time.time(),
-                   images_per_s=len(rows) * self.args.batch_size / elapsed)
+                   images_per_s=len(rows) * self.args.batch_size / elapsed, data_wait=data_wait)
         terms = means if len(means) > 1 else {}
         self.bar.set_postfix(loss=f"{totals.mean():.3f}", lr=f"{state.lr:.1e}",
+                             data_wait=f"{data_wait:.2f}",
                              **{name: f"{value:.3f}" for name, value in terms.items()})
         self.losses = []
         self.rates = []
+        self.data_seconds = 0.0
 
     def report_unreadable(self, state):
         """Name each file that could not be decoded once."""
@@ -1590,8 +1603,11 @@ class RunLog:
 COLOURS = ("#1f6fb4", "#d9541e", "#3a923a", "#7d4fa0", "#8c564b", "#c44e8c", "#7f7f7f", "#17a2b0")
 
 
-def plot_curves(output, metrics):
-    """Plot curves.png of a run's log: losses and the `metrics` of its evaluations, over updates."""
+def plot_curves(output, metrics, limit):
+    """Plot curves.png of a run's log: losses and the `metrics` of its evaluations, over updates.
+
+    limit: the largest possible value of a metric, where its axis ends.
+    """
     records = []
     for line in (output / "log.jsonl").read_text().splitlines():
         with suppress(ValueError):  # a kill or a full disk can leave half a line
@@ -1607,16 +1623,20 @@ def plot_curves(output, metrics):
     for name in names:
         losses[name] = {s: r["losses"][name] for s, r in logged.items() if name in r["losses"]}
     lines = {}
-    for metric in metrics:
-        lines[metric] = {s: r[metric] for s, r in evaluated.items() if metric in r}
-    sheet = Image.new("RGB", (1000, 380), "white")
-    plot_lines(ImageDraw.Draw(sheet), 60, losses)
-    plot_lines(ImageDraw.Draw(sheet), 560, lines)
+    for metric in metrics:  # -1 stands for a metric of nothing
+        lines[metric] = {s: r[metric] for s, r in evaluated.items() if r.get(metric, -1) != -1}
+    sheet = Image.new("RGB", (1000, 400), "white")
+    draw = ImageDraw.Draw(sheet)
+    plot_lines(draw, 60, losses)
+    plot_lines(draw, 560, lines, limit)
     replace_file(output / "curves.png", partial(sheet.save, format="png"))
 
 
-def plot_lines(draw, left, lines):
-    """Plot {name: {step: value}} into a panel of 400 x 290 pixels."""
+def plot_lines(draw, left, lines, high=0.0):
+    """Plot {name: {step: value}} into a panel of 400 x 290 pixels; both axes begin at 0.
+
+    high: smallest upper end of the axis of values.
+    """
     finite = {}
     for name, line in lines.items():
         points = sorted((s, v) for s, v in line.items() if math.isfinite(v))
@@ -1625,18 +1645,24 @@ def plot_lines(draw, left, lines):
     if not finite:
         return
     steps, values = np.concatenate(list(finite.values())).T
-    first, last = int(steps.min()), int(steps.max())
-    low, high = values.min(), values.max()
+    last = steps.max()
+    ticks = round_ticks(min(0.0, values.min()), max(high, values.max()))
 
     def position(step, value):
-        x = left + 400 * (step - first) / max(last - first, 1)
-        return x, 340 - 290 * (value - low) / max(high - low, 1e-9)
+        x = left + 400 * step / max(last, 1)
+        return x, 340 - 290 * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
+    for value in ticks:
+        y = position(0, value)[1]
+        draw.line((left, y, left + 400, y), "#dddddd")
+        draw.text((left - 6, y), f"{value:.12g}", "black", anchor="rm")
+    for step in round_ticks(0, last):
+        if step <= last:
+            x = position(step, 0)[0]
+            draw.line((x, 340, x, 344), "black")
+            draw.text((x, 348), f"{step:.12g}", "black", anchor="ma")
+    draw.text((left + 200, 368), "update", "black", anchor="ma")
     draw.rectangle((left, 50, left + 400, 340), outline="black")
-    for value in (low, (low + high) / 2, high):
-        draw.text((left - 6, position(first, value)[1]), f"{value:.3g}", "black", anchor="rm")
-    for step in (first, last):
-        draw.text((position(step, low)[0], 346), f"update {step}", "black", anchor="ma")
     for i, (name, points) in enumerate(finite.items()):
         colour = COLOURS[i % len(COLOURS)]
         draw.text((left + 130 * (i % 3), 4 + 14 * (i // 3)), name, colour)
@@ -1645,6 +1671,16 @@ def plot_lines(draw, left, lines):
         if len(path) < 60:
             for x, y in path:
                 draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+
+
+def round_ticks(low, high):
+    """About five equidistant round numbers, the first at most `low`, the last at least `high`."""
+    step = max(high - low, 1e-9) / 5
+    power = 10.0 ** math.floor(math.log10(step))
+    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= 0.999 * step)
+    first = math.floor(low / step + 1e-6)
+    last = math.ceil(high / step - 1e-6)
+    return [round(i * step, 12) for i in range(first, last + 1)]
 
 
 # --------------------------------------------------------------------------------------------- task
@@ -1671,13 +1707,15 @@ class Classification:
     results(source, batch, prediction) what --results writes of it, a list
     write_results(path, results)       write the file of --results
     summarize(source, records)         {metric: value} of all batches' records
+    summarize_classes(source, records) one value for each class, NaN if it does not occur
     small_data                         flags that suit fewer images than a default batch
-    metric, decimals                   name of the metric that picks best.pt, larger is better;
-                                       digits of printed metrics
+    metric, decimals, metric_limit     name of the metric that picks best.pt, larger is better;
+                                       digits of printed metrics; its largest possible value
     """
 
     metric = "top1"
     decimals = 2
+    metric_limit = 100.0
     small_data = "--batch-size 16 --repeated-aug 1 --epochs 20 --warmup-epochs 1 --lr 1e-4 --ema 0"
 
     def __init__(self, args, device):
@@ -1768,18 +1806,35 @@ class Classification:
             return model(normalize(images)).float()
 
     def record(self, _source, batch, logits):
-        """Sums over a batch (4,) float64: top-1 and top-5 hits, loss, images."""
+        """Sums over a batch (4 + 2 K,) float64: top-1 and top-5 hits, loss, images.
+
+        Then per class its top-1 hits, and per class its images.
+        """
         labels = batch[1].to(self.device, non_blocking=True)
         top5 = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]      # (B, 5)
         loss = F.cross_entropy(logits, labels, reduction="sum")
         sums = torch.stack([top5[:, 0].sum(), top5.sum(), loss]).double()
-        return F.pad(sums, (0, 1), value=len(labels))
+        sums = F.pad(sums, (0, 1), value=len(labels))
+        is_class = labels[:, None] == torch.arange(self.num_classes, device=self.device)  # (B, K)
+        hits = is_class & top5[:, :1]
+        return torch.cat([sums, hits.sum(0), is_class.sum(0)])
 
     def summarize(self, source, records):
-        """Top-1 and top-5 in per cent, mean loss, of all processes' records."""
-        top1, top5, loss, images = sum(records, torch.zeros(4, dtype=torch.float64)).tolist()
+        """Top-1 and top-5 in per cent, mean loss, of all processes' records.
+
+        Without top-5, which says nothing, if there are at most five classes.
+        """
+        top1, top5, loss, images, *_ = sum(records).tolist()
         assert images == len(source), f"{images} images counted, {len(source)} exist"
-        return dict(top1=100 * top1 / images, top5=100 * top5 / images, loss=loss / images)
+        metrics = dict(top1=100 * top1 / images, top5=100 * top5 / images, loss=loss / images)
+        if self.num_classes <= 5:
+            del metrics["top5"]
+        return metrics
+
+    def summarize_classes(self, _source, records):
+        """Top-1 of the images of each class, in per cent."""
+        hits, images = sum(records)[4:].reshape(2, -1)
+        return (100 * hits / images).tolist()
 
     def results(self, source, batch, logits):
         """A dict for each image of a batch: its file, its class, the most probable classes."""
@@ -1889,7 +1944,7 @@ def train(task, args, procs, checkpoint):
                 stopping = i > 0 and procs.any(stop.caught)
                 if stopping:
                     break
-                batch, unreadable = next(batches)
+                batch, unreadable = log.next_batch(batches)
                 log.new_unreadable += unreadable
                 if batch is None:
                     raise InputError(f"ten files in a row cannot be decoded, last {unreadable[-1]}")
@@ -1999,7 +2054,7 @@ def start_run(task, log, state, total, report):
         print(report)
     print(f"{' with '.join(task.identity.values())}: batch {args.batch_size}, {args.micro_batch} "
           f"at once on each of {procs.world} processes, peak rate {args.lr:g}, {total} updates, "
-          f"{state.per_epoch} per epoch, on {procs.device.type}, amp {args.amp}")
+          f"{state.per_epoch} per epoch, on {procs.device.type}, amp {args.amp}", flush=True)
 
 
 def evaluation_due(state, eval_every, total):
@@ -2025,7 +2080,7 @@ def evaluate_and_save(task, state, val_set, log):
         state.save("best.pt", args, procs)
     state.save("last.pt", args, procs)
     if procs.rank == 0:
-        plot_curves(Path(args.output), names)
+        plot_curves(Path(args.output), names, task.metric_limit)
     return metrics
 
 
@@ -2043,10 +2098,11 @@ def last_words(task, args, state, stopped, metrics):
 
 
 @torch.no_grad()
-def evaluate(task, model, source, args, procs, results=None):
+def evaluate(task, model, source, args, procs, results=None, per_class=False):
     """The task's metrics over all images of `source`, each counted once by any number of processes.
 
-    results: a list to which this process's part of the task's results is added, if given.
+    results: a list to which this process's part of the task's results is added, if given;
+    per_class: add "per_class", the values of each class that occurs, by name.
     Raises: InputError for an unreadable image; evaluation never substitutes.
     """
     model.eval()
@@ -2056,19 +2112,48 @@ def evaluate(task, model, source, args, procs, results=None):
     samples = Samples(source, task.test_sample, args.seed, max_replacements=0)
     records = []
     loader = start_loader(samples, batches, task.collate_test, args.workers, procs.device)
-    for batch, unreadable in loader:
+    for batch, unreadable in show_progress(loader, batches, procs.rank):
         if unreadable:
             raise InputError(f"validation image cannot be decoded: {unreadable[0]}")
         prediction = task.infer(model, batch)
         records.append(task.record(source, batch, prediction))
         if results is not None:
             results += task.results(source, batch, prediction)
-    return task.summarize(source, procs.gather(records))
+    records = procs.gather(records)
+    metrics = task.summarize(source, records)
+    if per_class:
+        values = task.summarize_classes(source, records)
+        metrics["per_class"] = name_values(source.classes, values, task.decimals)
+    return metrics
+
+
+def name_values(classes, values, decimals):
+    """{class: rounded value} without NaN; a name that several classes have gets their number."""
+    named = {}
+    for label, (name, value) in enumerate(zip(classes, values)):
+        if not math.isnan(value):
+            key = name if classes.count(name) == 1 else f"{name} ({label})"
+            named[key] = round(value, decimals)
+    return named
+
+
+def show_progress(loader, batches, rank):
+    """The loader's items, with a progress bar on rank 0 for its images if stderr is a terminal.
+
+    batches: the lists of keys that the loader reads.
+    """
+    total = sum(map(len, batches))
+    hidden = rank > 0 or not sys.stderr.isatty()
+    with tqdm(total=total, desc="testing", unit="img", leave=False, disable=hidden) as bar:
+        for item, keys in zip(loader, batches):
+            yield item
+            bar.update(len(keys))
 
 
 def test(task, args, procs, checkpoint):
     """--eval: print one JSON line with the metrics of the weights, and of their average if any.
 
+    They include those of each class, unless there are more than MAX_PER_CLASS.
     --results then holds what the last of them, the average if there is one, predicts.
     """
     val_set, = task.open_data(procs, "val")
@@ -2080,7 +2165,9 @@ def test(task, args, procs, checkpoint):
     for entry in ("model", "ema") if checkpoint.get("ema") else ("model",):
         model = load_trained(task, checkpoint, entry, val_set.classes)
         results = [] if args.results else None
-        result = evaluate(task, model.to(procs.device), val_set, args, procs, results)
+        per_class = len(val_set.classes) <= MAX_PER_CLASS
+        model.to(procs.device)
+        result = evaluate(task, model, val_set, args, procs, results, per_class)
         prefix = "ema_" if entry == "ema" else ""
         metrics |= {prefix + name: value for name, value in result.items()}
     if args.results:

@@ -5,7 +5,9 @@ through a small launcher script.
 """
 import argparse
 import copy
+import io
 import json
+import math
 import os
 import random
 import re
@@ -1089,7 +1091,7 @@ def test_the_first_record_describes_the_run(finished):
 def test_every_update_and_evaluation_is_logged(finished):
     records = read_records(finished)[1:]
     assert [record["step"] for record in records] == [1, 2, 3, 3, 4, 5, 6, 6]
-    assert {"top1", "top5", "ema_top1", "best"} <= records[-1].keys()
+    assert {"top1", "ema_top1", "best"} <= records[-1].keys()
     for record in logged_updates(finished):
         assert {"lr", "loss", "images_per_s", "time"} <= record.keys()
 
@@ -1107,7 +1109,7 @@ def test_an_evaluation_has_the_mean_losses_since_the_last_one(finished):
 
 
 def test_curves_are_plotted(finished):
-    assert Image.open(finished / "curves.png").size == (1000, 380)
+    assert Image.open(finished / "curves.png").size == (1000, 400)
 
 
 @pytest.fixture
@@ -1115,7 +1117,7 @@ def plotted(monkeypatch):
     """The lines of each panel that was plotted."""
     panels = []
 
-    def plot_lines(_draw, _left, lines):
+    def plot_lines(_draw, _left, lines, _high=0.0):
         panels.append(lines)
 
     monkeypatch.setattr(train_imagenet, "plot_lines", plot_lines)
@@ -1128,7 +1130,7 @@ def test_curves_show_every_term_of_several(plotted, tmp_path):
         terms = {"loss_a": 1.0 * step, "loss_b": 2.0}
         train_imagenet.append(log, step=step, lr=0.1, loss=1.0 * step + 2, losses=terms)
     train_imagenet.append(log, step=2, top1=50.0, loss=5.0)
-    train_imagenet.plot_curves(tmp_path, ["top1"])
+    train_imagenet.plot_curves(tmp_path, ["top1"], 100.0)
     assert plotted[0] == {
         "training loss": {1: 3.0, 2: 4.0},
         "validation loss": {2: 5.0},
@@ -1140,8 +1142,52 @@ def test_curves_show_every_term_of_several(plotted, tmp_path):
 
 def test_curves_show_a_single_term_once(plotted, tmp_path):
     train_imagenet.append(tmp_path / "log.jsonl", step=1, lr=0.1, loss=2.0, losses={"loss_a": 2.0})
-    train_imagenet.plot_curves(tmp_path, ["top1"])
+    train_imagenet.plot_curves(tmp_path, ["top1"], 100.0)
     assert plotted[0].keys() == {"training loss", "validation loss"}
+
+
+@pytest.mark.parametrize("low, high, ticks", [
+    (0, 100, [0, 20, 40, 60, 80, 100]),
+    (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+    (0, 2.31, [0, 0.5, 1, 1.5, 2, 2.5]),
+    (0, 7, [0, 2, 4, 6, 8]),
+    (-0.3, 0.9, [-0.5, 0, 0.5, 1]),
+    (0, 0.031, [0, 0.01, 0.02, 0.03, 0.04]),
+    (0, 93600, [0, 20000, 40000, 60000, 80000, 100000]),
+])
+def test_ticks_are_round_and_enclose_the_values(low, high, ticks):
+    assert train_imagenet.round_ticks(low, high) == ticks
+
+
+class Texts:
+    """Collects the texts of a plot."""
+
+    def __init__(self):
+        self.texts = []
+
+    def text(self, _position, text, *_options, **_named):
+        self.texts.append(text)
+
+    def line(self, *_options, **_named):
+        pass
+
+    rectangle = line
+    ellipse = line
+
+
+def test_57_per_cent_are_not_the_ceiling():
+    canvas = Texts()
+    train_imagenet.plot_lines(canvas, 60, {"top1": {10: 31.0, 20: 57.2}}, 100.0)
+    assert canvas.texts == [
+        "0", "20", "40", "60", "80", "100", "0", "5", "10", "15", "20", "update", "top1",
+    ]
+
+
+def test_an_undefined_metric_is_not_plotted(plotted, tmp_path):
+    for step, value in ((1, -1), (2, 0.5)):
+        train_imagenet.append(tmp_path / "log.jsonl", step=step, AP=value)
+    train_imagenet.plot_curves(tmp_path, ["AP"], 1.0)
+    assert plotted[1] == {"AP": {2: 0.5}}
 
 
 def test_a_cut_off_log_line_is_passed_over(tmp_path):
@@ -1151,8 +1197,8 @@ def test_a_cut_off_log_line_is_passed_over(tmp_path):
         file.write('{"step": 2, "lr": 0.1, "lo')
     train_imagenet.append(log, step=2, loss=float("inf"), top1=50.0)
     assert json.loads(log.read_text().splitlines()[-1])["top1"] == 50
-    train_imagenet.plot_curves(tmp_path, ["top1"])
-    assert Image.open(tmp_path / "curves.png").size == (1000, 380)
+    train_imagenet.plot_curves(tmp_path, ["top1"], 100.0)
+    assert Image.open(tmp_path / "curves.png").size == (1000, 400)
 
 
 def evaluate(capsys, *arguments):
@@ -1166,7 +1212,7 @@ def test_eval_repeats_the_metrics_of_the_run(finished, capsys):
     scores = evaluate(capsys, "--weights", finished / "last.pt")
     record = read_records(finished)[-1]
     assert scores["images"] == 7
-    for name in ("top1", "top5", "loss", "ema_top1", "ema_loss"):
+    for name in ("top1", "loss", "ema_top1", "ema_loss"):
         assert scores[name] == pytest.approx(record[name]), name
 
 
@@ -1181,13 +1227,75 @@ def test_eval_counts_hits_like_a_loop(finished, folder, capsys):
     model = small_model(num_classes=2).eval()
     model.load_state_dict(last_state(finished)["model"])
     source = train_imagenet.ImageFolder(folder / "val")
-    hits = 0
+    hits = {"cat": 0, "dog": 0}
     for i, label in enumerate(source.labels):
         image = train_imagenet.center_crop(source.read(i), 32, 0.875)
         images = torch.from_numpy(np.array(image))[None]
-        hits += int(model(train_imagenet.normalize(images)).argmax()) == label
-    assert scores["top1"] == pytest.approx(100 * hits / 7)
-    assert scores["top5"] == 100
+        is_hit = int(model(train_imagenet.normalize(images)).argmax()) == label
+        hits[source.classes[label]] += is_hit
+    assert scores["top1"] == pytest.approx(100 * sum(hits.values()) / 7)
+    expected = {"cat": round(100 * hits["cat"] / 4, 2), "dog": round(100 * hits["dog"] / 3, 2)}
+    assert scores["per_class"] == expected
+    assert scores["ema_per_class"].keys() == expected.keys()
+
+
+def test_eval_of_many_classes_leaves_each_one_out(finished, capsys, monkeypatch):
+    monkeypatch.setattr(train_imagenet, "MAX_PER_CLASS", 1)
+    assert "per_class" not in evaluate(capsys, "--weights", finished / "last.pt")
+
+
+def test_an_evaluation_in_training_has_no_values_per_class(finished):
+    assert "per_class" not in read_records(finished)[-1]
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_metrics_match_a_loop(classes):
+    args = argparse.Namespace(model="secvit_t", frozen_bn=False, amp="none")
+    task = train_imagenet.Classification(args, torch.device("cpu"))
+    task.num_classes = classes
+    logits = torch.randn(23, classes, dtype=torch.float64)
+    labels = torch.randint(classes - 1, (23,))              # none of the last class
+    images = torch.zeros(23, 1, 1, 3)
+    records = []
+    for rows in torch.arange(23).split(9):
+        batch = images[rows], labels[rows]
+        records.append(task.record(lambda _images, rows=rows: logits[rows], None, batch))
+    hits1 = torch.zeros(classes)
+    hits5 = 0
+    for row, label in zip(logits, labels.tolist()):
+        rank = int((row > row[label]).sum())
+        hits1[label] += rank < 1
+        hits5 += rank < 5
+    metrics = task.summarize(range(23), records)
+    assert metrics["top1"] == pytest.approx(100 * float(hits1.sum()) / 23)
+    assert metrics.get("top5") == (pytest.approx(100 * hits5 / 23) if classes == 6 else None)
+    values = task.summarize_classes(range(23), records)
+    count = labels.bincount(minlength=classes)
+    assert values[:-1] == pytest.approx((100 * hits1 / count)[:-1].tolist())
+    assert math.isnan(values[-1])
+
+
+def test_values_of_classes_are_named_apart():
+    values = [50.123, math.nan, 25.0, 75.0]
+    named = train_imagenet.name_values(["cat", "dog", "owl", "cat"], values, 2)
+    assert named == {"cat (0)": 50.12, "owl": 25.0, "cat (3)": 75.0}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream, rank, shown", [
+    (Terminal, 0, True), (Terminal, 1, False), (io.StringIO, 0, False),
+])
+def test_an_evaluation_shows_a_bar_on_a_terminal(monkeypatch, stream, rank, shown):
+    stderr = stream()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    items = train_imagenet.show_progress("abc", [[1, 2], [3, 4], [5]], rank)
+    assert list(items) == ["a", "b", "c"]
+    assert ("testing: " in stderr.getvalue() and "/5 " in stderr.getvalue()) == shown
+    assert bool(stderr.getvalue()) == shown
 
 
 def predict(capsys, *arguments):
@@ -1297,6 +1405,7 @@ class TwoLosses:
 
     metric = "closeness"
     decimals = 3
+    metric_limit = 0.0
     train_mode = True
     test_batch = 3
     identity = {"task": "line"}
@@ -1380,6 +1489,57 @@ def test_losses_of_a_task_are_those_of_its_batches(tmp_path):
     first = logged_updates(tmp_path)[0]["losses"]
     assert first["loss_absolute"] == pytest.approx(error.mean().item(), rel=1e-6)
     assert first["loss_square"] == pytest.approx((error ** 2).mean().item(), rel=1e-6)
+
+
+class Flushed(io.StringIO):
+    """A stream that knows what of it was flushed, as a pipe's reader does."""
+
+    seen = ""
+
+    def flush(self):
+        self.seen = self.getvalue()
+
+
+def test_the_first_line_is_seen_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", Flushed())
+    seen = []
+    losses = TwoLosses.losses
+
+    def look(self, net, batch):
+        seen.append(sys.stdout.seen)
+        return losses(self, net, batch)
+
+    monkeypatch.setattr(TwoLosses, "losses", look)
+    train_line(tmp_path)
+    assert seen[0].startswith("line: batch 4") and seen[0].endswith("amp none\n")
+
+
+def test_the_fraction_of_time_that_data_took_is_logged(tmp_path, monkeypatch):
+    """Updates of two micro-batches: each waits 3 s for its data and computes for 1 s."""
+    clock = [0.0]
+    monkeypatch.setattr(train_imagenet.time, "perf_counter", lambda: clock[0])
+    args = argparse.Namespace(output=str(tmp_path), batch_size=2)
+    model = torch.nn.Linear(1, 1)
+    state = train_imagenet.TrainState(model, None, None, 0, per_epoch=2, classes=[])
+    log = train_imagenet.RunLog(args, train_imagenet.Processes(), state, 2)
+
+    def load():
+        for item in range(4):
+            clock[0] += 3
+            yield item
+
+    batches = load()
+    for _ in range(2):
+        log.start_update(0.1)
+        for _ in range(2):
+            log.next_batch(batches)
+            clock[0] += 1
+            log.add({"loss_a": torch.tensor(1.0)}, 0.5)
+        log.end_update(state)
+        log.flush(state)
+        clock[0] += 100                                     # an evaluation does not count
+    log.close()
+    assert [record["data_wait"] for record in read_records(tmp_path)] == [0.75, 0.75]
 
 
 def test_a_task_is_evaluated_by_its_metric(tmp_path):
@@ -1560,7 +1720,7 @@ def test_three_processes_evaluate_like_one(finished, tmp_path, start):
     scores = json.loads(output.splitlines()[-1])
     record = read_records(finished)[-1]
     assert scores["images"] == 7
-    for name in ("top1", "top5", "loss", "ema_top1", "ema_loss"):
+    for name in ("top1", "loss", "ema_top1", "ema_loss"):
         assert scores[name] == pytest.approx(record[name]), name
     assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 7
 
