@@ -66,7 +66,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 import train_imagenet
 from train_imagenet import (
@@ -141,6 +141,8 @@ FLAGS = {
     "rois": Flag(bounded(int, 4), None, "regions per image that Mask R-CNN's heads learn from"),
     "box_head": Flag(("4conv1fc", "2fc"), None, "the cascade's: that of the published results, or "
                      "mmdetection's base one"),
+    "zero_is_class": Flag(bool, False, "segmentation: label 0 of the PNGs is the first class, not "
+                          "ignored (mmsegmentation's reduce_zero_label=False)"),
     "ms_test": OnceFlag(bool, False, "evaluate segmentation at six scales, each also mirrored"),
     "keypoints": Flag((133, 17), None, "pose: the whole body, or COCO's 17"),
     "jitter": Flag(FRACTION, None, "strength of pose's augmentation; weak on small data sets"),
@@ -157,6 +159,7 @@ TASK_FLAGS = {  # flags that only some tasks have, and these tasks
     "schedule": DETECTION,
     "rois": ("mask_rcnn", "cascade_mask_rcnn"),
     "box_head": ("cascade_mask_rcnn",),
+    "zero_is_class": SEGMENTATION,
     "ms_test": SEGMENTATION,
     "keypoints": ("pose",),
     "boxes": ("pose",),
@@ -349,13 +352,15 @@ class DenseTask:
     describe(prediction, classes) -> dict, what the overlay shows, in numbers
     record(source, sample, prediction) -> what the metrics need of one image
     summarize(source, records) -> {metric: value}; score_results(source, path) -> the same
+    summarize_classes(source, records) -> a value for each class, NaN if it does not occur, or []
     results(source, sample, prediction) -> what a results file holds of one image, a list
     write_results(path, results): write the file, or folder, that score_results reads
     """
 
-    train_mode = True  # argument of model.train()
-    test_batch = 1     # images differ in size
+    train_mode = True   # argument of model.train()
+    test_batch = 1      # images differ in size
     decimals = 3
+    metric_limit = 1.0
     small_data = "--batch-size 4 --iters 1000 --warmup-iters 100"
 
     def __init__(self, args, device):
@@ -451,6 +456,9 @@ class DenseTask:
         layers = {name.rpartition(".")[0] for name in weights.keys() - matching.keys()}
         without = f", without {' and '.join(sorted(layers))}: other classes" if layers else ""
         return f"{path}: loaded{without}"
+
+    def summarize_classes(self, _source, _records):
+        return []  # pose has one class
 
     def param_groups(self, model):
         """AdamW's groups: all parameters decay, or all but the norms'."""
@@ -629,6 +637,50 @@ def normalize_padded(images, sizes):
     return normalize(images) * (inside_rows & inside_columns)[:, None]
 
 
+class Figure:
+    """A copy of an image to plot on, with lines and text in proportion to it.
+
+    Small images are enlarged, by a whole number, so that text can be read. Positions are in pixels
+    of the image.
+    """
+
+    min_side = 320  # pixels of the longer side
+
+    def __init__(self, image):
+        self.scale = math.ceil(self.min_side / max(image.size))
+        size = [side * self.scale for side in image.size]
+        self.image = image.resize(size, Image.Resampling.NEAREST)
+        self.canvas = ImageDraw.Draw(self.image)
+        side = math.sqrt(size[0] * size[1])
+        self.thick = max(2, round(side / 250))     # width of a line
+        self.thin = max(1, round(self.thick / 3))
+        self.font = ImageFont.load_default(max(11, round(side / 40)))
+
+    def pixels(self, points):
+        """Points (n, 2) of the image as a flat list of pixels of the figure."""
+        return (np.asarray(points) * self.scale).ravel().tolist()
+
+    def label(self, point, text, colour, centred):
+        """Text on a box in a colour, moved into the figure: around a point, or above it."""
+        text = " ".join(text.split())
+        x, y = self.pixels(point)
+        padding = self.thick
+        width = math.ceil(self.font.getlength(text)) + 2 * padding
+        height = sum(self.font.getmetrics())
+        x -= width / 2 if centred else 0
+        y -= height / 2 if centred else height
+        x = max(0, min(round(x), self.image.width - width))
+        y = max(0, min(round(y), self.image.height - height))
+        self.canvas.rectangle((x, y, x + width - 1, y + height - 1), colour)
+        self.canvas.text((x + padding, y), text, contrast(colour), font=self.font)
+
+
+def contrast(colour):
+    """The one of black and white that can be read on a colour, by its luminance (BT.601)."""
+    red, green, blue = colour
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 128 else "white"
+
+
 def palette(count):
     """Colours (count, 3) uint8, all different: hues in steps of the golden ratio."""
     i = np.arange(count)
@@ -647,14 +699,16 @@ IGNORED = 255  # label of pixels that are not evaluated
 class Ade20k:
     """Images and label maps of folder/images/SPLIT and folder/annotations/SPLIT, sorted by name.
 
-    The label PNGs hold 1 to K for the classes and 0 for ignored pixels. split: "train" or "val".
+    The label PNGs hold 1 to K for the classes and 0 and 255 for ignored pixels, with
+    `zero_is_class` 0 to K - 1 and 255. split: "train" or "val".
     Raises: InputError for a missing folder or file, more classes than 8 bits hold, no labels.
     """
 
     left_out = {}  # nothing is
 
-    def __init__(self, folder, split):
+    def __init__(self, folder, split, zero_is_class=False):
         split = {"train": "training", "val": "validation"}[split]
+        self.first_label = 0 if zero_is_class else 1  # value of the first class in the PNGs
         images = Path(folder) / "images" / split
         self.label_folder = Path(folder) / "annotations" / split
         for part in (images, self.label_folder):
@@ -668,11 +722,11 @@ class Ade20k:
         if missing:
             count = f"{len(missing)} of {len(self.files)} are missing"
             raise InputError(f"{self.label_folder} lacks the label map of {missing[0]}; {count}")
-        self.classes = read_class_names(Path(folder))
+        self.classes = read_class_names(Path(folder), self.first_label)
         label_maps = (self.read_labels(self.label_path(file)) for file in self.files)
         if all((labels == IGNORED).all() for labels in label_maps):  # mostly stops at the first
-            raise InputError(f"{self.label_folder} has no pixel of any class; 0 and 255 are "
-                             "ignored")
+            ignored = "255 is" if zero_is_class else "0 and 255 are"
+            raise InputError(f"{self.label_folder} has no pixel of any class; {ignored} ignored")
 
     def __len__(self):
         return len(self.files)
@@ -694,7 +748,7 @@ class Ade20k:
         return image, labels
 
     def read_labels(self, path):
-        """The label map of a PNG, IGNORED where it holds 0 or 255. Raises: InputError."""
+        """The label map of a PNG, classes from 0, IGNORED where it is. Raises: InputError."""
         try:
             with Image.open(path) as image:
                 labels = np.array(image)
@@ -704,21 +758,33 @@ class Ade20k:
             raise InputError(f"{path}: expected a label map of 8 bits")
         largest = labels[labels != IGNORED].max(initial=0)
         count = len(self.classes)
-        if largest > count:
-            raise InputError(f"{path}: label {largest} out of range, there are {count} classes")
-        return np.where(labels == IGNORED, IGNORED, labels - 1)  # 0 wraps around to IGNORED
+        if largest >= count + self.first_label:
+            raise InputError(f"{path}: label {largest} out of range, there are {count} classes, "
+                             f"the first one is {self.first_label}")
+        labels = np.where(labels == IGNORED, IGNORED, labels - self.first_label)
+        return labels  # an ignored 0 has wrapped around to IGNORED
 
 
-def read_class_names(folder):
-    """First synonyms in the last column of folder/objectInfo*.txt, or "1" to "150" without it."""
-    files = sorted(folder.glob("objectInfo*.txt"))
-    rows = files[0].read_text().splitlines()[1:] if files else []
-    synonyms = [row.split("\t")[-1] for row in rows if row]
-    if len(synonyms) > 254:
-        raise InputError(f"{files[0]} names {len(synonyms)} classes, label maps of 8 bits hold at "
-                         "most 254")
-    names = [words.split(",")[0].strip() for words in synonyms]
-    return names or [str(i) for i in range(1, 151)]
+def read_class_names(folder, first_label):
+    """Class names of a folder, in order of their labels.
+
+    They are the first synonyms in the last column of objectInfo*.txt, below its title line, the
+    lines of classes.txt, or without either file 150 numbers from `first_label` on.
+    """
+    files = [*sorted(folder.glob("objectInfo*.txt")), *folder.glob("classes.txt")]
+    if not files:
+        return [str(first_label + i) for i in range(150)]
+    with reading(files[0], "text file of class names"):
+        rows = files[0].read_text("utf-8-sig").splitlines()
+    if files[0].name == "classes.txt":
+        names = [row.strip() for row in rows if row.strip()]
+    else:
+        synonyms = [row.split("\t")[-1] for row in rows[1:] if row]
+        names = [words.split(",")[0].strip() for words in synonyms]
+    if not 0 < len(names) < IGNORED:
+        raise InputError(f"{files[0]} names {len(names)} classes, label maps of 8 bits hold 1 to "
+                         f"{IGNORED - 1}")
+    return names
 
 
 def augment_segmentation(raw, rng, size):
@@ -924,14 +990,21 @@ def mean_iou(counts):
 
     counts: sum of the images' `count_pixels`. All three are -1 if no pixel is labelled.
     """
-    intersection, predicted, labelled = counts.astype(np.float64)
+    intersection, _, labelled = counts.astype(np.float64)
     if not labelled.any():
         return {"mIoU": -1.0, "mAcc": -1.0, "aAcc": -1.0}
-    union = predicted + labelled - intersection
-    iou = intersection[union > 0] / union[union > 0]
+    iou = class_iou(counts)
+    iou = iou[~np.isnan(iou)]
     accuracy = intersection[labelled > 0] / labelled[labelled > 0]
     total_accuracy = float(intersection.sum() / labelled.sum())
     return {"mIoU": float(iou.mean()), "mAcc": float(accuracy.mean()), "aAcc": total_accuracy}
+
+
+def class_iou(counts):
+    """IoU (K,) of each class, from the sum of `count_pixels`; NaN for one that does not occur."""
+    intersection, predicted, labelled = counts.astype(np.float64)
+    union = predicted + labelled - intersection
+    return np.where(union > 0, intersection / np.maximum(union, 1), np.nan)
 
 
 class Segmentation(DenseTask):
@@ -940,7 +1013,7 @@ class Segmentation(DenseTask):
     metric = "mIoU"
 
     def open_split(self, folder, split):
-        return Ade20k(folder, split)
+        return Ade20k(folder, split, self.args.zero_is_class)
 
     def augment(self, raw, rng):
         return augment_segmentation(raw, rng, self.args.img_size)
@@ -988,17 +1061,16 @@ class Segmentation(DenseTask):
         """The image blended with its classes' colours; up to eight classes are named."""
         colours = np.zeros((256, 3), np.uint8)
         colours[:len(classes)] = palette(len(classes))
-        result = Image.blend(image, Image.fromarray(colours[prediction]), 0.5)
-        draw = ImageDraw.Draw(result)
-        outline = {"stroke_width": 1, "stroke_fill": "black"}
+        figure = Figure(Image.blend(image, Image.fromarray(colours[prediction]), 0.5))
         count = np.bincount(prediction.ravel(), minlength=len(classes))[:len(classes)]
         for label in count.argsort()[::-1][:8]:
             if count[label] > prediction.size / 200:
                 y, x = (prediction == label).nonzero()
                 nearest = np.hypot(y - y.mean(), x - x.mean()).argmin()  # to the class's centre
                 position = (x[nearest], y[nearest])
-                draw.text(position, classes[label], "white", anchor="mm", **outline)
-        return result
+                colour = tuple(colours[label].tolist())
+                figure.label(position, classes[label], colour, centred=True)
+        return figure.image
 
     def describe(self, prediction, classes):
         """The fraction of the pixels of each class that occurs, largest first."""
@@ -1015,11 +1087,15 @@ class Segmentation(DenseTask):
     def summarize(self, _source, records):
         return mean_iou(sum(records))
 
+    def summarize_classes(self, _source, records):
+        """IoU of each class."""
+        return class_iou(sum(records)).tolist()
+
     def results(self, source, sample, prediction):
-        """[(name, content)] of the image's label PNG, which holds 1 to K, as the benchmark asks."""
+        """[(name, content)] of the image's label PNG, numbered like those of the data."""
         index, _ = sample
         file = io.BytesIO()
-        Image.fromarray(prediction + 1).save(file, "PNG")
+        Image.fromarray(prediction + source.first_label).save(file, "PNG")
         return [(f"{source.files[index].stem}.png", file.getvalue())]
 
     def write_results(self, path, results):
@@ -1656,23 +1732,22 @@ def match_results(source, path, kinds):
 def plot_detections(image, detections, classes, threshold):
     """A PIL image with the boxes, names and, if there are any, masks of its detections.
 
-    Detections that score less than the threshold are left out.
+    Each detection has its own colour. Those that score less than the threshold are left out.
     """
     overlay = image.copy()
-    canvas = ImageDraw.Draw(overlay)
-    colours = palette(len(classes)).tolist()
     boxes, scores, labels, *masks = detections
-    for i in np.flatnonzero(scores >= threshold)[::-1]:     # the best one is on top
-        colour = tuple(colours[labels[i]])
-        if masks:
-            opacity = Image.fromarray(masks[0][i].astype(np.uint8) * 128)
-            overlay.paste(colour, mask=opacity)
-        canvas.rectangle(boxes[i].tolist(), outline=colour, width=2)
+    colours = [tuple(colour) for colour in palette(len(boxes)).tolist()]
+    shown = np.flatnonzero(scores >= threshold)[::-1]   # the best one is on top
+    for i in shown if masks else ():
+        opacity = Image.fromarray(masks[0][i].astype(np.uint8) * 128)
+        overlay.paste(colours[i], mask=opacity)
+    figure = Figure(overlay)
+    for i in shown:
+        figure.canvas.rectangle(figure.pixels(boxes[i]), outline=colours[i], width=figure.thick)
+    for i in shown:
         caption = f"{classes[labels[i]]} {scores[i]:.2f}"
-        corner = tuple(boxes[i, :2].clip(0).tolist())
-        canvas.rectangle(canvas.textbbox(corner, caption), colour)
-        canvas.text(corner, caption, "black")
-    return overlay
+        figure.label(boxes[i, :2], caption, colours[i], centred=False)
+    return figure.image
 
 
 def count_objects(prediction, classes, threshold):
@@ -1722,6 +1797,10 @@ class Detection(DenseTask):
 
     def summarize(self, source, records):
         return accumulate(records, "bbox", source.categories)
+
+    def summarize_classes(self, source, records):
+        """AP of each category."""
+        return category_ap(records, "bbox", source.categories)
 
     def results(self, source, sample, prediction):
         index, _ = sample
@@ -2369,6 +2448,11 @@ class InstanceSegmentation(DenseTask):
                 metrics |= {f"{prefix}_{name}": value for name, value in values.items()}
         return metrics
 
+    def summarize_classes(self, source, records):
+        """AP of the masks of each category."""
+        _, mask_records = zip(*records)
+        return category_ap(mask_records, "segm", source.categories)
+
     def score_results(self, source, path):
         """Metrics of the boxes and of the masks of a COCO results file, or of what it holds."""
         return self.metrics_of(source, match_results(source, path, ["bbox", "segm"]))
@@ -2834,26 +2918,27 @@ class Pose(DenseTask):
         return np.array(boxes, np.float64).reshape(-1, 5)
 
     def overlay(self, image, prediction, _classes):
-        """Lines of body, feet and fingers and dots of the face, where keypoints are confident."""
-        figure = image.copy()
-        canvas = ImageDraw.Draw(figure)
-        thick = max(1, round(max(image.size) / 250))
-        thin = max(1, thick // 3)
-        radius = thick // 4
-        colours = palette(len(LINES)).tolist()
+        """Lines of body, feet and fingers and dots of the face, where keypoints are confident.
+
+        Each person has one colour.
+        """
+        figure = Figure(image)
+        radius = figure.thick // 4
         face = PARTS["face"]
         points, _ = prediction
-        for person in points:
+        for person, colour in zip(points, palette(len(points)).tolist()):
             visible = person[:, 2] >= self.args.threshold
-            for line, colour in zip(LINES, colours):
-                width = thick if max(line) < face.start else thin
+            for line in LINES:
+                width = figure.thick if max(line) < face.start else figure.thin
                 for a, b in zip(line, line[1:]):
                     if max(a, b) < len(person) and visible[a] and visible[b]:
-                        ends = person[[a, b], :2].ravel().tolist()
-                        canvas.line(ends, tuple(colour), width)
-            for x, y in person[face, :2][visible[face]].round():
-                canvas.rectangle((x - radius, y - radius, x + radius, y + radius), "white")
-        return figure
+                        ends = figure.pixels(person[[a, b], :2] + 0.5)  # of the pixels' centres
+                        figure.canvas.line(ends, tuple(colour), width)
+            for point in person[face, :2][visible[face]]:
+                x, y = figure.pixels(point + 0.5)
+                dot = x - radius, y - radius, x + radius, y + radius
+                figure.canvas.rectangle(dot, "white")
+        return figure.image
 
     def describe(self, prediction, _classes):
         """The number of persons of whom a keypoint is shown."""
@@ -3478,6 +3563,12 @@ def accumulate(matches, kind, categories):
     for a, name in enumerate(names, 1):
         cells[f"AR{name}"] = recall[a, -1]
     return {name: mean_of_valid(values) for name, values in cells.items()}
+
+
+def category_ap(matches, kind, categories):
+    """AP of each category as in `accumulate`, NaN without any object."""
+    values = [accumulate(matches, kind, [category])["AP"] for category in categories]
+    return [math.nan if value == -1 else value for value in values]
 
 # ------------------------------------------------------------------------------------- drawn scenes
 # Random shapes and people in the layouts of ADE20K and COCO, so that each task runs without data.

@@ -1707,7 +1707,7 @@ class Classification:
     results(source, batch, prediction) what --results writes of it, a list
     write_results(path, results)       write the file of --results
     summarize(source, records)         {metric: value} of all batches' records
-    summarize_classes(source, records) one value for each class, NaN if it does not occur
+    summarize_classes(source, records) a value for each class, NaN if it does not occur, or []
     small_data                         flags that suit fewer images than a default batch
     metric, decimals, metric_limit     name of the metric that picks best.pt, larger is better;
                                        digits of printed metrics; its largest possible value
@@ -2123,7 +2123,8 @@ def evaluate(task, model, source, args, procs, results=None, per_class=False):
     metrics = task.summarize(source, records)
     if per_class:
         values = task.summarize_classes(source, records)
-        metrics["per_class"] = name_values(source.classes, values, task.decimals)
+        named = name_values(source.classes, values, task.decimals)
+        metrics |= {"per_class": named} if named else {}
     return metrics
 
 
@@ -2153,7 +2154,7 @@ def show_progress(loader, batches, rank):
 def test(task, args, procs, checkpoint):
     """--eval: print one JSON line with the metrics of the weights, and of their average if any.
 
-    They include those of each class, unless there are more than MAX_PER_CLASS.
+    They include one for each class, from two to MAX_PER_CLASS classes.
     --results then holds what the last of them, the average if there is one, predicts.
     """
     val_set, = task.open_data(procs, "val")
@@ -2165,7 +2166,7 @@ def test(task, args, procs, checkpoint):
     for entry in ("model", "ema") if checkpoint.get("ema") else ("model",):
         model = load_trained(task, checkpoint, entry, val_set.classes)
         results = [] if args.results else None
-        per_class = len(val_set.classes) <= MAX_PER_CLASS
+        per_class = 1 < len(val_set.classes) <= MAX_PER_CLASS
         model.to(procs.device)
         result = evaluate(task, model, val_set, args, procs, results, per_class)
         prefix = "ema_" if entry == "ema" else ""

@@ -476,11 +476,25 @@ def test_overlay_shows_what_reaches_the_threshold(with_masks):
         detections = *detections, masks
     task = make_task(train_dense.Detection)
     overlay = np.array(task.overlay(image, detections, ["a", "b"]))
-    assert overlay.shape == (40, 60, 3)
-    assert overlay[12, 10].any() == 1                       # the first box's outline
-    assert overlay[27, 15].any() == with_masks              # inside of it
-    assert not overlay[:, 35:].any()
+    assert overlay.shape == (6 * 40, 6 * 60, 3)             # enlarged to 320 pixels or more
+    assert overlay[6 * 12, 6 * 18].any()                    # the first box's outline
+    assert overlay[6 * 27, 6 * 15].any() == with_masks      # inside of it
+    assert not overlay[:, 6 * 35:].any()
     assert not np.array(image).any()                        # the image itself is left alone
+
+
+def test_instances_of_one_class_have_colours_of_their_own():
+    """That of a mask is that of its box, blended with the black image."""
+    boxes = np.array([[20., 20., 380., 180.], [20., 220., 380., 380.]], np.float32)
+    masks = np.zeros((2, 400, 400), bool)
+    masks[0, 30:170, 30:370] = True
+    masks[1, 230:370, 30:370] = True
+    detections = boxes, np.array([0.9, 0.8]), np.array([0, 0]), masks
+    task = make_task(train_dense.Detection)
+    overlay = np.array(task.overlay(Image.new("RGB", (400, 400)), detections, ["a"])).astype(int)
+    for box, inside, colour in zip((180, 380), (100, 300), train_dense.palette(2)):
+        assert (overlay[box, 200] == colour).all()
+        assert np.abs(overlay[inside, 200] - colour / 2).max() <= 1
 
 
 # ----------------------------------------------------------------------- files and augmentation

@@ -848,11 +848,16 @@ def test_oks_nms_matches_the_greedy_loop():
 
 # -------------------------------------------------------------------------------------- overlay
 def overlay_mask(people):
-    """Pixels (100, 100) that an overlay of people (P, K, 3) changes in a black image."""
+    """Pixels (400, 400) that an overlay of people (P, K, 3) changes in a black image."""
+    return plot(people).any(-1)
+
+
+def plot(people):
+    """Pixels (400, 400, 3) of an overlay of people on a black image of 100 x 100 pixels."""
     image = Image.new("RGB", (100, 100))
     figure = make_task().overlay(image, (people, np.ones(len(people))), [])
-    assert figure.size == image.size and not np.array(image).any()
-    return np.array(figure).any(-1)
+    assert figure.size == (400, 400) and not np.array(image).any()
+    return np.array(figure)
 
 
 @pytest.fixture
@@ -874,6 +879,13 @@ def test_unsure_points_are_not_shown(two_people):
 def test_confident_points_are_shown(two_people, part):
     two_people[0, part, 2] = 0.3
     assert overlay_mask(two_people[:1]).any()
+
+
+def test_each_person_has_one_colour(two_people):
+    two_people[..., 2] = 1
+    two_people[..., train_dense.PARTS["face"], 2] = 0       # its dots are white
+    colours = np.unique(plot(two_people).reshape(-1, 3), axis=0).tolist()
+    assert colours == sorted([[0, 0, 0], *train_dense.palette(2).tolist()])
 
 
 def test_seventeen_points_have_fewer_lines(two_people):

@@ -295,10 +295,53 @@ def test_ade20k_numbers_classes_without_names(ade20k):
     assert classes == [str(i) for i in range(1, 151)]
 
 
-def test_too_many_classes_are_refused(ade20k):
-    (ade20k / "objectInfo3.txt").write_text("Name\n" + "wall\n" * 255)
-    with pytest.raises(train_dense.InputError, match="names 255 classes"):
+@pytest.mark.parametrize("name, text, count", [
+    ("objectInfo3.txt", "Name\n" + "wall\n" * 255, 255),
+    ("objectInfo3.txt", "Name\n", 0),
+    ("classes.txt", "wall\n" * 255, 255),
+    ("classes.txt", "\n", 0),
+])
+def test_too_many_or_no_classes_are_refused(ade20k, name, text, count):
+    (ade20k / "objectInfo3.txt").unlink()
+    (ade20k / name).write_text(text)
+    with pytest.raises(train_dense.InputError, match=f"{name} names {count} classes"):
         train_dense.Ade20k(ade20k, "val")
+
+
+def test_class_names_are_lines_of_a_file(ade20k):
+    (ade20k / "objectInfo3.txt").unlink()
+    text = "wall\r\n big building, grey\r\nStra\u00dfe\r\n\r\n"
+    (ade20k / "classes.txt").write_bytes(text.encode("utf-8-sig"))
+    classes = train_dense.Ade20k(ade20k, "val").classes
+    assert classes == ["wall", "big building, grey", "Stra\u00dfe"]
+
+
+def test_class_names_that_are_no_text_are_refused(ade20k):
+    (ade20k / "objectInfo3.txt").write_bytes(b"Name\n\xff\xfe")
+    with pytest.raises(train_dense.InputError, match="objectInfo3.txt is no text file"):
+        train_dense.Ade20k(ade20k, "val")
+
+
+def test_label_0_can_be_a_class(ade20k):
+    (ade20k / "objectInfo3.txt").unlink()
+    (ade20k / "classes.txt").write_text("wall\nbuilding\ncar\nsky\n")
+    source = train_dense.Ade20k(ade20k, "train", zero_is_class=True)
+    for i in range(3):
+        stored = np.array(Image.open(ade20k / "annotations" / "training" / f"{i}.png"))
+        _, labels = source.read(i)
+        assert labels.dtype == np.uint8
+        assert (labels == stored).all()
+
+
+def test_label_k_is_out_of_range_if_0_is_a_class(ade20k):
+    with pytest.raises(train_dense.InputError, match="label 3 out of range, there are 3 classes"):
+        train_dense.Ade20k(ade20k, "train", zero_is_class=True)
+
+
+def test_classes_without_names_are_numbered_from_0_if_it_is_one(ade20k):
+    (ade20k / "objectInfo3.txt").unlink()
+    classes = train_dense.Ade20k(ade20k, "val", zero_is_class=True).classes
+    assert classes == [str(i) for i in range(150)]
 
 
 def test_missing_folder(tmp_path):
@@ -667,19 +710,19 @@ def test_slivers_reach_the_model_with_sides_of_32():
 
 
 def test_overlay_colours_and_names_classes():
-    labels = np.zeros((60, 90), np.uint8)
-    labels[:, 60:] = 1
+    labels = np.zeros((200, 400), np.uint8)
+    labels[:, 200:] = 1
     labels[0, 0] = train_dense.IGNORED
-    image = Image.new("RGB", (90, 60), (100, 100, 100))
-    overlay = np.array(make_task().overlay(image, labels, ["wall", "car"]))
-    assert overlay.shape == (60, 90, 3)
+    image = Image.new("RGB", (400, 200), (100, 100, 100))
+    overlay = np.array(make_task().overlay(image, labels, ["wall", "car"])).astype(int)
+    assert overlay.shape == (200, 400, 3)
     colours = train_dense.palette(2).astype(int)
-    for position, colour in (((50, 2), colours[0]), ((50, 88), colours[1]), ((0, 0), 0)):
+    for position, colour in (((190, 2), colours[0]), ((190, 388), colours[1]), ((0, 0), 0)):
         assert np.abs(overlay[position] - (colour + 100) / 2).max() <= 1
-    is_text = (overlay > 200).all(-1)                                       # white, blended: < 178
-    assert is_text[20:40, 15:45].any()
-    assert is_text[20:40, 65:85].any()
-    assert image.getcolors() == [(90 * 60, (100, 100, 100))]                # not changed
+    for columns, colour in ((slice(0, 200), colours[0]), (slice(200, 400), colours[1])):
+        is_label = (overlay[90:110, columns] == colour).all(-1)             # of the full colour
+        assert is_label.any()
+    assert image.getcolors() == [(400 * 200, (100, 100, 100))]              # not changed
 
 
 def test_overlay_does_not_name_small_classes():
@@ -687,7 +730,47 @@ def test_overlay_does_not_name_small_classes():
     labels[10:15, 20:25] = 1                                                # 25 of 5400 pixels
     image = Image.new("RGB", (90, 60), (100, 100, 100))
     overlay = np.array(make_task().overlay(image, labels, ["wall", "car"]))
-    assert not (overlay > 200).all(-1).any()
+    colours = np.unique(overlay.reshape(-1, 3), axis=0)
+    assert len(colours) == 2                                                # and no text
+
+
+@pytest.mark.parametrize("size, expected", [
+    ((64, 48), (320, 240)),
+    ((1, 1), (320, 320)),
+    ((319, 100), (638, 200)),
+    ((320, 200), (320, 200)),
+    ((4000, 3000), (4000, 3000)),
+])
+def test_small_images_are_enlarged_by_whole_numbers(size, expected):
+    assert train_dense.Figure(Image.new("RGB", size)).image.size == expected
+
+
+def test_lines_and_text_grow_with_the_image():
+    small, large = (train_dense.Figure(Image.new("RGB", (side, side))) for side in (500, 4000))
+    assert large.thick == 8 * small.thick
+    assert large.font.size == pytest.approx(8 * small.font.size, rel=0.05)
+
+
+@pytest.mark.parametrize("colour, text", [
+    ((255, 255, 0), "black"),
+    ((0, 255, 0), "black"),
+    ((0, 0, 255), "white"),
+    ((200, 0, 0), "white"),
+])
+def test_text_contrasts_with_its_box(colour, text):
+    assert train_dense.contrast(colour) == text
+
+
+@pytest.mark.parametrize("point", [(0, 0), (399, 0), (0, 299), (399, 299)])
+@pytest.mark.parametrize("centred", [False, True])
+def test_labels_are_whole_at_the_border(point, centred):
+    """As many pixels as in the middle."""
+    count = []
+    for position in (point, (150, 150)):
+        figure = train_dense.Figure(Image.new("RGB", (400, 300)))
+        figure.label(position, "a dog\nand a cat", (255, 0, 0), centred)
+        count.append(np.array(figure.image).any(-1).sum())
+    assert count[0] == count[1]
 
 
 # ------------------------------------------------------------------------------------------ metrics
