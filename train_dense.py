@@ -652,7 +652,7 @@ class Figure:
         self.image = image.resize(size, Image.Resampling.NEAREST)
         self.canvas = ImageDraw.Draw(self.image)
         side = math.sqrt(size[0] * size[1])
-        self.thick = max(2, round(side / 250))     # width of a line
+        self.thick = max(2, round(side / 180))     # width of a line
         self.thin = max(1, round(self.thick / 3))
         self.font = ImageFont.load_default(max(11, round(side / 40)))
 
@@ -2920,7 +2920,7 @@ class Pose(DenseTask):
     def overlay(self, image, prediction, _classes):
         """Lines of body, feet and fingers and dots of the face, where keypoints are confident.
 
-        Each person has one colour.
+        Each person has one colour; the lines have black borders.
         """
         figure = Figure(image)
         radius = figure.thick // 4
@@ -2928,12 +2928,17 @@ class Pose(DenseTask):
         points, _ = prediction
         for person, colour in zip(points, palette(len(points)).tolist()):
             visible = person[:, 2] >= self.args.threshold
+            segments = []
             for line in LINES:
                 width = figure.thick if max(line) < face.start else figure.thin
                 for a, b in zip(line, line[1:]):
                     if max(a, b) < len(person) and visible[a] and visible[b]:
                         ends = figure.pixels(person[[a, b], :2] + 0.5)  # of the pixels' centres
-                        figure.canvas.line(ends, tuple(colour), width)
+                        segments.append((ends, width))
+            for ends, width in segments:
+                figure.canvas.line(ends, "black", width + 2)
+            for ends, width in segments:
+                figure.canvas.line(ends, tuple(colour), width)
             for point in person[face, :2][visible[face]]:
                 x, y = figure.pixels(point + 0.5)
                 dot = x - radius, y - radius, x + radius, y + radius
