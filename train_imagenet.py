@@ -2054,7 +2054,7 @@ def start_run(task, log, state, total, report):
         print(report)
     print(f"{' with '.join(task.identity.values())}: batch {args.batch_size}, {args.micro_batch} "
           f"at once on each of {procs.world} processes, peak rate {args.lr:g}, {total} updates, "
-          f"{state.per_epoch} per epoch, on {procs.device.type}, amp {args.amp}", flush=True)
+          f"{state.per_epoch} per epoch, on {procs.device.type}, amp {args.amp}")
 
 
 def evaluation_due(state, eval_every, total):
@@ -2234,8 +2234,9 @@ def main(argv=None):
 
 
 class Terminal:
-    """stdout or stderr; what is written after its reader has gone is dropped.
+    """stdout or stderr; a pipe's reader, too, sees every line at once.
 
+    What is written after the reader has gone is dropped.
     Neither `| head -1` nor a `| tee` that Ctrl-C has ended ends a training run.
     """
 

@@ -1104,6 +1104,20 @@ def test_images_can_be_matched_anywhere_and_gathered_in_any_order(kind):
         assert metrics == evaluate_coco(*problem, kind, CATEGORIES)
 
 
+def test_ap_of_categories_averages_to_that_of_all():
+    images, annotations, results = random_problem(random.Random(3), "bbox")
+    matches = []
+    for image in images:
+        gt = [a for a in annotations if a["image_id"] == image["id"]]
+        dt = [r for r in results if r["image_id"] == image["id"]]
+        matches.append(train_dense.match_image(image, gt, dt, "bbox", SIGMAS))
+    values = train_dense.category_ap(matches, "bbox", [*CATEGORIES, 99])
+    assert len(values) == len(CATEGORIES) + 1
+    assert math.isnan(values[-1])                   # of a category without objects
+    expected = evaluate_coco(images, annotations, results, "bbox", CATEGORIES)["AP"]
+    assert np.nanmean(values) == pytest.approx(expected)
+
+
 def test_other_categories_are_left_out():
     images, annotations, results = random_problem(random.Random(3), "bbox")
     expected = evaluate_coco(images, annotations, results, "bbox", [2])

@@ -3,6 +3,7 @@
 Order as in the script, first what the tasks share. Letters as there.
 """
 import argparse
+import math
 import random
 from functools import partial
 
@@ -787,6 +788,11 @@ def test_pixel_counts_by_hand():
 def test_mean_iou_by_hand():
     expected = {"mIoU": (2 / 3 + 2 / 4) / 2, "mAcc": (2 / 3 + 2 / 3) / 2, "aAcc": 4 / 6}
     assert train_dense.mean_iou(example_counts()) == pytest.approx(expected)
+
+
+def test_iou_per_class_by_hand():
+    expected = [2 / 3, 2 / 4, math.nan, math.nan]
+    assert train_dense.class_iou(example_counts()) == pytest.approx(expected, nan_ok=True)
 
 
 def test_mean_iou_of_a_class_that_is_only_predicted():

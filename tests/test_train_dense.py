@@ -161,8 +161,16 @@ def check_evaluated(task, output, capsys):
     run("--eval", "--weights", output / "last.pt")
     printed = json.loads(capsys.readouterr().out)
     assert train_dense.TASKS[task].metric in printed
+    if task != "pose":
+        check_per_class(printed, train_dense.TASKS[task].metric)
     for name in printed.keys() - {"task", "backbone", "weights", "images", "per_class"}:
         assert printed[name] == last[name], name
+
+
+def check_per_class(printed, metric):
+    """The metric of a run is the mean over its classes, whose values are rounded."""
+    values = list(printed["per_class"].values())
+    assert np.mean(values) == pytest.approx(printed[metric], abs=6e-4)
 
 
 def check_predicted(task, scenes, output, capsys):
@@ -232,6 +240,23 @@ def test_cascade_trains_evaluates_and_predicts(tiny, scenes, tmp_path, capsys):
     assert sum(name.startswith("mask_A") for name in metrics) == 12
     check_evaluated("cascade_mask_rcnn", tmp_path, capsys)
     check_predicted("cascade_mask_rcnn", scenes, tmp_path, capsys)
+
+
+def test_label_0_is_a_class_from_training_to_evaluation(tiny, scenes, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data)
+    (data / "objectInfo.txt").unlink()
+    names = ["frame", *train_dense.SCENE_CLASSES]
+    (data / "classes.txt").write_text("\n".join(names))
+    run(*run_flags("semfpn", data, tmp_path / "run", "--zero-is-class", "--iters", 1))
+    state = last_state(tmp_path / "run")
+    assert state["classes"] == names
+    assert len(state["model"]["classifier.weight"]) == 8
+    check_evaluated("semfpn", tmp_path / "run", capsys)
+    truth = data / "annotations" / "validation"
+    score = ["--task", "semfpn", "--data", data, "--score", truth]
+    run(*score, "--zero-is-class")
+    assert json.loads(capsys.readouterr().out)["mIoU"] == 1
 
 
 def test_resume_refuses_another_batch(tiny, scenes, tmp_path):

@@ -1491,29 +1491,6 @@ def test_losses_of_a_task_are_those_of_its_batches(tmp_path):
     assert first["loss_square"] == pytest.approx((error ** 2).mean().item(), rel=1e-6)
 
 
-class Flushed(io.StringIO):
-    """A stream that knows what of it was flushed, as a pipe's reader does."""
-
-    seen = ""
-
-    def flush(self):
-        self.seen = self.getvalue()
-
-
-def test_the_first_line_is_seen_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", Flushed())
-    seen = []
-    losses = TwoLosses.losses
-
-    def look(self, net, batch):
-        seen.append(sys.stdout.seen)
-        return losses(self, net, batch)
-
-    monkeypatch.setattr(TwoLosses, "losses", look)
-    train_line(tmp_path)
-    assert seen[0].startswith("line: batch 4") and seen[0].endswith("amp none\n")
-
-
 def test_the_fraction_of_time_that_data_took_is_logged(tmp_path, monkeypatch):
     """Updates of two micro-batches: each waits 3 s for its data and computes for 1 s."""
     clock = [0.0]
@@ -1890,6 +1867,13 @@ def test_an_environment_of_no_sense_is_an_error(monkeypatch, variables, message)
         monkeypatch.setenv(*variable.split("="))
     with pytest.raises(train_imagenet.InputError, match=message):
         train_imagenet.Processes()
+
+
+def test_the_reader_of_a_pipe_sees_every_line_at_once():
+    reader, writer = os.pipe()
+    with open(reader) as lines, open(writer, "w") as pipe:
+        print("seen", file=train_imagenet.Terminal(pipe))
+        assert lines.readline() == "seen\n"
 
 
 def test_a_closed_pipe_ends_nothing():
