@@ -196,7 +196,7 @@ RESULTS = {  # of each task: the names that --score's names have in --eval, by f
 }
 
 
-def check_results(task, scenes, output, capsys):
+def check_results(task, scenes, output, capsys, *score_flags):
     """What --eval --results writes scores with --score what --eval prints."""
     given = output / RESULTS[task].replace(".{}", "")
     run("--eval", "--weights", output / "last.pt", "--results", given)
@@ -205,7 +205,7 @@ def check_results(task, scenes, output, capsys):
     scores = {}
     for kind in kinds:
         file = output / RESULTS[task].format(kind)
-        run("--task", task, "--data", scenes, "--score", file)
+        run("--task", task, "--data", scenes, "--score", file, *score_flags)
         scores |= json.loads(capsys.readouterr().out)
     scores.pop("kind", None)
     metrics = evaluated.keys() - {"task", "backbone", "weights", "images", "per_class"}
@@ -253,6 +253,7 @@ def test_label_0_is_a_class_from_training_to_evaluation(tiny, scenes, tmp_path, 
     assert state["classes"] == names
     assert len(state["model"]["classifier.weight"]) == 8
     check_evaluated("semfpn", tmp_path / "run", capsys)
+    check_results("semfpn", data, tmp_path / "run", capsys, "--zero-is-class")
     truth = data / "annotations" / "validation"
     score = ["--task", "semfpn", "--data", data, "--score", truth]
     run(*score, "--zero-is-class")
