@@ -1675,7 +1675,9 @@ def plot_lines(draw, left, lines, high=0.0):
 
 def round_ticks(low, high):
     """About five equidistant round numbers, the first at most `low`, the last at least `high`."""
-    step = max(high - low, 1e-9) / 5
+    if high - low < 1e-9:
+        high = low + 1
+    step = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(step))
     step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= 0.999 * step)
     first = math.floor(low / step + 1e-6)

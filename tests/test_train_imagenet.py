@@ -1153,6 +1153,7 @@ def test_curves_show_a_single_term_once(plotted, tmp_path):
     (0, 7, [0, 2, 4, 6, 8]),
     (-0.3, 0.9, [-0.5, 0, 0.5, 1]),
     (0, 0.031, [0, 0.01, 0.02, 0.03, 0.04]),
+    (0, 0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
     (0, 93600, [0, 20000, 40000, 60000, 80000, 100000]),
 ])
 def test_ticks_are_round_and_enclose_the_values(low, high, ticks):
