@@ -357,8 +357,8 @@ class DenseTask:
     write_results(path, results): write the file, or folder, that score_results reads
     """
 
-    train_mode = True   # argument of model.train()
-    test_batch = 1      # images differ in size
+    train_mode = True  # argument of model.train()
+    test_batch = 1     # images differ in size
     decimals = 3
     metric_limit = 1.0
     small_data = "--batch-size 4 --iters 1000 --warmup-iters 100"
@@ -748,7 +748,7 @@ class Ade20k:
         return image, labels
 
     def read_labels(self, path):
-        """The label map of a PNG, classes from 0, IGNORED where it is. Raises: InputError."""
+        """The label map of a PNG, classes counted from 0. Raises: InputError."""
         try:
             with Image.open(path) as image:
                 labels = np.array(image)
@@ -761,8 +761,7 @@ class Ade20k:
         if largest >= count + self.first_label:
             raise InputError(f"{path}: label {largest} out of range, there are {count} classes, "
                              f"the first one is {self.first_label}")
-        labels = np.where(labels == IGNORED, IGNORED, labels - self.first_label)
-        return labels  # an ignored 0 has wrapped around to IGNORED
+        return np.where(labels == IGNORED, IGNORED, labels - self.first_label)  # 0 - 1 is IGNORED
 
 
 def read_class_names(folder, first_label):
@@ -1737,7 +1736,7 @@ def plot_detections(image, detections, classes, threshold):
     overlay = image.copy()
     boxes, scores, labels, *masks = detections
     colours = [tuple(colour) for colour in palette(len(boxes)).tolist()]
-    shown = np.flatnonzero(scores >= threshold)[::-1]   # the best one is on top
+    shown = np.flatnonzero(scores >= threshold)[::-1]       # the best one is on top
     for i in shown if masks else ():
         opacity = Image.fromarray(masks[0][i].astype(np.uint8) * 128)
         overlay.paste(colours[i], mask=opacity)

@@ -163,7 +163,7 @@ ON_OFF = argparse.BooleanOptionalAction
 MAX_MICRO_BATCH = 128  # images per process and forward pass, unless --micro-batch is given
 TEST_CROP = 0.875  # default of --test-crop; larger images are evaluated whole
 WHOLE_TEST_IMAGE = 384  # pixels from which on they are
-MAX_PER_CLASS = 200  # classes of which --eval prints each one's metric; ADE20K has 150
+MAX_PER_CLASS = 200  # classes, up to which --eval prints a metric of each; ADE20K has 150
 WARMUP_START = 1e-6  # learning rate of update 0 if there is a warm-up
 
 RUN_FLAGS = {  # of both scripts
@@ -1623,7 +1623,7 @@ def plot_curves(output, metrics, limit):
     for name in names:
         losses[name] = {s: r["losses"][name] for s, r in logged.items() if name in r["losses"]}
     lines = {}
-    for metric in metrics:  # -1 stands for a metric of nothing
+    for metric in metrics:  # -1: not defined
         lines[metric] = {s: r[metric] for s, r in evaluated.items() if r.get(metric, -1) != -1}
     sheet = Image.new("RGB", (1000, 400), "white")
     draw = ImageDraw.Draw(sheet)
@@ -1652,17 +1652,7 @@ def plot_lines(draw, left, lines, high=0.0):
         x = left + 400 * step / max(last, 1)
         return x, 340 - 290 * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
-    for value in ticks:
-        y = position(0, value)[1]
-        draw.line((left, y, left + 400, y), "#dddddd")
-        draw.text((left - 6, y), f"{value:.12g}", "black", anchor="rm")
-    for step in round_ticks(0, last):
-        if step <= last:
-            x = position(step, 0)[0]
-            draw.line((x, 340, x, 344), "black")
-            draw.text((x, 348), f"{step:.12g}", "black", anchor="ma")
-    draw.text((left + 200, 368), "update", "black", anchor="ma")
-    draw.rectangle((left, 50, left + 400, 340), outline="black")
+    plot_axes(draw, left, position, ticks, [s for s in round_ticks(0, last) if s <= last])
     for i, (name, points) in enumerate(finite.items()):
         colour = COLOURS[i % len(COLOURS)]
         draw.text((left + 130 * (i % 3), 4 + 14 * (i // 3)), name, colour)
@@ -1671,6 +1661,20 @@ def plot_lines(draw, left, lines, high=0.0):
         if len(path) < 60:
             for x, y in path:
                 draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)
+
+
+def plot_axes(draw, left, position, values, steps):
+    """The frame of a panel, with labels at some values and steps."""
+    for value in values:
+        y = position(0, value)[1]
+        draw.line((left, y, left + 400, y), "#dddddd")
+        draw.text((left - 6, y), f"{value:.12g}", "black", anchor="rm")
+    for step in steps:
+        x = position(step, 0)[0]
+        draw.line((x, 340, x, 344), "black")
+        draw.text((x, 348), f"{step:.12g}", "black", anchor="ma")
+    draw.text((left + 200, 368), "update", "black", anchor="ma")
+    draw.rectangle((left, 50, left + 400, 340), outline="black")
 
 
 def round_ticks(low, high):
