@@ -204,6 +204,23 @@ def _(x, _neighbours, clusters):  # shape and type, for torch.compile
 
 
 # ------------------------------------------------------------------------------------------- layers
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels that keeps the type of its input.
+
+    Under autocast torch's own returns float32, which every linear layer after it casts again. The
+    statistics are float32 all the same.
+    """
+
+    def __init__(self, dim):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x):
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: drop a residual branch per sample with probability `rate`.
 
@@ -230,7 +247,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, in_dim, dim, kernel_size, stride):
         super().__init__()
         self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x):
         x = self.conv(x.permute(0, 3, 1, 2))
@@ -349,9 +366,9 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads, ratios, neighbours, aggregation, ffn_ratio, drop_path):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim)
         self.attn = ClusteringGuidedAttention(dim, heads, ratios, neighbours, aggregation)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim)
         self.ffn = ConvFFN(dim, ffn_ratio)
         self.drop_path = DropPath(drop_path)
 
@@ -422,7 +439,7 @@ class ClusTR(nn.Module):
                 dims[i], heads[i], ratios[i], neighbours, aggregation, FFN_RATIOS[i], rate)
 
         self.stages = build_stages(depths, drop_path_rate, block)
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
+        self.norms = nn.ModuleList(LayerNorm(dim) for dim in dims)
         self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
@@ -497,7 +514,7 @@ class GridReduction(nn.Module):
         if self.side ** 2 != ratio:
             raise ValueError(f"ratio = {ratio}, a grid needs the square of a cell's side")
         self.conv = nn.Conv2d(dim, dim, self.side, stride=self.side)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x):
         _, H, W, _ = x.shape

@@ -110,6 +110,23 @@ def attention_map(k, saliency):
 
 
 # ------------------------------------------------------------------------------------------- layers
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels that keeps the type of its input.
+
+    Under autocast torch's own returns float32, which every linear layer after it casts again. The
+    statistics are float32 all the same.
+    """
+
+    def __init__(self, dim):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x):
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: drop a residual branch per sample with probability `rate`.
 
@@ -136,7 +153,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, in_dim, dim, kernel_size, stride):
         super().__init__()
         self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x):
         x = self.conv(x.permute(0, 3, 1, 2))
@@ -269,9 +286,9 @@ class Block(nn.Module):
     def __init__(self, dim, heads, ffn_ratio, attention, cpe, drop_path):
         super().__init__()
         layer = KeyOnlyAttention if attention == "key-only" else DotProductAttention
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim)
         self.attn = layer(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim)
         self.ffn = FFN(dim, ffn_ratio, cpe)
         self.drop_path = DropPath(drop_path)
 
@@ -359,7 +376,7 @@ class LinGlo(nn.Module):
         else:
             self.embeds = non_overlapping_embeddings(dims, hierarchical)
         self.stages = build_stages(depths, drop_path_rate, block)
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
+        self.norms = nn.ModuleList(LayerNorm(dim) for dim in dims)
         self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
@@ -498,7 +515,7 @@ class SeparatePatches(nn.Module):
         super().__init__()
         self.size = size
         self.conv = nn.Conv2d(in_dim, dim, size, stride=size)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x):
         _, H, W, _ = x.shape

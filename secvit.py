@@ -218,6 +218,23 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x).permute(0, 2, 3, 1)   # (B, H, W, C)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels that keeps the type of its input.
+
+    Under autocast torch's own returns float32, which every linear layer after it casts again. The
+    statistics are float32 all the same.
+    """
+
+    def __init__(self, dim):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x):
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: drop a residual branch per sample with probability `rate`.
 
@@ -363,9 +380,9 @@ class Block(nn.Module):
     def __init__(self, dim, cpe, attn, ratio, drop_path, layer_scale=None, ffn_conv=False):
         super().__init__()
         self.cpe = cpe
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim)
         self.ffn = FFN(dim, ratio, ffn_conv)
         self.scale1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.scale2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
@@ -632,11 +649,8 @@ class CSWA(SECA):
         return cross_shaped_attention(q, k, v, *size, self.width)
 
 
-class MapNorm(nn.LayerNorm):
+class MapNorm(LayerNorm):
     """LayerNorm over the channels of (B, C, H, W)."""
-
-    def __init__(self, dim):
-        super().__init__(dim, eps=1e-6)
 
     def forward(self, x):
         x = x.permute(0, 2, 3, 1)                       # (B, H, W, C)
@@ -668,7 +682,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, in_dim, dim):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * in_dim, eps=1e-6)
+        self.norm = LayerNorm(4 * in_dim)
         self.reduction = nn.Linear(4 * in_dim, dim, bias=False)
 
     def forward(self, x):

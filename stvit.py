@@ -232,6 +232,23 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x).permute(0, 2, 3, 1)   # (B, H, W, C)
 
 
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels that keeps the type of its input.
+
+    Under autocast torch's own returns float32, which every linear layer after it casts again. The
+    statistics are float32 all the same.
+    """
+
+    def __init__(self, dim):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x):
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: drop a residual branch per sample with probability `rate`.
 
@@ -369,7 +386,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.cpe = DepthwiseConv(dim, 3) if cpe else None
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim)
         self.attn = SuperTokenAttention(dim, heads, grid, iterations, bias_side)
         self.norm2 = nn.BatchNorm2d(dim)
         self.ffn = ConvFFN(dim, FFN_RATIO, conv_ffn, ffn_shortcut)
