@@ -109,8 +109,8 @@ def density_peaks(x, neighbours=5, chunk=160):
         raise ValueError(f"neighbours = {neighbours}, chunk = {chunk}, expected at least 1")
     _, N, C = x.shape
     with torch.autocast(x.device.type, enabled=False):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        x = x - x.mean(1, keepdim=True)         # keeps distances and reduces rounding error
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x = x - x.mean(1, keepdim=True, dtype=dtype)    # keeps distances, reduces rounding errors
         x = x * C ** -0.5                       # divides distances by sqrt(C)
         norm = x.square().sum(2)                                            # (B, N), |x_i|^2
         squared = nearest_distances(x, norm, min(neighbours, N), chunk)     # (B, N, k)
@@ -542,9 +542,14 @@ def nearest_keys_attention(q, k, v, keep):
 GROUP = 32  # columns that `smallest` reduces to their minimum
 
 
-def partial_distances(rows, columns, column_norm):
-    """|x_j|^2 - 2 x_i . x_j: rows (B, R, C), columns (B, N, C), column_norm (B, N) -> (B, R, N)."""
-    return torch.baddbmm(column_norm[:, None], rows, columns.mT, alpha=-2)
+def extended_tokens(x, norm):
+    """Rows (-2 x_i, 1) and columns (x_j, |x_j|^2), whose products are partial distances.
+
+    As one more channel the norm costs no pass over the N x N products.
+    x (B, N, C), norm (B, N) -> two tensors (B, N, C + 1).
+    """
+    norm = norm[..., None]
+    return torch.cat([-2 * x, torch.ones_like(norm)], 2), torch.cat([x, norm], 2)
 
 
 def squared_distances(partial, norm):
@@ -558,15 +563,16 @@ def nearest_distances(x, norm, k, chunk):
     """Squared distances to the k nearest tokens: x (B, N, C), norm (B, N) -> (B, N, k)."""
     N = x.shape[1]
     padding = -N % GROUP                        # whole groups for `smallest`
-    columns = F.pad(x, (0, 0, 0, padding))
-    column_norm = F.pad(norm, (0, padding), value=torch.inf)
+    x = F.pad(x, (0, 0, 0, padding))
+    norm = F.pad(norm, (0, padding), value=torch.inf)
+    rows, columns = extended_tokens(x, norm)
     nearest = []
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
-        partial = partial_distances(x[:, start:stop], columns, column_norm)
+        partial = torch.bmm(rows[:, start:stop], columns.mT)                       # (B, R, N)
         partial.diagonal(start, 1, 2).copy_(-norm[:, start:stop])           # d_ii is exactly 0
         nearest.append(smallest(partial, k))                                # (B, R, k)
-    return squared_distances(torch.cat(nearest, 1), norm[..., None])
+    return squared_distances(torch.cat(nearest, 1), norm[:, :N, None])
 
 
 def smallest(rows, k):
@@ -599,20 +605,21 @@ def nearest_before(x, norm, chunk):
     position. Args: x (B, N, C), norm (B, N). Returns: two tensors (B, N).
     """
     N = x.shape[1]
+    rows, columns = extended_tokens(x, norm)
     not_before = x.new_full((chunk, chunk), torch.inf).triu()
     delta = []
     position = []
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
         size = stop - start
-        partial = partial_distances(x[:, start:stop], x[:, :stop], norm[:, :stop])
+        partial = torch.bmm(rows[:, start:stop], columns[:, :stop].mT)         # (B, R, stop)
         partial[:, :, start:] += not_before[:size, :size]
         nearest = partial.min(2)                                            # on ties the first
         delta.append(nearest.values)
         position.append(nearest.indices)
     delta = torch.cat(delta, 1)
     position = torch.cat(position, 1)
-    delta[:, 0] = partial_distances(x[:, :1], x, norm).amax((1, 2))
+    delta[:, 0] = torch.bmm(rows[:, :1], columns.mT).amax((1, 2))
     position[:, 0] = 0
     return squared_distances(delta, norm).sqrt(), position
 
