@@ -222,20 +222,21 @@ class LayerNorm(nn.LayerNorm):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch per sample with probability `rate`.
+    """Add a residual branch, with stochastic depth: (x, branch) -> x + branch.
 
-    In training, the remaining branches are scaled by 1 / (1 - rate).
+    In training, a sample's branch is dropped with probability `rate`, and the remaining branches
+    are scaled by 1 / (1 - rate).
     """
 
     def __init__(self, rate):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x):
+    def forward(self, x, branch):
         if not self.training or self.rate == 0:
-            return x
-        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)  # 0 or 1 / (1 - rate) per sample
-        return x * keep.view(-1, 1, 1, 1)
+            return x + branch
+        keep = F.dropout(branch.new_ones(branch.shape[0]), self.rate)   # 0 or 1 / (1 - rate)
+        return torch.addcmul(x, branch, keep.view(-1, 1, 1, 1))         # x + keep * branch
 
 
 class PatchEmbedding(nn.Module):
@@ -373,8 +374,8 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))                    # z' of Eq. 9
-        return x + self.drop_path(self.ffn(self.norm2(x)))                  # z of Eq. 9
+        x = self.drop_path(x, self.attn(self.norm1(x)))                    # z' of Eq. 9
+        return self.drop_path(x, self.ffn(self.norm2(x)))                  # z of Eq. 9
 
 
 # -------------------------------------------------------------------------------------------- model

@@ -236,20 +236,21 @@ class LayerNorm(nn.LayerNorm):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch per sample with probability `rate`.
+    """Add a residual branch, with stochastic depth: (x, branch) -> x + branch.
 
-    In training, the remaining branches are scaled by 1 / (1 - rate).
+    In training, a sample's branch is dropped with probability `rate`, and the remaining branches
+    are scaled by 1 / (1 - rate).
     """
 
     def __init__(self, rate):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x):
+    def forward(self, x, branch):
         if not self.training or self.rate == 0:
-            return x
-        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)  # 0 or 1 / (1 - rate) per sample
-        return x * keep.view(-1, 1, 1, 1)
+            return x + branch
+        keep = F.dropout(branch.new_ones(branch.shape[0]), self.rate)   # 0 or 1 / (1 - rate)
+        return torch.addcmul(x, branch, keep.view(-1, 1, 1, 1))         # x + keep * branch
 
 
 class LayerScale(nn.Module):
@@ -391,8 +392,8 @@ class Block(nn.Module):
     def forward(self, x):
         if self.cpe is not None:
             x = x + self.cpe(x)                                         # X of Eq. 1
-        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))   # Y
-        return x + self.drop_path(self.scale2(self.ffn(self.norm2(x))))  # Z
+        x = self.drop_path(x, self.scale1(self.attn(self.norm1(x))))   # Y
+        return self.drop_path(x, self.scale2(self.ffn(self.norm2(x))))  # Z
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -775,7 +776,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x):
         y = self.convs(x.permute(0, 3, 1, 2))           # (B, C, H, W)
-        return x + self.drop_path(y.permute(0, 2, 3, 1))
+        return self.drop_path(x, y.permute(0, 2, 3, 1))
 
 
 class PositionMLP(nn.Sequential):

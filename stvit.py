@@ -250,20 +250,21 @@ class LayerNorm(nn.LayerNorm):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch per sample with probability `rate`.
+    """Add a residual branch, with stochastic depth: (x, branch) -> x + branch.
 
-    In training, the remaining branches are scaled by 1 / (1 - rate).
+    In training, a sample's branch is dropped with probability `rate`, and the remaining branches
+    are scaled by 1 / (1 - rate).
     """
 
     def __init__(self, rate):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x):
+    def forward(self, x, branch):
         if not self.training or self.rate == 0:
-            return x
-        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)  # 0 or 1 / (1 - rate) per sample
-        return x * keep.view(-1, 1, 1, 1)
+            return x + branch
+        keep = F.dropout(branch.new_ones(branch.shape[0]), self.rate)   # 0 or 1 / (1 - rate)
+        return torch.addcmul(x, branch, keep.view(-1, 1, 1, 1))         # x + keep * branch
 
 
 class LayerScale(nn.Module):
@@ -397,9 +398,9 @@ class Block(nn.Module):
     def forward(self, x):
         if self.cpe is not None:
             x = x + self.cpe(x)                                         # Eq. 1
-        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))   # Eq. 2
+        x = self.drop_path(x, self.scale1(self.attn(self.norm1(x))))   # Eq. 2
         y = self.norm2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)       # (B, H, W, C)
-        return x + self.drop_path(self.scale2(self.ffn(y)))             # Eq. 3
+        return self.drop_path(x, self.scale2(self.ffn(y)))             # Eq. 3
 
 
 # -------------------------------------------------------------------------------------------- model
