@@ -159,7 +159,7 @@ def aggregate(x, score, index, clusters):
 
     For cluster m of one sample, with `members = index == m`:
         h[m] = score[members].softmax(0) @ x[members]
-    The code sums exp(score) * x and exp(score) over all clusters at once and divides the sums.
+    The code does it for all clusters at once.
 
     Args:
         x: (B, N, C), tokens.
@@ -174,13 +174,14 @@ def aggregate(x, score, index, clusters):
     detached = score.detach()                   # a softmax does not depend on what is subtracted
     largest = detached.new_full((B, clusters), -torch.inf)
     largest = largest.scatter_reduce(1, index, detached, "amax")            # (B, M)
-    weight = (score - largest.gather(1, index)).exp()[..., None]            # (B, N, 1), at most 1
-    weighted = torch.cat([x * weight, weight], 2).flatten(0, 1)             # (B*N, C+1)
+    weight = (score - largest.gather(1, index)).exp()                       # (B, N), at most 1
     offset = clusters * torch.arange(B, device=x.device)[:, None]           # (B, 1)
     rows = (index + offset).flatten()                                       # (B*N,)
-    total = weighted.new_zeros(B * clusters, C + 1).index_add(0, rows, weighted)
-    total = total.view(B, clusters, C + 1)
-    return (total[..., :C] / total[..., C:]).to(x.dtype)                    # (B, M, C), Eq. 3
+    total = weight.new_zeros(B * clusters).index_add(0, rows, weight.flatten())
+    weight = weight / total.index_select(0, rows).view(B, N)                                # w of Eq. 3
+    weighted = (x * weight[..., None]).flatten(0, 1)                        # (B*N, C)
+    merged = weighted.new_zeros(B * clusters, C).index_add(0, rows, weighted)
+    return merged.view(B, clusters, C).to(x.dtype)                          # (B, M, C), Eq. 3
 
 
 @torch.library.custom_op(
@@ -205,16 +206,17 @@ def _(x, _neighbours, clusters):  # shape and type, for torch.compile
 
 # ------------------------------------------------------------------------------------------- layers
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels that keeps the type of its input.
+    """LayerNorm over the channels in the type of its input, with statistics in at least float32.
 
-    Under autocast torch's own returns float32, which every linear layer after it casts again. The
-    statistics are float32 all the same.
+    Under autocast torch's own returns float32, which every linear layer after it casts again.
     """
 
     def __init__(self, dim):
         super().__init__(dim, eps=1e-6)
 
     def forward(self, x):
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            return super().forward(x)
         weight = self.weight.to(x.dtype)
         bias = self.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
@@ -313,14 +315,16 @@ class ClusteringGuidedAttention(nn.Module):
     def forward(self, x):
         q = self.q(x).flatten(1, 2).unflatten(2, (self.heads, -1))          # (B, N, h, d)
         q = q.transpose(1, 2)                                               # (B, h, N, d)
-        y = 0
-        for reduced, to_kv in zip(self.reduced_tokens(x), self.kv):         # sum over j of Eq. 8
+        scales = []
+        for reduced, to_kv in zip(self.reduced_tokens(x), self.kv):         # j of Eq. 8
             kv = to_kv(reduced).unflatten(2, (2, self.heads, -1))           # (B, M, 2, h, d)
             k, v = kv.permute(2, 0, 3, 1, 4)                                # (B, h, M, d) each
             if self.aggregation == "knn":
-                y = y + nearest_keys_attention(q, k, v, keep=(k.shape[2] + 1) // 2)
+                y = nearest_keys_attention(q, k, v, keep=(k.shape[2] + 1) // 2)
             else:
-                y = y + F.scaled_dot_product_attention(q, k, v)             # Eq. 5; Eq. 4 if M = N
+                y = F.scaled_dot_product_attention(q, k, v)                 # Eq. 5; Eq. 4 if M = N
+            scales.append(y)
+        y = sum(scales[1:], start=scales[0])                                # Eq. 8
         y = y.transpose(1, 2).reshape(x.shape)                              # heads joined, Eq. 6
         return self.proj(y)                                                 # Phi of Eq. 6 and 8
 

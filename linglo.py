@@ -111,16 +111,17 @@ def attention_map(k, saliency):
 
 # ------------------------------------------------------------------------------------------- layers
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels that keeps the type of its input.
+    """LayerNorm over the channels in the type of its input, with statistics in at least float32.
 
-    Under autocast torch's own returns float32, which every linear layer after it casts again. The
-    statistics are float32 all the same.
+    Under autocast torch's own returns float32, which every linear layer after it casts again.
     """
 
     def __init__(self, dim):
         super().__init__(dim, eps=1e-6)
 
     def forward(self, x):
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            return super().forward(x)
         weight = self.weight.to(x.dtype)
         bias = self.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):

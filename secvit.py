@@ -96,11 +96,16 @@ def cluster_order(k, descending=True):
         descending: most similar tokens first (the text), or last (the released code).
     Returns: (B, h, N), idx of Eq. 3, without gradient; ties keep the order of the tokens.
     """
-    k = k.detach().to(torch.promote_types(k.dtype, torch.float32))
+    k = k.detach()
     if k.stride(-1) != 1:
         k = k.contiguous()  # sums of strided values would round equal keys differently
-    centre = k.mean(2, keepdim=True)                        # (B, h, 1, d), k_c of Eq. 2
-    similarity = F.cosine_similarity(k, centre, dim=-1)     # (B, h, N), sim of Eq. 3
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    centre = k.mean(2, keepdim=True, dtype=dtype)           # (B, h, 1, d), k_c of Eq. 2
+    # F.cosine_similarity(k, centre, dim=-1), without its copies of k in float32 and of the centre
+    length = torch.linalg.vector_norm(k, dim=-1, keepdim=True, dtype=dtype)
+    unit_key = k / length.clamp(min=1e-8)
+    unit_centre = F.normalize(centre, dim=-1, eps=1e-8)
+    similarity = (unit_key * unit_centre).sum(-1)           # (B, h, N), sim of Eq. 3
     return similarity.sort(dim=-1, descending=descending, stable=True).indices  # idx of Eq. 3
 
 
@@ -219,16 +224,17 @@ class DepthwiseConv(nn.Conv2d):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels that keeps the type of its input.
+    """LayerNorm over the channels in the type of its input, with statistics in at least float32.
 
-    Under autocast torch's own returns float32, which every linear layer after it casts again. The
-    statistics are float32 all the same.
+    Under autocast torch's own returns float32, which every linear layer after it casts again.
     """
 
     def __init__(self, dim):
         super().__init__(dim, eps=1e-6)
 
     def forward(self, x):
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            return super().forward(x)
         weight = self.weight.to(x.dtype)
         bias = self.bias.to(x.dtype)
         with torch.autocast(x.device.type, enabled=False):
