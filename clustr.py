@@ -178,7 +178,7 @@ def aggregate(x, score, index, clusters):
     offset = clusters * torch.arange(B, device=x.device)[:, None]           # (B, 1)
     rows = (index + offset).flatten()                                       # (B*N,)
     total = weight.new_zeros(B * clusters).index_add(0, rows, weight.flatten())
-    weight = weight / total.index_select(0, rows).view(B, N)                                # w of Eq. 3
+    weight = weight / total.index_select(0, rows).view(B, N)                # w of Eq. 3
     weighted = (x * weight[..., None]).flatten(0, 1)                        # (B*N, C)
     merged = weighted.new_zeros(B * clusters, C).index_add(0, rows, weighted)
     return merged.view(B, clusters, C).to(x.dtype)                          # (B, M, C), Eq. 3
@@ -318,7 +318,7 @@ class ClusteringGuidedAttention(nn.Module):
         scales = []
         for reduced, to_kv in zip(self.reduced_tokens(x), self.kv):         # j of Eq. 8
             kv = to_kv(reduced).unflatten(2, (2, self.heads, -1))           # (B, M, 2, h, d)
-            k, v = kv.permute(2, 0, 3, 1, 4)                                # (B, h, M, d) each
+            k, v = (t.transpose(1, 2) for t in kv.unbind(2))                # (B, h, M, d) each
             if self.aggregation == "knn":
                 y = nearest_keys_attention(q, k, v, keep=(k.shape[2] + 1) // 2)
             else:

@@ -473,7 +473,7 @@ class DotProductAttention(nn.Module):
     def forward(self, x):
         qkv = self.qkv(x).flatten(1, 2)                                 # (B, N, 3 * C)
         qkv = qkv.unflatten(2, (3, self.heads, -1))                     # (B, N, 3, h, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (B, h, N, d)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))            # each (B, h, N, d)
         y = F.scaled_dot_product_attention(q, k, v)                     # (B, h, N, d), Eq. 1
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 

@@ -597,10 +597,7 @@ def rotary_table(H, W, d, device):
 
 
 def rotate(x, cos, sin):
-    """Rotate the channel pairs (even, odd) of x (B, h, N, d) by the angles of cos, sin (N, d).
-
-    Computed in float32, returned in the type of x.
-    """
+    """Rotate the channel pairs (even, odd) of x (B, h, N, d) by the angles of cos, sin (N, d)."""
     quarter_turn = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
     return (x * cos + quarter_turn * sin).to(x.dtype)
 

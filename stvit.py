@@ -134,9 +134,10 @@ def associate(tokens, supers):
     """
     compute_dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.no_grad():
+        supers = supers * tokens.shape[-1] ** -0.5      # before the product, which may be float16
         neighbours = gather_neighbours(supers)                          # (B, H', W', 9, C)
-        logits = neighbours @ tokens.mT * tokens.shape[-1] ** -0.5      # (B, H', W', 9, P)
-        return logits.to(compute_dtype).softmax(3).mT                   # (B, H', W', P, 9), Eq. 5
+        logits = neighbours @ tokens.mT                                 # (B, H', W', 9, P)
+        return logits.softmax(3, dtype=compute_dtype).mT                # (B, H', W', P, 9), Eq. 5
 
 
 def update_super_tokens(tokens, association):
@@ -305,7 +306,7 @@ class SuperTokenAttention(nn.Module):
         """Multi-head self-attention over all positions of x (B, H, W, C) (Eq. 9 and 10)."""
         qkv = self.qkv(x).flatten(1, 2)                                 # (B, N, 3 * C), Eq. 9
         qkv = qkv.unflatten(2, (self.heads, 3, -1))                     # (B, N, h, 3, d)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)                            # each (B, h, N, d)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(3))            # each (B, h, N, d)
         bias = None if self.bias is None else self.bias(*x.shape[1:3])  # (1, h, N, N)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)     # (B, h, N, d), Eq. 10
         return self.proj(y.transpose(1, 2).reshape(x.shape))
