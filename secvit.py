@@ -61,6 +61,7 @@ The text is silent.
 """
 import argparse
 import colorsys
+import functools
 import re
 
 import numpy as np
@@ -311,7 +312,9 @@ class SECA(nn.Module):
         q = self.split_heads(self.q(x))                         # Eq. 2
         k = self.split_heads(self.k(x))                         # Eq. 2
         if self.rope:
-            cos, sin = rotary_table(*x.shape[1:3], q.shape[-1], x.device)
+            compiling = torch.compiler.is_compiling()       # a compiler must not see a cache
+            table = rotary_table if compiling else cached_rotary_table
+            cos, sin = table(*x.shape[1:3], q.shape[-1], x.device)
             q = rotate(q, cos, sin)
             k = rotate(k, cos, sin)
         return q, k
@@ -581,10 +584,12 @@ def check_ablations(layer_scale, attention, clusters):
         raise ValueError(f"clusters = {clusters}, expected none with attention = 'csw'")
 
 
+@torch.inference_mode(False)  # so that a cached table serves training as well
 def rotary_table(H, W, d, device):
     """cos and sin (N, d) of the released model's 2-D rotary embedding on a map of H x W.
 
-    Pairs of channels share an angle: the first half of d turns by row, the second by column.
+    Pairs of channels share an angle: the first half of d turns by row, the second by column. sin is
+    negative in the first channel of a pair, as in a rotation matrix.
     """
     rate = 1 / 10000 ** torch.linspace(0, 1, d // 4, device=device)
     rate = rate.repeat_interleave(2)                                # (d/2,), one rate per pair
@@ -593,13 +598,24 @@ def rotary_table(H, W, d, device):
     row = row.expand(H, W, -1)
     column = column.expand(H, W, -1)
     angle = torch.cat([row, column], -1).flatten(0, 1)              # (N, d)
-    return angle.cos(), angle.sin()
+    sin = angle.sin()
+    sin[:, ::2] *= -1
+    return angle.cos(), sin
+
+
+cached_rotary_table = functools.lru_cache(maxsize=8)(rotary_table)
 
 
 def rotate(x, cos, sin):
-    """Rotate the channel pairs (even, odd) of x (B, h, N, d) by the angles of cos, sin (N, d)."""
-    quarter_turn = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-    return (x * cos + quarter_turn * sin).to(x.dtype)
+    """Rotate the channel pairs (even, odd) of x (B, h, N, d) by the angles of cos, sin (N, d).
+
+    `sin` has its sign for each channel, see `rotary_table`: even * cos - odd * sin and
+    odd * cos + even * sin.
+    """
+    cos = cos.to(x.dtype)
+    sin = sin.to(x.dtype)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)         # (odd, even)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 STRIPES = (1, 2, 7, 7)  # rows or columns per stripe, per stage: CSWin, arXiv 2107.00652
