@@ -194,7 +194,7 @@ def cluster_tokens(x, neighbours, clusters):
 
     One opaque operator, so that data-dependent loops stay out of torch.compile's graph.
     """
-    peaks = density_peaks(x, neighbours)
+    peaks = density_peaks(x, neighbours, rows_per_chunk(x))
     return torch.stack([assign_clusters(*peaks, count) for count in clusters])
 
 
@@ -545,6 +545,18 @@ def nearest_keys_attention(q, k, v, keep):
 # The distances of density_peaks, in chunks of rows: d_ij^2 = |x_i|^2 + |x_j|^2 - 2 x_i . x_j. The
 # first term is the same for all j, so minima over j are found in partial distances without it.
 GROUP = 32  # columns that `smallest` reduces to their minimum
+
+
+def rows_per_chunk(x):
+    """Rows of distances at a time for x (B, N, C): 160, on a GPU more where they fit.
+
+    A GPU needs large products: about 2^26 entries, at most a quarter of the rows, since half of
+    the columns are left out for Eq. 2. A CPU needs products that stay in its caches.
+    """
+    B, N, _ = x.shape
+    if not x.is_cuda:
+        return 160
+    return max(160, min(2 ** 26 // (B * N), N // 4))
 
 
 def extended_tokens(x, norm):
