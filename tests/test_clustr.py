@@ -445,9 +445,9 @@ def test_one_clustering_serves_all_ratios(monkeypatch):
     shapes = []
     density_peaks = clustr.density_peaks
 
-    def counted(x, neighbours):
+    def counted(x, neighbours, chunk):
         shapes.append(x.shape)
-        return density_peaks(x, neighbours)
+        return density_peaks(x, neighbours, chunk)
 
     monkeypatch.setattr(clustr, "density_peaks", counted)
     clustr.ClusteringGuidedAttention(12, 3, (8, 4, 2, 1))(torch.randn(2, 5, 7, 12))
