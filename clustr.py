@@ -109,8 +109,8 @@ def density_peaks(x, neighbours=5, chunk=160):
         raise ValueError(f"neighbours = {neighbours}, chunk = {chunk}, expected at least 1")
     _, N, C = x.shape
     with torch.autocast(x.device.type, enabled=False):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        x = x - x.mean(1, keepdim=True)         # keeps distances and reduces rounding error
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x = x - x.mean(1, keepdim=True, dtype=dtype)    # keeps distances, reduces rounding errors
         x = x * C ** -0.5                       # divides distances by sqrt(C)
         norm = x.square().sum(2)                                            # (B, N), |x_i|^2
         squared = nearest_distances(x, norm, min(neighbours, N), chunk)     # (B, N, k)
@@ -159,7 +159,7 @@ def aggregate(x, score, index, clusters):
 
     For cluster m of one sample, with `members = index == m`:
         h[m] = score[members].softmax(0) @ x[members]
-    The code sums exp(score) * x and exp(score) over all clusters at once and divides the sums.
+    The code does it for all clusters at once.
 
     Args:
         x: (B, N, C), tokens.
@@ -174,13 +174,14 @@ def aggregate(x, score, index, clusters):
     detached = score.detach()                   # a softmax does not depend on what is subtracted
     largest = detached.new_full((B, clusters), -torch.inf)
     largest = largest.scatter_reduce(1, index, detached, "amax")            # (B, M)
-    weight = (score - largest.gather(1, index)).exp()[..., None]            # (B, N, 1), at most 1
-    weighted = torch.cat([x * weight, weight], 2).flatten(0, 1)             # (B*N, C+1)
+    weight = (score - largest.gather(1, index)).exp()                       # (B, N), at most 1
     offset = clusters * torch.arange(B, device=x.device)[:, None]           # (B, 1)
     rows = (index + offset).flatten()                                       # (B*N,)
-    total = weighted.new_zeros(B * clusters, C + 1).index_add(0, rows, weighted)
-    total = total.view(B, clusters, C + 1)
-    return (total[..., :C] / total[..., C:]).to(x.dtype)                    # (B, M, C), Eq. 3
+    total = weight.new_zeros(B * clusters).index_add(0, rows, weight.flatten())
+    weight = weight / total.index_select(0, rows).view(B, N)                # w of Eq. 3
+    weighted = (x * weight[..., None]).flatten(0, 1)                        # (B*N, C)
+    merged = weighted.new_zeros(B * clusters, C).index_add(0, rows, weighted)
+    return merged.view(B, clusters, C).to(x.dtype)                          # (B, M, C), Eq. 3
 
 
 @torch.library.custom_op(
@@ -193,7 +194,7 @@ def cluster_tokens(x, neighbours, clusters):
 
     One opaque operator, so that data-dependent loops stay out of torch.compile's graph.
     """
-    peaks = density_peaks(x, neighbours)
+    peaks = density_peaks(x, neighbours, rows_per_chunk(x))
     return torch.stack([assign_clusters(*peaks, count) for count in clusters])
 
 
@@ -204,21 +205,40 @@ def _(x, _neighbours, clusters):  # shape and type, for torch.compile
 
 
 # ------------------------------------------------------------------------------------------- layers
-class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch per sample with probability `rate`.
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels in the type of its input, with statistics in at least float32.
 
-    In training, the remaining branches are scaled by 1 / (1 - rate).
+    Under autocast torch's own returns float32, which every linear layer after it casts again.
+    """
+
+    def __init__(self, dim):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x):
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            return super().forward(x)
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class DropPath(nn.Module):
+    """Add a residual branch, with stochastic depth: (x, branch) -> x + branch.
+
+    In training, a sample's branch is dropped with probability `rate`, and the remaining branches
+    are scaled by 1 / (1 - rate).
     """
 
     def __init__(self, rate):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x):
+    def forward(self, x, branch):
         if not self.training or self.rate == 0:
-            return x
-        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)  # 0 or 1 / (1 - rate) per sample
-        return x * keep.view(-1, 1, 1, 1)
+            return x + branch
+        keep = F.dropout(branch.new_ones(branch.shape[0]), self.rate)   # 0 or 1 / (1 - rate)
+        return torch.addcmul(x, branch, keep.view(-1, 1, 1, 1))         # x + keep * branch
 
 
 class PatchEmbedding(nn.Module):
@@ -230,7 +250,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, in_dim, dim, kernel_size, stride):
         super().__init__()
         self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x):
         x = self.conv(x.permute(0, 3, 1, 2))
@@ -295,14 +315,16 @@ class ClusteringGuidedAttention(nn.Module):
     def forward(self, x):
         q = self.q(x).flatten(1, 2).unflatten(2, (self.heads, -1))          # (B, N, h, d)
         q = q.transpose(1, 2)                                               # (B, h, N, d)
-        y = 0
-        for reduced, to_kv in zip(self.reduced_tokens(x), self.kv):         # sum over j of Eq. 8
+        scales = []
+        for reduced, to_kv in zip(self.reduced_tokens(x), self.kv):         # j of Eq. 8
             kv = to_kv(reduced).unflatten(2, (2, self.heads, -1))           # (B, M, 2, h, d)
-            k, v = kv.permute(2, 0, 3, 1, 4)                                # (B, h, M, d) each
+            k, v = (t.transpose(1, 2) for t in kv.unbind(2))                # (B, h, M, d) each
             if self.aggregation == "knn":
-                y = y + nearest_keys_attention(q, k, v, keep=(k.shape[2] + 1) // 2)
+                y = nearest_keys_attention(q, k, v, keep=(k.shape[2] + 1) // 2)
             else:
-                y = y + F.scaled_dot_product_attention(q, k, v)             # Eq. 5; Eq. 4 if M = N
+                y = F.scaled_dot_product_attention(q, k, v)                 # Eq. 5; Eq. 4 if M = N
+            scales.append(y)
+        y = sum(scales[1:], start=scales[0])                                # Eq. 8
         y = y.transpose(1, 2).reshape(x.shape)                              # heads joined, Eq. 6
         return self.proj(y)                                                 # Phi of Eq. 6 and 8
 
@@ -349,15 +371,15 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads, ratios, neighbours, aggregation, ffn_ratio, drop_path):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim)
         self.attn = ClusteringGuidedAttention(dim, heads, ratios, neighbours, aggregation)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim)
         self.ffn = ConvFFN(dim, ffn_ratio)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))                    # z' of Eq. 9
-        return x + self.drop_path(self.ffn(self.norm2(x)))                  # z of Eq. 9
+        x = self.drop_path(x, self.attn(self.norm1(x)))                    # z' of Eq. 9
+        return self.drop_path(x, self.ffn(self.norm2(x)))                  # z of Eq. 9
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -422,7 +444,7 @@ class ClusTR(nn.Module):
                 dims[i], heads[i], ratios[i], neighbours, aggregation, FFN_RATIOS[i], rate)
 
         self.stages = build_stages(depths, drop_path_rate, block)
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
+        self.norms = nn.ModuleList(LayerNorm(dim) for dim in dims)
         self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
@@ -497,7 +519,7 @@ class GridReduction(nn.Module):
         if self.side ** 2 != ratio:
             raise ValueError(f"ratio = {ratio}, a grid needs the square of a cell's side")
         self.conv = nn.Conv2d(dim, dim, self.side, stride=self.side)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x):
         _, H, W, _ = x.shape
@@ -525,9 +547,29 @@ def nearest_keys_attention(q, k, v, keep):
 GROUP = 32  # columns that `smallest` reduces to their minimum
 
 
-def partial_distances(rows, columns, column_norm):
-    """|x_j|^2 - 2 x_i . x_j: rows (B, R, C), columns (B, N, C), column_norm (B, N) -> (B, R, N)."""
-    return torch.baddbmm(column_norm[:, None], rows, columns.mT, alpha=-2)
+def rows_per_chunk(x):
+    """Rows of distances at a time for x (B, N, C): 160, on a GPU more where they fit.
+
+    A GPU needs large products: about 2^26 entries, at most a quarter of the rows, since half of
+    the columns are left out for Eq. 2. A CPU needs products that stay in its caches.
+    """
+    B, N, _ = x.shape
+    if not x.is_cuda:
+        return 160
+    return max(160, min(2 ** 26 // (B * N), N // 4))
+
+
+def extended_tokens(x, norm):
+    """Rows (-2 x_i, 1) and columns (x_j, |x_j|^2), whose products are partial distances.
+
+    As one more channel the norm costs no pass over the N x N products. Three channels of zeros keep
+    rows aligned in memory, which makes the products faster.
+    x (B, N, C), norm (B, N) -> two tensors (B, N, C + 4).
+    """
+    norm = norm[..., None]
+    one = torch.ones_like(norm)
+    zeros = norm.new_zeros(*norm.shape[:2], 3)
+    return torch.cat([-2 * x, one, zeros], 2), torch.cat([x, norm, zeros], 2)
 
 
 def squared_distances(partial, norm):
@@ -541,15 +583,16 @@ def nearest_distances(x, norm, k, chunk):
     """Squared distances to the k nearest tokens: x (B, N, C), norm (B, N) -> (B, N, k)."""
     N = x.shape[1]
     padding = -N % GROUP                        # whole groups for `smallest`
-    columns = F.pad(x, (0, 0, 0, padding))
-    column_norm = F.pad(norm, (0, padding), value=torch.inf)
+    x = F.pad(x, (0, 0, 0, padding))
+    norm = F.pad(norm, (0, padding), value=torch.inf)
+    rows, columns = extended_tokens(x, norm)
     nearest = []
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
-        partial = partial_distances(x[:, start:stop], columns, column_norm)
+        partial = torch.bmm(rows[:, start:stop], columns.mT)                       # (B, R, N)
         partial.diagonal(start, 1, 2).copy_(-norm[:, start:stop])           # d_ii is exactly 0
         nearest.append(smallest(partial, k))                                # (B, R, k)
-    return squared_distances(torch.cat(nearest, 1), norm[..., None])
+    return squared_distances(torch.cat(nearest, 1), norm[:, :N, None])
 
 
 def smallest(rows, k):
@@ -582,20 +625,21 @@ def nearest_before(x, norm, chunk):
     position. Args: x (B, N, C), norm (B, N). Returns: two tensors (B, N).
     """
     N = x.shape[1]
+    rows, columns = extended_tokens(x, norm)
     not_before = x.new_full((chunk, chunk), torch.inf).triu()
     delta = []
     position = []
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
         size = stop - start
-        partial = partial_distances(x[:, start:stop], x[:, :stop], norm[:, :stop])
+        partial = torch.bmm(rows[:, start:stop], columns[:, :stop].mT)         # (B, R, stop)
         partial[:, :, start:] += not_before[:size, :size]
         nearest = partial.min(2)                                            # on ties the first
         delta.append(nearest.values)
         position.append(nearest.indices)
     delta = torch.cat(delta, 1)
     position = torch.cat(position, 1)
-    delta[:, 0] = partial_distances(x[:, :1], x, norm).amax((1, 2))
+    delta[:, 0] = torch.bmm(rows[:, :1], columns.mT).amax((1, 2))
     position[:, 0] = 0
     return squared_distances(delta, norm).sqrt(), position
 

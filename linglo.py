@@ -110,21 +110,40 @@ def attention_map(k, saliency):
 
 
 # ------------------------------------------------------------------------------------------- layers
-class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch per sample with probability `rate`.
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels in the type of its input, with statistics in at least float32.
 
-    In training, the remaining branches are scaled by 1 / (1 - rate).
+    Under autocast torch's own returns float32, which every linear layer after it casts again.
+    """
+
+    def __init__(self, dim):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x):
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            return super().forward(x)
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class DropPath(nn.Module):
+    """Add a residual branch, with stochastic depth: (x, branch) -> x + branch.
+
+    In training, a sample's branch is dropped with probability `rate`, and the remaining branches
+    are scaled by 1 / (1 - rate).
     """
 
     def __init__(self, rate):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x):
+    def forward(self, x, branch):
         if not self.training or self.rate == 0:
-            return x
-        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)  # 0 or 1 / (1 - rate) per sample
-        return x * keep.view(-1, 1, 1, 1)
+            return x + branch
+        keep = F.dropout(branch.new_ones(branch.shape[0]), self.rate)   # 0 or 1 / (1 - rate)
+        return torch.addcmul(x, branch, keep.view(-1, 1, 1, 1))         # x + keep * branch
 
 
 class PatchEmbedding(nn.Module):
@@ -136,7 +155,7 @@ class PatchEmbedding(nn.Module):
     def __init__(self, in_dim, dim, kernel_size, stride):
         super().__init__()
         self.conv = nn.Conv2d(in_dim, dim, kernel_size, stride, padding=kernel_size // 2)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x):
         x = self.conv(x.permute(0, 3, 1, 2))
@@ -269,15 +288,15 @@ class Block(nn.Module):
     def __init__(self, dim, heads, ffn_ratio, attention, cpe, drop_path):
         super().__init__()
         layer = KeyOnlyAttention if attention == "key-only" else DotProductAttention
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim)
         self.attn = layer(dim, heads)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim)
         self.ffn = FFN(dim, ffn_ratio, cpe)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x):
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.ffn(self.norm2(x)))
+        x = self.drop_path(x, self.attn(self.norm1(x)))
+        return self.drop_path(x, self.ffn(self.norm2(x)))
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -359,7 +378,7 @@ class LinGlo(nn.Module):
         else:
             self.embeds = non_overlapping_embeddings(dims, hierarchical)
         self.stages = build_stages(depths, drop_path_rate, block)
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6) for dim in dims)
+        self.norms = nn.ModuleList(LayerNorm(dim) for dim in dims)
         self.head = nn.Linear(dims[3], num_classes) if num_classes else nn.Identity()
         self.apply(init_weights)
 
@@ -454,7 +473,7 @@ class DotProductAttention(nn.Module):
     def forward(self, x):
         qkv = self.qkv(x).flatten(1, 2)                                 # (B, N, 3 * C)
         qkv = qkv.unflatten(2, (3, self.heads, -1))                     # (B, N, 3, h, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (B, h, N, d)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))            # each (B, h, N, d)
         y = F.scaled_dot_product_attention(q, k, v)                     # (B, h, N, d), Eq. 1
         return self.proj(y.transpose(1, 2).reshape(x.shape))
 
@@ -485,7 +504,7 @@ class ConvBlock(nn.Module):
     def forward(self, x):
         y = self.convs(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)       # (B, H, W, C)
         squeezed = y.mean((1, 2), keepdim=True)                         # (B, 1, 1, C)
-        return x + self.drop_path(y * self.gate(squeezed))
+        return self.drop_path(x, y * self.gate(squeezed))
 
 
 class SeparatePatches(nn.Module):
@@ -498,7 +517,7 @@ class SeparatePatches(nn.Module):
         super().__init__()
         self.size = size
         self.conv = nn.Conv2d(in_dim, dim, size, stride=size)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim)
 
     def forward(self, x):
         _, H, W, _ = x.shape

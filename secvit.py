@@ -61,6 +61,7 @@ The text is silent.
 """
 import argparse
 import colorsys
+import functools
 import re
 
 import numpy as np
@@ -96,11 +97,20 @@ def cluster_order(k, descending=True):
         descending: most similar tokens first (the text), or last (the released code).
     Returns: (B, h, N), idx of Eq. 3, without gradient; ties keep the order of the tokens.
     """
-    k = k.detach().to(torch.promote_types(k.dtype, torch.float32))
+    k = k.detach()
     if k.stride(-1) != 1:
         k = k.contiguous()  # sums of strided values would round equal keys differently
-    centre = k.mean(2, keepdim=True)                        # (B, h, 1, d), k_c of Eq. 2
-    similarity = F.cosine_similarity(k, centre, dim=-1)     # (B, h, N), sim of Eq. 3
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    centre = k.mean(2, keepdim=True, dtype=dtype)           # (B, h, 1, d), k_c of Eq. 2
+    # F.cosine_similarity(k, centre, dim=-1), without its copies of k in float32 and of the centre
+    length = torch.linalg.vector_norm(k, dim=-1, keepdim=True, dtype=dtype)
+    unit_key = k / length.clamp(min=1e-8)
+    unit_centre = F.normalize(centre, dim=-1, eps=1e-8)
+    similarity = (unit_key * unit_centre).sum(-1)           # (B, h, N), sim of Eq. 3
+    if torch.compiler.is_exporting():  # ONNX has no stable sort, so that the index breaks ties
+        step = -2 ** -50 if descending else 2 ** -50
+        similarity = similarity.double() + step * torch.arange(k.shape[2], device=k.device)
+        return similarity.sort(dim=-1, descending=descending).indices
     return similarity.sort(dim=-1, descending=descending, stable=True).indices  # idx of Eq. 3
 
 
@@ -218,21 +228,40 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x).permute(0, 2, 3, 1)   # (B, H, W, C)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch per sample with probability `rate`.
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels in the type of its input, with statistics in at least float32.
 
-    In training, the remaining branches are scaled by 1 / (1 - rate).
+    Under autocast torch's own returns float32, which every linear layer after it casts again.
+    """
+
+    def __init__(self, dim):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x):
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            return super().forward(x)
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class DropPath(nn.Module):
+    """Add a residual branch, with stochastic depth: (x, branch) -> x + branch.
+
+    In training, a sample's branch is dropped with probability `rate`, and the remaining branches
+    are scaled by 1 / (1 - rate).
     """
 
     def __init__(self, rate):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x):
+    def forward(self, x, branch):
         if not self.training or self.rate == 0:
-            return x
-        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)  # 0 or 1 / (1 - rate) per sample
-        return x * keep.view(-1, 1, 1, 1)
+            return x + branch
+        keep = F.dropout(branch.new_ones(branch.shape[0]), self.rate)   # 0 or 1 / (1 - rate)
+        return torch.addcmul(x, branch, keep.view(-1, 1, 1, 1))         # x + keep * branch
 
 
 class LayerScale(nn.Module):
@@ -287,7 +316,9 @@ class SECA(nn.Module):
         q = self.split_heads(self.q(x))                         # Eq. 2
         k = self.split_heads(self.k(x))                         # Eq. 2
         if self.rope:
-            cos, sin = rotary_table(*x.shape[1:3], q.shape[-1], x.device)
+            compiling = torch.compiler.is_compiling()       # a compiler must not see a cache
+            table = rotary_table if compiling else cached_rotary_table
+            cos, sin = table(*x.shape[1:3], q.shape[-1], x.device)
             q = rotate(q, cos, sin)
             k = rotate(k, cos, sin)
         return q, k
@@ -363,9 +394,9 @@ class Block(nn.Module):
     def __init__(self, dim, cpe, attn, ratio, drop_path, layer_scale=None, ffn_conv=False):
         super().__init__()
         self.cpe = cpe
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = LayerNorm(dim)
         self.ffn = FFN(dim, ratio, ffn_conv)
         self.scale1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.scale2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
@@ -374,8 +405,8 @@ class Block(nn.Module):
     def forward(self, x):
         if self.cpe is not None:
             x = x + self.cpe(x)                                         # X of Eq. 1
-        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))   # Y
-        return x + self.drop_path(self.scale2(self.ffn(self.norm2(x))))  # Z
+        x = self.drop_path(x, self.scale1(self.attn(self.norm1(x))))   # Y
+        return self.drop_path(x, self.scale2(self.ffn(self.norm2(x))))  # Z
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -557,10 +588,12 @@ def check_ablations(layer_scale, attention, clusters):
         raise ValueError(f"clusters = {clusters}, expected none with attention = 'csw'")
 
 
+@torch.inference_mode(False)  # so that a cached table serves training as well
 def rotary_table(H, W, d, device):
     """cos and sin (N, d) of the released model's 2-D rotary embedding on a map of H x W.
 
-    Pairs of channels share an angle: the first half of d turns by row, the second by column.
+    Pairs of channels share an angle: the first half of d turns by row, the second by column. sin is
+    negative in the first channel of a pair, as in a rotation matrix.
     """
     rate = 1 / 10000 ** torch.linspace(0, 1, d // 4, device=device)
     rate = rate.repeat_interleave(2)                                # (d/2,), one rate per pair
@@ -569,16 +602,24 @@ def rotary_table(H, W, d, device):
     row = row.expand(H, W, -1)
     column = column.expand(H, W, -1)
     angle = torch.cat([row, column], -1).flatten(0, 1)              # (N, d)
-    return angle.cos(), angle.sin()
+    sin = angle.sin()
+    sin[:, ::2] *= -1
+    return angle.cos(), sin
+
+
+cached_rotary_table = functools.lru_cache(maxsize=8)(rotary_table)
 
 
 def rotate(x, cos, sin):
     """Rotate the channel pairs (even, odd) of x (B, h, N, d) by the angles of cos, sin (N, d).
 
-    Computed in float32, returned in the type of x.
+    `sin` has its sign for each channel, see `rotary_table`: even * cos - odd * sin and
+    odd * cos + even * sin.
     """
-    quarter_turn = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
-    return (x * cos + quarter_turn * sin).to(x.dtype)
+    cos = cos.to(x.dtype)
+    sin = sin.to(x.dtype)
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)         # (odd, even)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 STRIPES = (1, 2, 7, 7)  # rows or columns per stripe, per stage: CSWin, arXiv 2107.00652
@@ -632,11 +673,8 @@ class CSWA(SECA):
         return cross_shaped_attention(q, k, v, *size, self.width)
 
 
-class MapNorm(nn.LayerNorm):
+class MapNorm(LayerNorm):
     """LayerNorm over the channels of (B, C, H, W)."""
-
-    def __init__(self, dim):
-        super().__init__(dim, eps=1e-6)
 
     def forward(self, x):
         x = x.permute(0, 2, 3, 1)                       # (B, H, W, C)
@@ -668,7 +706,7 @@ class PatchMerging(nn.Module):
 
     def __init__(self, in_dim, dim):
         super().__init__()
-        self.norm = nn.LayerNorm(4 * in_dim, eps=1e-6)
+        self.norm = LayerNorm(4 * in_dim)
         self.reduction = nn.Linear(4 * in_dim, dim, bias=False)
 
     def forward(self, x):
@@ -761,7 +799,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x):
         y = self.convs(x.permute(0, 3, 1, 2))           # (B, C, H, W)
-        return x + self.drop_path(y.permute(0, 2, 3, 1))
+        return self.drop_path(x, y.permute(0, 2, 3, 1))
 
 
 class PositionMLP(nn.Sequential):

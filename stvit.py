@@ -134,9 +134,10 @@ def associate(tokens, supers):
     """
     compute_dtype = torch.promote_types(tokens.dtype, torch.float32)
     with torch.no_grad():
+        supers = supers * tokens.shape[-1] ** -0.5      # before the product, which may be float16
         neighbours = gather_neighbours(supers)                          # (B, H', W', 9, C)
-        logits = neighbours @ tokens.mT * tokens.shape[-1] ** -0.5      # (B, H', W', 9, P)
-        return logits.to(compute_dtype).softmax(3).mT                   # (B, H', W', P, 9), Eq. 5
+        logits = neighbours @ tokens.mT                                 # (B, H', W', 9, P)
+        return logits.softmax(3, dtype=compute_dtype).mT                # (B, H', W', P, 9), Eq. 5
 
 
 def update_super_tokens(tokens, association):
@@ -232,21 +233,40 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x).permute(0, 2, 3, 1)   # (B, H, W, C)
 
 
-class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch per sample with probability `rate`.
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels in the type of its input, with statistics in at least float32.
 
-    In training, the remaining branches are scaled by 1 / (1 - rate).
+    Under autocast torch's own returns float32, which every linear layer after it casts again.
+    """
+
+    def __init__(self, dim):
+        super().__init__(dim, eps=1e-6)
+
+    def forward(self, x):
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            return super().forward(x)
+        weight = self.weight.to(x.dtype)
+        bias = self.bias.to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class DropPath(nn.Module):
+    """Add a residual branch, with stochastic depth: (x, branch) -> x + branch.
+
+    In training, a sample's branch is dropped with probability `rate`, and the remaining branches
+    are scaled by 1 / (1 - rate).
     """
 
     def __init__(self, rate):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x):
+    def forward(self, x, branch):
         if not self.training or self.rate == 0:
-            return x
-        keep = F.dropout(x.new_ones(x.shape[0]), self.rate)  # 0 or 1 / (1 - rate) per sample
-        return x * keep.view(-1, 1, 1, 1)
+            return x + branch
+        keep = F.dropout(branch.new_ones(branch.shape[0]), self.rate)   # 0 or 1 / (1 - rate)
+        return torch.addcmul(x, branch, keep.view(-1, 1, 1, 1))         # x + keep * branch
 
 
 class LayerScale(nn.Module):
@@ -286,7 +306,7 @@ class SuperTokenAttention(nn.Module):
         """Multi-head self-attention over all positions of x (B, H, W, C) (Eq. 9 and 10)."""
         qkv = self.qkv(x).flatten(1, 2)                                 # (B, N, 3 * C), Eq. 9
         qkv = qkv.unflatten(2, (self.heads, 3, -1))                     # (B, N, h, 3, d)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4)                            # each (B, h, N, d)
+        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(3))            # each (B, h, N, d)
         bias = None if self.bias is None else self.bias(*x.shape[1:3])  # (1, h, N, N)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)     # (B, h, N, d), Eq. 10
         return self.proj(y.transpose(1, 2).reshape(x.shape))
@@ -369,7 +389,7 @@ class Block(nn.Module):
     ):
         super().__init__()
         self.cpe = DepthwiseConv(dim, 3) if cpe else None
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = LayerNorm(dim)
         self.attn = SuperTokenAttention(dim, heads, grid, iterations, bias_side)
         self.norm2 = nn.BatchNorm2d(dim)
         self.ffn = ConvFFN(dim, FFN_RATIO, conv_ffn, ffn_shortcut)
@@ -380,9 +400,9 @@ class Block(nn.Module):
     def forward(self, x):
         if self.cpe is not None:
             x = x + self.cpe(x)                                         # Eq. 1
-        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))   # Eq. 2
+        x = self.drop_path(x, self.scale1(self.attn(self.norm1(x))))   # Eq. 2
         y = self.norm2(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)       # (B, H, W, C)
-        return x + self.drop_path(self.scale2(self.ffn(y)))             # Eq. 3
+        return self.drop_path(x, self.scale2(self.ffn(y)))             # Eq. 3
 
 
 # -------------------------------------------------------------------------------------------- model

@@ -184,6 +184,19 @@ def test_density_peaks_hold_no_map_of_tokens_by_tokens(device):
     assert x.numel() < largest.numel <= 2 * 2016 * 10       # 2000 columns, in whole groups of 32
 
 
+@pytest.mark.parametrize("shape, rows", [
+    ((128, 3136, 64), 167),     # 2^26 entries
+    ((128, 784, 128), 196),     # a quarter of the rows
+    ((2, 67200, 64), 499),
+    ((128, 49, 512), 160),
+])
+def test_rows_per_chunk_on_a_gpu(shape, rows):
+    class GpuTokens:
+        is_cuda = True
+    GpuTokens.shape = shape
+    assert clustr.rows_per_chunk(GpuTokens) == rows
+
+
 def near_duplicates(device):
     x = 100 + torch.randn(1, 64, 8, device=device)
     x[:, 32:] = x[:, :32] + 1e-3 * torch.randn(1, 32, 8, device=device)
@@ -432,9 +445,9 @@ def test_one_clustering_serves_all_ratios(monkeypatch):
     shapes = []
     density_peaks = clustr.density_peaks
 
-    def counted(x, neighbours):
+    def counted(x, neighbours, chunk):
         shapes.append(x.shape)
-        return density_peaks(x, neighbours)
+        return density_peaks(x, neighbours, chunk)
 
     monkeypatch.setattr(clustr, "density_peaks", counted)
     clustr.ClusteringGuidedAttention(12, 3, (8, 4, 2, 1))(torch.randn(2, 5, 7, 12))

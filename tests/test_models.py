@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 from PIL import Image
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -207,18 +209,38 @@ def test_samples_do_not_see_each_other(name, device):
 @each_file
 def test_drop_path(name):
     x = torch.randn(20000, 2, 1, 3)
-    y = CASES[name].module.DropPath(0.3)(x)
-    kept = y[:, 0, 0, 0] != 0
-    assert_close(y, torch.where(kept.view(-1, 1, 1, 1), x / 0.7, 0))
+    branch = torch.randn(20000, 2, 1, 3)
+    y = CASES[name].module.DropPath(0.3)(x, branch)
+    kept = y[:, 0, 0, 0] != x[:, 0, 0, 0]
+    assert_close(y, torch.where(kept.view(-1, 1, 1, 1), x + branch / 0.7, x))
     assert abs(kept.float().mean() - 0.7) < 5 * math.sqrt(0.3 * 0.7 / 20000)
 
 
 @each_file
-def test_drop_path_that_drops_nothing_returns_its_input(name):
-    x = torch.randn(4, 2, 1, 3)
+def test_drop_path_that_drops_nothing_is_an_addition(name):
+    x, branch = torch.randn(2, 4, 2, 1, 3)
     DropPath = CASES[name].module.DropPath
-    assert DropPath(0.3).eval()(x) is x
-    assert DropPath(0.0)(x) is x
+    assert DropPath(0.3).eval()(x, branch).equal(x + branch)
+    assert DropPath(0.0)(x, branch).equal(x + branch)
+
+
+@each_file
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_layer_norm_keeps_the_type(name, dtype, device):
+    """With the statistics of at least float32, inside autocast and outside."""
+    norm = CASES[name].module.LayerNorm(48).to(device)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = 30 + torch.randn(2, 5, 48, device=device).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    norm = norm.to(wide)
+    weight = norm.weight.to(dtype).to(wide)
+    bias = norm.bias.to(dtype).to(wide)
+    expected = F.layer_norm(x.to(wide), (48,), weight, bias, norm.eps).to(dtype)
+    assert_close(norm(x), expected)
+    if dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(device.type, dtype):
+            assert_close(norm(x), expected)
 
 
 @each_case

@@ -285,6 +285,27 @@ def test_equal_keys_keep_input_order(tokens, width, dtype, layout, device):
     assert_close(secvit.cluster_order(k), expected)
 
 
+class ClusterOrder(torch.nn.Module):
+    def __init__(self, descending):
+        super().__init__()
+        self.descending = descending
+
+    def forward(self, k):
+        return secvit.cluster_order(k, self.descending)
+
+
+@pytest.mark.parametrize("descending", [True, False])
+def test_exported_order_keeps_ties_without_a_stable_sort(descending):
+    """ONNX has no aten.sort.stable; 500 tokens have 9 different keys."""
+    k = torch.randint(1, 4, (2, 3, 500, 2)).float()
+    module = ClusterOrder(descending)
+    exported = torch.export.export(module, (k,))
+    operators = [str(node.target) for node in exported.graph.nodes]
+    assert "aten.sort.default" in operators
+    assert "aten.sort.stable" not in operators
+    assert exported.module()(k).equal(module(k))
+
+
 @pytest.mark.parametrize("clusters", [0, -3])
 def test_attention_needs_a_cluster(clusters):
     q, k, v = torch.randn(3, 1, 1, 4, 2)
@@ -345,6 +366,18 @@ def test_rotary_matches_loops(H, W, d, device):
     x = random_leaf(2, 3, H * W, d, device=device)
     cos, sin = secvit.rotary_table(H, W, d, device)
     assert_same(secvit.rotate(x, cos, sin), loop_rotate(x, W), [x], **CLOSE)
+
+
+def test_cached_rotary_table_serves_training_after_inference():
+    attn = secvit.SECA(16, 2, clusters=2, rope=True)
+    x = torch.randn(1, 3, 7, 16)
+    secvit.cached_rotary_table.cache_clear()
+    with torch.inference_mode():
+        expected = attn(x)
+    y = attn(x)
+    y.sum().backward()
+    assert_close(y, expected)
+    assert secvit.cached_rotary_table.cache_info().hits == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -382,6 +382,14 @@ def test_upsampling_gradcheck(iterations):
     assert torch.autograd.gradcheck(upsample, random_leaf(2, 2, 2, 2))
 
 
+def test_association_of_large_equal_tokens_is_finite_in_half_precision(device):
+    """256 products of 16 x 16 sum up to the limit of float16, 65504; scaled, to 4096."""
+    tokens = torch.full((1, 2, 2, 6, 256), 16, dtype=torch.float16, device=device)
+    association = stvit.associate(tokens, tokens[:, :, :, 0])
+    expected = stvit.associate(tokens.float(), tokens[:, :, :, 0].float())
+    assert_close(association, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_stays_close(dtype, device):
     x = torch.randn(2, 8, 7, 10, device=device).to(dtype)
