@@ -107,7 +107,8 @@ def cluster_order(k, descending=True):
     unit_key = k / length.clamp(min=1e-8)
     unit_centre = F.normalize(centre, dim=-1, eps=1e-8)
     similarity = (unit_key * unit_centre).sum(-1)           # (B, h, N), sim of Eq. 3
-    if torch.compiler.is_exporting():  # ONNX has no stable sort, so that the index breaks ties
+    is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6
+    if is_exporting():  # ONNX has no stable sort, so that the index breaks ties
         step = -2 ** -50 if descending else 2 ** -50
         similarity = similarity.double() + step * torch.arange(k.shape[2], device=k.device)
         return similarity.sort(dim=-1, descending=descending).indices
