@@ -1358,13 +1358,13 @@ def box_size(boxes):
 
 def box_iou(a, b):
     """IoU (..., A, G) of boxes a (..., A, 4) and b (..., G, 4); 0 where the union is empty."""
-    a_start, a_end = a[..., :, None, :].chunk(2, -1)                    # (..., A, 1, 2)
-    b_start, b_end = b[..., None, :, :].chunk(2, -1)                    # (..., 1, G, 2)
-    top_left = torch.maximum(a_start, b_start)                          # (..., A, G, 2)
-    bottom_right = torch.minimum(a_end, b_end)
-    intersection = (bottom_right - top_left).clamp(min=0).prod(-1)      # (..., A, G)
-    area_a = (a_end - a_start).prod(-1)
-    area_b = (b_end - b_start).prod(-1)
+    a_x1, a_y1, a_x2, a_y2 = a[..., :, None, :].unbind(-1)              # each (..., A, 1)
+    b_x1, b_y1, b_x2, b_y2 = b[..., None, :, :].unbind(-1)              # each (..., 1, G)
+    width = torch.minimum(a_x2, b_x2) - torch.maximum(a_x1, b_x1)       # (..., A, G)
+    height = torch.minimum(a_y2, b_y2) - torch.maximum(a_y1, b_y1)
+    intersection = width.clamp(min=0) * height.clamp(min=0)
+    area_a = (a_x2 - a_x1) * (a_y2 - a_y1)
+    area_b = (b_x2 - b_x1) * (b_y2 - b_y1)
     union = area_a + area_b - intersection
     return intersection / union.clamp(min=1e-6)
 
@@ -1393,9 +1393,20 @@ def decode(anchors, deltas):
 
 
 def clip_boxes(boxes, size):
-    """Boxes (..., 4) clipped to an image of size (H, W), or each box to its own size (..., 2)."""
-    size = torch.as_tensor(size, dtype=boxes.dtype, device=boxes.device)
-    return torch.minimum(boxes.clamp(min=0), torch.cat([size, size], -1).flip(-1))
+    """Boxes (..., 4) clipped to an image of size (H, W), or each to its own, a tensor (..., 2)."""
+    H, W = size.unbind(-1) if isinstance(size, torch.Tensor) else size
+    x1, y1, x2, y2 = boxes.clamp(min=0).unbind(-1)
+    clipped = [x1.clamp(max=W), y1.clamp(max=H), x2.clamp(max=W), y2.clamp(max=H)]
+    return torch.stack(clipped, -1)
+
+
+def constant(values, like):
+    """Python numbers as a tensor with the type and device of `like`.
+
+    Unlike torch.tensor(values, device=...), a copy from pinned memory does not wait for the GPU.
+    """
+    values = torch.tensor(values, dtype=like.dtype)
+    return values.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else values
 
 
 def base_anchors(strides, scales):
@@ -1435,22 +1446,24 @@ def cells_inside(levels, strides, sizes, num_anchors):
 
 
 def best_anchors(scores, deltas, anchors, counts, size, per_level=1000):
-    """Boxes of one image's anchors of the highest scores in each level, clipped to its size (H, W).
+    """Boxes of the anchors of the highest scores in each level, clipped to the image's size (H, W).
 
-    Args: scores (A,), deltas and anchors (A, 4); counts: number of anchors of each level.
-    Returns: boxes (n, 4), index (n,) of the anchors, level (n,).
+    Args: scores ([B,] A), deltas ([B,] A, 4), anchors (A, 4); counts: number of anchors of each
+    level; size: one for all images, or (B, 1, 2).
+    Returns: boxes ([B,] n, 4), and for each the anchor's index and level ([B,] n).
     """
     index = []
     level = []
     first = 0
-    for i, level_scores in enumerate(scores.split(counts)):
+    for i, level_scores in enumerate(scores.split(counts, -1)):
         best = level_scores.topk(min(per_level, counts[i])).indices
         index.append(first + best)
         level.append(torch.full_like(best, i))
         first += counts[i]
-    index = torch.cat(index)
-    boxes = clip_boxes(decode(anchors[index], deltas[index]), size)
-    return boxes, index, torch.cat(level)
+    index = torch.cat(index, -1)
+    deltas = deltas.take_along_dim(index[..., None], -2)
+    boxes = clip_boxes(decode(anchors[index], deltas), size)
+    return boxes, index, torch.cat(level, -1)
 
 
 class Assignment(NamedTuple):
@@ -1495,46 +1508,78 @@ def assign(boxes, labels, anchors, valid, *, positive_iou, negative_iou, min_pos
     return Assignment(object_index, positive & valid, negative & valid)
 
 
-NMS_BLOCK = 1024  # boxes whose overlaps are computed at once
+NMS_BLOCK = {"cuda": 2048, "cpu": 256}  # boxes whose overlaps are computed at once: the larger a
+NMS_ROUNDS = 8  # block, and the more rounds between two tests, the fewer waits for the GPU
 
 
 def nms(boxes, scores, iou_threshold, max_keep):
     """Exact greedy NMS: a box goes if its IoU with a better box that stays is above the threshold.
 
-    Blocks of boxes are taken in order of falling score. Within a block, `keep` is the fixed point
-    of "no better box that stays overlaps me". It is unique, and iterating from "all stay" reaches
-    it, since after i rounds the first i boxes are final.
-
     Args: boxes (n, 4), scores (n,); max_keep: the number of boxes that are returned at most.
     Returns: indices of the boxes that stay, best first.
     """
-    order = scores.argsort(descending=True, stable=True)
-    boxes = boxes[order]
-    kept = order[:0]                                        # positions in `order`, as `candidates`
-    for candidates in torch.arange(len(boxes), device=boxes.device).split(NMS_BLOCK):
-        if len(kept) >= max_keep:
+    valid = torch.ones_like(scores, dtype=torch.bool)
+    return batched_nms(boxes[None], scores[None], valid[None], iou_threshold, max_keep)[0]
+
+
+def batched_nms(boxes, scores, valid, iou_threshold, max_keep):
+    """`nms` of the valid ones (B, n) among the boxes (B, n, 4) of B images: a list of indices.
+
+    Blocks of boxes are taken in order of falling score, of all images at once.
+    """
+    order = scores.argsort(descending=True, stable=True)                # (B, n)
+    boxes = boxes.take_along_dim(order[..., None], 1)
+    valid = valid.gather(1, order)
+    keep = torch.zeros_like(valid)
+    position = order[:, :0]                                             # of the boxes that stay
+    counts = [0] * len(boxes)                                           # their number per image
+    block_size = NMS_BLOCK[boxes.device.type]
+    for start in range(0, boxes.shape[1], block_size):
+        if min(counts) >= max_keep:
             break
-        suppressed = (box_iou(boxes[candidates], boxes[kept]) > iou_threshold).any(1)
-        candidates = candidates[~suppressed]
-        iou = box_iou(boxes[candidates], boxes[candidates])
-        overlaps = (iou > iou_threshold).triu(1).to(boxes.dtype)        # (better, worse)
-        keep = torch.ones_like(candidates, dtype=boxes.dtype)
-        previous = torch.zeros_like(keep)
-        while not torch.equal(keep, previous):
+        members = slice(start, start + block_size)
+        block = boxes[:, members]
+        kept = boxes.take_along_dim(position[..., None], 1)
+        kept = kept * keep.gather(1, position)[..., None]               # padding overlaps nothing
+        suppressed = (box_iou(block, kept) > iou_threshold).any(2)
+        overlaps = (box_iou(block, block) > iou_threshold).tril(-1)     # (B, worse, better)
+        keep[:, members] = greedy_choice(valid[:, members] & ~suppressed, overlaps)
+        counts = keep.sum(1).tolist()
+        kept_first = keep.byte().argsort(descending=True, stable=True)
+        position = kept_first[:, :max(counts)]
+    chosen = order.gather(1, position)
+    return [index[:min(count, max_keep)] for index, count in zip(chosen, counts)]
+
+
+def greedy_choice(candidates, overlaps):
+    """The candidates (B, n) that no better one which stays overlaps; overlaps (B, worse, better).
+
+    They are the fixed point of this rule. It is unique, and iterating from "all stay" reaches it,
+    since after i rounds the first i boxes are final.
+    """
+    keep = candidates
+    previous = None
+    while previous is None or not torch.equal(keep, previous):
+        for _ in range(NMS_ROUNDS):
             previous = keep
-            keep = (keep @ overlaps == 0).to(boxes.dtype)
-        kept = torch.cat([kept, candidates[keep > 0]])
-    return order[kept[:max_keep]]
+            keep = candidates & ~(overlaps & keep[:, None]).any(2)
+    return keep
 
 
-def nms_by_class(boxes, scores, labels, iou_threshold, max_keep):
-    """`nms` inside each class: an offset per class keeps boxes of two classes from overlapping.
+def separate_classes(boxes, labels):
+    """Boxes (..., n, 4) moved by an offset per class, so that those of two classes never overlap.
 
     It is added in float64, so that no IoU changes.
     """
-    offset = boxes.max() + 1 if len(boxes) else 1
-    shifted = boxes.double() + (labels * offset)[:, None]
-    return nms(shifted, scores, iou_threshold, max_keep)
+    if boxes.numel() == 0:
+        return boxes.double()
+    offset = boxes.amax((-2, -1)) + 1
+    return boxes.double() + (labels * offset[..., None])[..., None]
+
+
+def nms_by_class(boxes, scores, labels, iou_threshold, max_keep):
+    """`nms` inside each class."""
+    return nms(separate_classes(boxes, labels), scores, iou_threshold, max_keep)
 
 
 def multiclass_nms(boxes, scores, score_threshold=0.05, max_keep=100):
@@ -1663,7 +1708,7 @@ def detect_image(model, image, args, device):
     images = normalize_padded(batch.to(device), sizes)
     with autocast(args, device):
         boxes, *others = model(images, sizes)[0]
-    scale = boxes.new_tensor([W / image.width, H / image.height] * 2)
+    scale = constant([W / image.width, H / image.height] * 2, like=boxes)
     return boxes / scale, *others
 
 
@@ -1842,17 +1887,18 @@ class RPN(nn.Module):
         return torch.cat(scores, 1).float(), torch.cat(deltas, 1).float()
 
 
-def select_proposals(scores, deltas, anchors, counts, size, *, per_level, max_keep):
-    """Proposals (n, 4) of one image, best first; arguments as of `best_anchors`.
+def select_proposals(scores, deltas, anchors, counts, sizes, *, per_level, max_keep):
+    """Proposals of B images, best first: a list of (n, 4). Arguments as of `best_anchors`.
 
     At most `per_level` anchors of each level go through NMS, boxes without area are dropped, and at
-    most `max_keep` remain of all levels.
+    most `max_keep` remain of all levels. sizes: (B, 2).
     """
-    boxes, index, level = best_anchors(scores, deltas, anchors, counts, size, per_level)
-    has_area = (box_size(boxes) > 0).all(1)
-    boxes = boxes[has_area]
-    scores = scores[index][has_area]
-    return boxes[nms_by_class(boxes, scores, level[has_area], 0.7, max_keep)]
+    boxes, index, level = best_anchors(scores, deltas, anchors, counts, sizes[:, None], per_level)
+    has_area = (box_size(boxes) > 0).all(2)                             # (B, n)
+    boxes = boxes.masked_fill(~has_area[..., None], 0)
+    apart = separate_classes(boxes, level)
+    indices = batched_nms(apart, scores.gather(1, index), has_area, 0.7, max_keep)
+    return [image_boxes[kept] for image_boxes, kept in zip(boxes, indices)]
 
 
 def pad_proposals(proposals):
@@ -1987,13 +2033,13 @@ def align_levels(maps, level, rois, S, scales):
     table = [x.permute(0, 2, 3, 1).reshape(-1, C) for x in maps]
     table = torch.cat(table).to(rois.dtype)                             # (rows of all levels, C)
     shapes = [(x.shape[3], x.shape[2], x.shape[0]) for x in maps]
-    shapes = torch.tensor(shapes, device=rois.device)                   # (levels, 3): W, H, B
+    shapes = constant(shapes, like=level)                               # (levels, 3): W, H, B
     rows = shapes.prod(1)                                               # (levels,) of the table
     level_start = rows.cumsum(0) - rows
     map_size = shapes[level, :2]                                        # (R, 2): W, H
     image = rois[:, 0].long()
     first_row = level_start[level] + image * map_size.prod(1)           # (R,)
-    scale = rois.new_tensor(scales)[level, None]
+    scale = constant(scales, like=rois)[level, None]
     corner = rois[:, 1:3] * scale - 0.5                                 # (R, 2), pixels of the map
     bin_size = box_size(rois[:, 1:]).clamp(min=0) * scale / S           # (R, 2)
     samples_per_bin = bin_size.ceil()                                   # (R, 2): across, down
@@ -2093,7 +2139,7 @@ def apply_deltas(boxes, deltas, labels, logits, stds):
     best_class = logits[:, :-1].argmax(1)
     labels = torch.where(labels < background, labels, best_class)
     deltas = class_deltas(deltas.detach(), labels)
-    return decode(boxes, deltas * deltas.new_tensor(stds))
+    return decode(boxes, deltas * constant(stds, like=deltas))
 
 
 def giou_loss(boxes, targets):
@@ -2116,19 +2162,18 @@ def side_product(size):
     return size[:, 0] * size[:, 1]
 
 
-def box_losses(logits, deltas, boxes, labels, object_boxes, stds, box_loss):
+def box_losses(logits, deltas, boxes, labels, positive, object_boxes, stds, box_loss):
     """Cross-entropy of one stage's RoIs and box loss of those with an object, both divided by R.
 
     Args: logits (R, K + 1), deltas (R, 4 or K * 4), boxes (R, 4) of the RoIs, labels (R,): K for
-    background; object_boxes (R, 4); stds: units of the deltas; box_loss: "l1" or "smooth_l1"
-    (beta 1) of the deltas, or "giou" of the boxes, times 10.
+    background; positive (P,): indices of the RoIs with an object; object_boxes (R, 4); stds: units
+    of the deltas; box_loss: "l1" or "smooth_l1" (beta 1) of the deltas, or "giou" of the boxes,
+    times 10.
     """
-    background = logits.shape[1] - 1
-    positive = (labels < background).nonzero()[:, 0]
     start = boxes[positive]
     end = object_boxes[positive]
     deltas = class_deltas(deltas[positive], labels[positive])
-    stds = deltas.new_tensor(stds)
+    stds = constant(stds, like=deltas)
     if box_loss == "giou":
         regression = 10 * giou_loss(decode(start, deltas * stds), end)
     else:
@@ -2192,11 +2237,11 @@ def mask_targets(masks, boxes, mask_index, side):
 
 
 def axis_weights(start, end, bins, length):
-    """Matrix (R, bins, length): RoIAlign of intervals (R,) along one axis of `length` pixels."""
+    """Matrix (R, bins, length): RoIAlign of intervals (R,) inside of one axis's `length` pixels."""
     start = start[:, None, None]
     bin_size = (end[:, None, None] - start) / bins                      # (R, 1, 1)
     samples = bin_size.ceil()                                           # per bin
-    sample = torch.arange(int(samples.max()), device=start.device)
+    sample = torch.arange(math.ceil(length / bins), device=start.device)    # at most
     bin_number = torch.arange(bins, device=start.device)[:, None]
     divisor = samples.clamp(min=1)                                      # of no sample, too
     point = start - 0.5 + (bin_number + (sample + 0.5) / divisor) * bin_size    # (R, bins, samples)
@@ -2307,14 +2352,9 @@ class MaskRCNN(nn.Module):
         per_level = 2000 if self.training else 1000
         max_keep = 2000 if self.training and self.cascade else 1000
         counts = [h * w * self.num_anchors for h, w in levels]
-        proposals = []
-        for image_scores, image_deltas, size in zip(scores, deltas, sizes.tolist()):
-            boxes = select_proposals(
-                image_scores, image_deltas, anchors, counts, size,
-                per_level=per_level, max_keep=max_keep,
-            )
-            proposals.append(boxes)
-        return proposals
+        return select_proposals(
+            scores, deltas, anchors, counts, sizes, per_level=per_level, max_keep=max_keep
+        )
 
     def head_losses(self, maps, proposals, sizes, targets):
         """Losses of all stages; the boxes that a stage refines are the next one's proposals.
@@ -2340,7 +2380,8 @@ class MaskRCNN(nn.Module):
             mask_logits = self.mask_heads[i](pool_rois(maps, rois[positive], 14, self.strides))
             loss_mask = mask_loss(mask_logits.float(), labels[positive], masks)
             loss_cls, loss_box = box_losses(
-                logits, deltas, boxes, labels, object_boxes, stage["stds"], self.box_loss
+                logits, deltas, boxes, labels, positive, object_boxes, stage["stds"],
+                self.box_loss,
             )
             prefix = f"stage{i + 1}_" if self.cascade else ""
             losses[prefix + "loss_cls"] = stage["weight"] * loss_cls
@@ -2365,7 +2406,7 @@ class MaskRCNN(nn.Module):
             logits_sum = logits_sum + logits
             refined = apply_deltas(start, deltas, background, logits, stage["stds"])
             boxes = clip_boxes(refined, size)
-        deltas = deltas.unflatten(1, (-1, 4)) * deltas.new_tensor(stage["stds"])
+        deltas = deltas.unflatten(1, (-1, 4)) * constant(stage["stds"], like=deltas)
         class_boxes = clip_boxes(decode(start[:, None], deltas), size)  # (n, K or 1, 4)
         probabilities = (logits_sum / len(self.stages)).softmax(1)
         boxes, scores, labels = multiclass_nms(class_boxes, probabilities[:, :-1])
@@ -2797,10 +2838,10 @@ def peaks(maps):
     values = maps.flatten(2)                                            # (B, K, h * w)
     value, index = values.max(2)                                        # (B, K)
     xy = torch.stack([index % w, index // w], -1)                       # (B, K, 2)
-    offsets = torch.tensor([1, w, -1, -w], device=maps.device)          # right, below, left, above
+    offsets = constant([1, w, -1, -w], like=index)                      # right, below, left, above
     neighbours = values.gather(2, (index[..., None] + offsets).clamp(0, h * w - 1))     # (B, K, 4)
     direction = (neighbours[..., :2] - neighbours[..., 2:]).sign()      # (B, K, 2)
-    last = torch.tensor([w - 1, h - 1], device=maps.device)
+    last = constant([w - 1, h - 1], like=index)
     inside = ((xy > 1) & (xy < last)).all(-1, keepdim=True)             # (B, K, 1)
     xy = xy + 0.25 * direction * inside
     xy = xy.masked_fill((value <= 0)[..., None], -1)

@@ -381,12 +381,15 @@ def rpn_proposals(g):
         counts = [h * w * base.shape[1] for h, w in sizes]
         anchors = train_dense.anchor_boxes(base, sizes, strides)
         scores = g.tensor(f"scores_{case}")
-        with record("nms_by_class") as recorder:
-            proposals = train_dense.select_proposals(
-                scores, g.tensor(f"deltas_{case}"), anchors, counts, size,
+        deltas = g.tensor(f"deltas_{case}")
+        with record("batched_nms") as recorder:
+            proposals, = train_dense.select_proposals(
+                scores[None], deltas[None], anchors, counts, torch.tensor([size]),
                 per_level=per_level, max_keep=max_keep,
             )
-        kept_scores = recorder.calls[0][1][recorder.results[0]]
+        (_, candidate_scores, *_), = recorder.calls
+        (kept,), = recorder.results
+        kept_scores = candidate_scores[0, kept]
         yield f"proposals_{case}", proposals
         yield f"probabilities_{case}", kept_scores.sigmoid()
 
@@ -437,8 +440,10 @@ def box_loss(g):
         for case in cases:
             logits = g.variable(f"{case}_logits")
             deltas = g.variable(f"{case}_deltas")
+            labels = g.tensor(f"{case}_labels")
+            positive = (labels < logits.shape[1] - 1).nonzero()[:, 0]
             loss_cls, loss_box = train_dense.box_losses(
-                logits, deltas, g.tensor(f"{case}_rois"), g.tensor(f"{case}_labels"),
+                logits, deltas, g.tensor(f"{case}_rois"), labels, positive,
                 g.tensor(f"{case}_targets"), g[f"{name}_stds"].tolist(), model.box_loss,
             )
             yield f"{case}_loss_cls", loss_cls

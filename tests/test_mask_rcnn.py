@@ -529,32 +529,39 @@ def loop_proposals(scores, deltas, anchors, counts, size, per_level, max_keep):
     (20, 4, (200., 0.)),
 ])
 def test_proposals_match_loops(per_level, max_keep, shift, device):
-    """Three levels; a quarter of the anchors, with the best scores, lies off the image."""
+    """Three levels, two images; a quarter of the anchors, with the best scores, lies off both."""
     counts = [60, 40, 9]
+    sizes = [(70, 100), (60, 80)]
     anchors = (20 + random_boxes(12, side=60))[torch.randint(0, 12, (109,))]
     off = torch.rand(109) < 0.25
     anchors[off] += torch.tensor(shift * 2)
-    deltas = 0.1 * torch.randn(109, 4, dtype=torch.float64)
-    scores = 2 * torch.randn(109, dtype=torch.float64) + 3 * off
-    expected, empty, suppressed, left_over = loop_proposals(
-        scores.tolist(), deltas.tolist(), anchors.tolist(), counts, (70, 100), per_level, max_keep
-    )
-    assert empty and suppressed
-    assert left_over > 0 or max_keep == 1000
+    deltas = 0.1 * torch.randn(2, 109, 4, dtype=torch.float64)
+    scores = 2 * torch.randn(2, 109, dtype=torch.float64) + 3 * off
     given = [x.to(device) for x in (scores, deltas, anchors)]
     proposals = train_dense.select_proposals(
-        *given, counts, (70, 100), per_level=per_level, max_keep=max_keep
+        *given, counts, torch.tensor(sizes, device=device), per_level=per_level, max_keep=max_keep
     )
-    assert_close(proposals.cpu(), doubles(expected))
+    for image, image_proposals in enumerate(proposals):
+        expected, empty, suppressed, left_over = loop_proposals(
+            scores[image].tolist(), deltas[image].tolist(), anchors.tolist(), counts,
+            sizes[image], per_level, max_keep,
+        )
+        assert empty and suppressed
+        assert left_over > 0 or max_keep == 1000
+        assert_close(image_proposals.cpu(), doubles(expected))
 
 
 def test_proposals_of_anchors_off_the_image(device):
-    anchors = 1000 + random_boxes(12, side=60).to(device)
-    scores = torch.randn(12, dtype=torch.float64, device=device)
+    """None in the first image; in the second one, which is larger, all of them."""
+    anchors = 1000 + 10 * torch.arange(12., device=device)[:, None].repeat(1, 4)
+    anchors[:, 2:] += 10
+    sizes = torch.tensor([[70, 100], [2000, 2000]], device=device)
+    scores = torch.randn(2, 12, device=device)
     proposals = train_dense.select_proposals(
-        scores, torch.zeros_like(anchors), anchors, [12], (70, 100), per_level=20, max_keep=20
+        scores, torch.zeros(2, 12, 4, device=device), anchors, [12], sizes,
+        per_level=20, max_keep=20,
     )
-    assert proposals.shape == (0, 4)
+    assert [len(boxes) for boxes in proposals] == [0, 12]
 
 
 def test_proposals_are_padded():
@@ -714,7 +721,9 @@ def test_box_losses_of_nothing_are_0(box_loss, device):
     logits = torch.zeros(0, 3, device=device)
     labels = torch.zeros(0, dtype=torch.long, device=device)
     boxes = torch.zeros(0, 4, device=device)
-    losses = train_dense.box_losses(logits, deltas, boxes, labels, boxes, (1, 1, 1, 1), box_loss)
+    losses = train_dense.box_losses(
+        logits, deltas, boxes, labels, labels, boxes, (1, 1, 1, 1), box_loss
+    )
     assert losses == (0, 0)
 
 
