@@ -637,6 +637,17 @@ def normalize_padded(images, sizes):
     return normalize(images) * (inside_rows & inside_columns)[:, None]
 
 
+@contextmanager
+def images_of_many_sizes():
+    """A block without cuDNN's attention, which plans every new size for up to a second."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
 class Figure:
     """A copy of an image to plot on, with lines and text in proportion to it.
 
@@ -1032,6 +1043,7 @@ class Segmentation(DenseTask):
         return segmentation_losses(net(normalize_padded(images, sizes)), labels)
 
     @torch.no_grad()
+    @images_of_many_sizes()
     def predict(self, model, image):
         """Label map (H, W) of a PIL image; --ms-test averages six scales, each also mirrored."""
         if self.args.ms_test:
@@ -1699,6 +1711,7 @@ def retinanet_losses(logits, deltas, anchors, valid, targets):
 
 
 @torch.no_grad()
+@images_of_many_sizes()
 def detect_image(model, image, args, device):
     """Run a detector on a PIL image, resized to --img-size; its boxes are in the image's pixels."""
     W, H = fit_size(image.size, args.img_size * 1333 / 800, args.img_size)
@@ -1818,6 +1831,7 @@ class Detection(DenseTask):
     def collate(self, samples):
         return collate_boxes(*zip(*samples))
 
+    @images_of_many_sizes()
     def losses(self, net, batch):
         images, sizes, boxes, labels = batch
         targets = {"boxes": boxes, "labels": labels}
@@ -2444,6 +2458,7 @@ class InstanceSegmentation(DenseTask):
             padded.append(F.pad(torch.from_numpy(image_masks), (0, W - w, 0, H - h)))
         return batch, *others, torch.cat(padded)
 
+    @images_of_many_sizes()
     def losses(self, net, batch):
         images, sizes, boxes, labels, masks = batch
         targets = {"boxes": boxes, "labels": labels, "masks": masks}

@@ -2005,7 +2005,8 @@ def wrap_model(model, args, procs):
         if 1 in parameter.shape:
             parameter.register_hook(contiguous_strides)
     devices = [procs.device.index] if procs.device.type == "cuda" else None
-    return DistributedDataParallel(net, device_ids=devices)
+    # statistics are shared where they are read: before an evaluation or a checkpoint
+    return DistributedDataParallel(net, device_ids=devices, broadcast_buffers=False)
 
 
 def contiguous_strides(grad):
@@ -2221,6 +2222,7 @@ def launch(command, make_task, args, checkpoint):
     """Start the processes, run `command(task, args, procs, checkpoint)`, end them."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads such memory
     torch.use_deterministic_algorithms(args.deterministic)
     procs = Processes()
     try:

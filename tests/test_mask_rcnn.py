@@ -1036,6 +1036,23 @@ def test_detections_match_loops(kind, small_heads, device):
 
 
 # ----------------------------------------------------------------------------------------- task
+@pytest.mark.parametrize("task, masks", [("retinanet", 0), ("mask_rcnn", 1)])
+def test_attention_needs_no_plan_per_image_size(task, masks):
+    """cuDNN's kernels are off while a detector's losses are computed, and on again afterwards."""
+    enabled = []
+
+    def net(*_):
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+
+    images = torch.zeros(1, 32, 32, 3, dtype=torch.uint8)
+    boxes = torch.zeros(1, 1, 4)
+    labels = torch.zeros(1, 1, dtype=torch.long)
+    batch = [images, torch.tensor([[32, 32]]), boxes, labels] + [images[..., 0]] * masks
+    train_dense.TASKS[task].losses(None, net, batch)
+    assert enabled == [False]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
 def make_task():
     args = argparse.Namespace(
         task="mask_rcnn", backbone="secvit_t", schedule="1x", img_size=64, amp="none"
