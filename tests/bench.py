@@ -4,6 +4,7 @@
     python tests/bench.py --throughput     images/s of every variant, inference and training
     python tests/bench.py --scaling        growth of clustering and attention with the tokens
     python tests/bench.py --dense          training steps of Mask R-CNN and pose
+    python tests/bench.py --gpu            all that needs a GPU, in 9 minutes and one table
     python tests/bench.py --table          parameters and FLOPs of every model and of the rows of
                                            the papers' ablation and dense tables
 
@@ -44,6 +45,14 @@ forward, loss, backward, AdamW. "outside" is the fraction of the time (on a GPU:
 that torch's profiler sees outside of convolutions, matrix products and fused attention: samplers,
 RoIAlign, NMS, norms, losses, the optimizer.
 
+GPU. In this order, until the time is over: tests that use the GPU, each model against itself on the
+CPU (largest difference of the logits over the largest logit) and against itself (gradients of two
+equal steps with deterministic algorithms), eager steps of every variant, the fraction of ClusTR's
+training steps that clustering takes, steps of the dense tasks, and compiled steps: torch.compile's
+default, and for training also "reduce-overhead", which captures CUDA graphs. "waits" counts the
+calls of one step that wait for the GPU, as far as torch's debug mode sees them. A row that fails
+gives the reason.
+
 Table. Multiply-adds of one 224-pixel image's forward in eval mode. "no products" is what runs
 inside convolutions, linear layers and norms, where a norm costs what fvcore, the papers' usual
 counter, says: 5 per element of LayerNorm, 2 of BatchNorm. "all" adds every matrix product outside
@@ -80,9 +89,12 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
+import subprocess
 import sys
 import time
+import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -1021,10 +1033,13 @@ def matmul_rate():
     return STEPS_PER_WAIT * 2 * size ** 3 / (1e-3 * ms)
 
 
-def make_step(build, batch, compiled, training):
-    """Build a model; returns a function that does one inference or training step with it."""
+def make_step(build, batch, compiled, training, mode="default"):
+    """Build a model; returns a function that does one inference or training step with it.
+
+    mode: torch.compile's, if `compiled`.
+    """
     model = build().to(DEVICE).train(training)
-    net = torch.compile(model) if compiled else model
+    net = torch.compile(model, mode=mode) if compiled else model
     images = torch.randn(batch, 3, PIXELS, PIXELS, device=DEVICE)
     labels = torch.randint(1000, (batch,), device=DEVICE)
     if training:
@@ -1097,9 +1112,13 @@ def measure_throughput(build, batch, seconds, compiled, training):
         return batch * steps_per_second(step, seconds), peak_gib()
     finally:
         step = None
-        torch.compiler.reset()
-        gc.collect()
-        torch.cuda.empty_cache()  # does nothing without CUDA
+        free_memory()
+
+
+def free_memory():
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without CUDA
 
 
 # -------------------------------------------------------------------------------------- dense tasks
@@ -1108,7 +1127,7 @@ DENSE_SIZES = {  # batch, height, width
     "pose": (64, 256, 192) if CUDA else (8, 128, 96),
 }
 OBJECTS = 8     # per image
-DENSE_CLASSES = {"mask_rcnn": 80, "pose": 133}
+DENSE_CLASSES = {"retinanet": 80, "mask_rcnn": 80, "cascade_mask_rcnn": 80, "pose": 133}
 
 
 def detection_batch(B, H, W):
@@ -1333,9 +1352,9 @@ def scaling():
     print(f"\nclustering takes {fraction:.1%} of a training step of clustr_t, batch {MODEL_BATCH}")
 
 
-def clustering_fraction():
-    """Fraction of a ClusTR-T training step that `cluster_tokens` takes."""
-    step = make_step(clustr.clustr_t, MODEL_BATCH, compiled=False, training=True)
+def clustering_fraction(build=clustr.clustr_t, batch=MODEL_BATCH):
+    """Fraction of a ClusTR training step that `cluster_tokens` takes."""
+    step = make_step(build, batch, compiled=False, training=True)
     cluster_tokens = clustr.cluster_tokens
     spent = []
 
@@ -1350,6 +1369,185 @@ def clustering_fraction():
     total = sum(milliseconds(step) for _ in range(MODEL_REPEATS))
     clustr.cluster_tokens = cluster_tokens
     return sum(spent) / total
+
+
+# ---------------------------------------------------------------------------- one command for a GPU
+GPU_SECONDS = 530
+GPU_TESTS = {  # title: files, pytest's -k
+    "layers, losses": (("clustr", "secvit", "linglo", "stvit", "detection", "mask_rcnn"), "cuda"),
+    "models": (("models",), "cuda and not float64"),
+    "determinism": (("clustr",), "deterministic"),
+    "update per task": (("train_dense",), "every_loss_is_logged"),
+}
+COMPILED_STEPS = (  # whether training, torch.compile's mode
+    (False, "default"),
+    (True, "default"),
+    (True, "reduce-overhead"),
+)
+GPU_DENSE = {  # batch, height, width
+    "retinanet": (2, 800, 1344),
+    "mask_rcnn": (2, 800, 1344),
+    "cascade_mask_rcnn": (2, 800, 1344),
+    "pose": (64, 256, 192),
+}
+
+
+class OutOfTime(BaseException):
+    """The time of --gpu is over; no Exception, since nothing in between may catch it."""
+
+
+class GpuRow(NamedTuple):
+    """A row of --gpu's table; measure() returns a text, or the cells from "ms" to "waits"."""
+    title: str
+    step: str
+    measure: Callable
+
+
+def raise_out_of_time(*_):
+    raise OutOfTime
+
+
+def run_tests(modules, expression):
+    """The last line of pytest on some modules, and the first test that failed."""
+    files = [f"tests/test_{module}.py" for module in modules]
+    command = [sys.executable, "-m", "pytest", "-k", expression, *files]
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=150)
+    lines = (done.stderr + done.stdout).splitlines()
+    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return ", ".join([lines[-1].strip("= "), *failed[:1]])
+
+
+def differences_to_cpu(build, batch):
+    """Largest difference of the logits to the CPU's, over the largest logit, in both types."""
+    model = build().eval()
+    images = torch.randn(min(batch, 4), 3, PIXELS, PIXELS)
+    texts = []
+    with torch.no_grad():
+        expected = model(images)
+        model.to(DEVICE)
+        for enabled in (False, True):
+            with torch.autocast(DEVICE.type, torch.bfloat16, enabled=enabled):
+                logits = model(images.to(DEVICE)).float().cpu()
+            difference = (logits - expected).abs().max() / expected.abs().max()
+            texts.append(f"{'bf16' if enabled else 'float32'} {difference:.1e}")
+    return ", ".join(texts)
+
+
+def repeated_gradients(build, batch):
+    """Whether deterministic algorithms give the same gradients twice."""
+    model = build().to(DEVICE).train()
+    images = torch.randn(batch, 3, PIXELS, PIXELS, device=DEVICE)
+    gradients = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            torch.manual_seed(0)
+            with autocast():
+                loss = model(images).square().mean()
+            gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    same = all(map(torch.equal, *gradients))
+    return "same gradients twice" if same else "gradients differ"
+
+
+def count_waits(step):
+    """Calls of one step that wait for the GPU."""
+    if not CUDA:
+        return "-"
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return str(sum("synchronizing" in str(warning.message) for warning in caught))
+
+
+def measure_step(step, batch, seconds, flops=0, rate=0):
+    """Cells ms, images/s, peak GiB, of matmul, waits; flops: of one image, 0 if unknown."""
+    per_second = steps_per_second(step, seconds)
+    peak = peak_gib()
+    speed = batch * per_second
+    fraction = f"{speed * flops / rate:.1%}" if flops else "-"
+    return f"{1e3 / per_second:.1f}", f"{speed:.0f}", peak, fraction, count_waits(step)
+
+
+def measure_variant(build, batch, seconds, rate, training, **options):
+    flops = 2 * complexity(build)[2] * (3 if training else 1)
+    step = make_step(build, batch, training=training, **options)
+    return measure_step(step, batch, seconds, flops, rate)
+
+
+def measure_clustering(build, batch):
+    return f"{clustering_fraction(build, batch):.1%} of a training step"
+
+
+def measure_dense(task, seconds):
+    B, H, W = GPU_DENSE[task]
+    return measure_step(dense_step(task, B, H, W), B, seconds)
+
+
+def gpu_rows(names, batch, seconds, rate):
+    """The rows of --gpu, the most important ones first."""
+    builds = VARIANTS | {f"{name}_released": build for name, build in RELEASED.items()}
+    measure = functools.partial(measure_variant, batch=batch, seconds=seconds, rate=rate)
+    smallest = [name for name in names if name in MODELS]
+    rows = []
+
+    def add(title, step, function, *args, **options):
+        rows.append(GpuRow(title, step, functools.partial(function, *args, **options)))
+
+    for title, selection in GPU_TESTS.items():
+        add(title, "tests", run_tests, *selection)
+    for name in smallest:
+        add(name, "as on CPU", differences_to_cpu, builds[name], batch)
+        add(name, "repeated", repeated_gradients, builds[name], batch)
+    for name in names:
+        add(name, "inference", measure, builds[name], training=False, compiled=False)
+        add(name, "training", measure, builds[name], training=True, compiled=False)
+        if name.startswith("clustr"):
+            add(name, "clustering", measure_clustering, builds[name], batch)
+    for task, sizes in GPU_DENSE.items():
+        add(task, "x".join(map(str, sizes)), measure_dense, task, seconds)
+    for name in sorted(names, key=lambda name: name not in smallest):
+        for training, mode in COMPILED_STEPS:
+            step = f"{'training' if training else 'inference'}, {mode}"
+            add(name, step, measure, builds[name], training=training, compiled=True, mode=mode)
+    return rows
+
+
+def gpu(names, batch, seconds):
+    """Print one table of all that needs a GPU, until the time is over."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # for deterministic algorithms
+    signal.signal(signal.SIGALRM, raise_out_of_time)
+    signal.alarm(GPU_SECONDS)
+    rate = matmul_rate()
+    print(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, "
+          f"matrix product {rate / 1e12:.3g} TFLOP/s")
+    columns = ("ms", "images/s", "peak GiB", "of matmul", "waits")
+    print_header(f"batch {batch}", "step", *columns, "result")
+    try:
+        for row in gpu_rows(names, batch, seconds, rate):
+            print_row(row.title, row.step, *measured_cells(row))
+    except OutOfTime:
+        print_row("the rest", *["-"] * 6, f"not measured within {GPU_SECONDS} s")
+    signal.alarm(0)
+
+
+def measured_cells(row):
+    """A row's cells from "ms" on; the last one is a text, such as the reason why it failed."""
+    try:
+        result = row.measure()
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        result = f"failed, {message.replace('|', '/')}"
+    free_memory()
+    if isinstance(result, str):
+        return [*["-"] * 5, result]
+    return [*result, "-"]
 
 
 # ------------------------------------------------------------------------------------------- output
@@ -1385,14 +1583,16 @@ def make_parser():
                         help="growth with the number of tokens instead of ratios")
     parser.add_argument("--dense", action="store_true",
                         help="training steps of dense tasks instead of ratios")
+    parser.add_argument("--gpu", action="store_true",
+                        help="tests, speed, memory and waits on a GPU instead of ratios")
     parser.add_argument("--table", action="store_true",
                         help="the papers' parameters and FLOPs and ours instead of ratios")
     parser.add_argument("--models", help="comma-separated names; default: all, or for throughput "
                         "on the CPU the smallest of each file")
     parser.add_argument("--batch", type=int, help="images per step; default: 128 on CUDA, on the "
                         "CPU 8 for layers and 4 for models")
-    parser.add_argument("--seconds", type=float, default=5.0,
-                        help="how long each throughput is measured after the warm-up")
+    parser.add_argument("--seconds", type=float, help="how long each throughput is measured "
+                        "after the warm-up; default: 5, with --gpu 1")
     parser.add_argument("--threads", type=int, help="torch's CPU threads; default: torch's choice")
     return parser
 
@@ -1400,7 +1600,7 @@ def make_parser():
 def model_names(args, parser):
     """The models that --models names, or the default ones."""
     choices = list(MODELS)
-    if args.throughput:
+    if args.throughput or args.gpu:
         choices = [*VARIANTS, *(f"{name}_released" for name in RELEASED)]
     if args.models is None:
         return [name for name in choices if CUDA or name.removesuffix("_released") in MODELS]
@@ -1421,17 +1621,22 @@ def main():
     parser = make_parser()
     args = parser.parse_args()
     names = model_names(args, parser)
+    seconds = args.seconds or (1.0 if args.gpu else 5.0)
     if args.table:
         table()
         ablation_tables()
         return dense_tables()
+    if args.gpu and not CUDA:
+        return print("--gpu needs a CUDA device, and torch sees none")
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True
     print(describe_run(), flush=True)
     if args.throughput:
-        throughput(names, args.batch or MODEL_BATCH, args.seconds)
+        throughput(names, args.batch or MODEL_BATCH, seconds)
+    elif args.gpu:
+        gpu(names, args.batch or MODEL_BATCH, seconds)
     elif args.scaling:
         scaling()
     elif args.dense:
