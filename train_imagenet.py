@@ -160,7 +160,9 @@ FRACTION = bounded(float, 0, 1)
 BELOW_ONE = bounded(float, 0, 0.99)
 ON_OFF = argparse.BooleanOptionalAction
 
-MAX_MICRO_BATCH = 128  # images per process and forward pass, unless --micro-batch is given
+# Images per process and forward pass, unless --micro-batch is given. It does not follow a GPU's
+# memory, since BatchNorm's statistics, mixing and drop path depend on it, and so would the results.
+MAX_MICRO_BATCH = 128
 TEST_CROP = 0.875  # default of --test-crop; larger images are evaluated whole
 WHOLE_TEST_IMAGE = 384  # pixels from which on they are
 MAX_PER_CLASS = 200  # classes, up to which --eval prints a metric of each; ADE20K has 150
@@ -1996,6 +1998,8 @@ def train(task, args, procs, checkpoint):
 
 def wrap_model(model, args, procs):
     """The model as the loop calls it: compiled and wrapped for gradient exchange as asked."""
+    # No CUDA graphs (mode="reduce-overhead"): their replays reuse the memory of the gradients,
+    # which accumulate over micro-batches, and that mode has not been run on a GPU.
     net = torch.compile(model) if args.compile else model
     if procs.world == 1:
         return net
