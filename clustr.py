@@ -647,14 +647,16 @@ def nearest_before(x, norm, chunk):
 # --------------------------------------------------------------------------------- released weights
 # The authors released no weights of ClusTR; these are train_imagenet.py's.
 def read_weights(path):
-    """State dict in a file: a train_imagenet.py checkpoint or a bare one.
+    """State dict in a file, a train_imagenet.py checkpoint or a bare one, and the model's options.
 
     Raises: OSError if the file cannot be opened, ValueError if it holds no state dict.
     """
     with open(path, "rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            return dict(state.get("model", state))
+            args = state.get("args")
+            options = args.get("option") if isinstance(args, dict) else None  # --option
+            return dict(state.get("model", state)), dict(options or {})
         except Exception as error:  # torch.load raises many types on files of other formats
             raise ValueError(f"no weights in it ({type(error).__name__})") from None
 
@@ -664,9 +666,10 @@ def load_weights(factory, path):
 
     Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
     """
-    state = read_weights(path)
+    state, options = read_weights(path)
     try:
-        model = factory(num_classes=len(state.get("head.weight", ())))  # TypeError: a scalar
+        classes = len(state.get("head.weight", ()))  # TypeError: a scalar
+        model = factory(num_classes=classes, **options)
         model.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         message = " ".join(str(error).split())[:200]

@@ -560,14 +560,16 @@ def non_overlapping_embeddings(dims, hierarchical):
 # --------------------------------------------------------------------------------- released weights
 # The authors released no weights of LinGlo; these are train_imagenet.py's.
 def read_weights(path):
-    """State dict in a file: a train_imagenet.py checkpoint or a bare one.
+    """State dict in a file, a train_imagenet.py checkpoint or a bare one, and the model's options.
 
     Raises: OSError if the file cannot be opened, ValueError if it holds no state dict.
     """
     with open(path, "rb") as file:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-            return dict(state.get("model", state))
+            args = state.get("args")
+            options = args.get("option") if isinstance(args, dict) else None  # --option
+            return dict(state.get("model", state)), dict(options or {})
         except Exception as error:  # torch.load raises many types on files of other formats
             raise ValueError(f"no weights in it ({type(error).__name__})") from None
 
@@ -577,9 +579,10 @@ def load_weights(factory, path):
 
     Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
     """
-    state = read_weights(path)
+    state, options = read_weights(path)
     try:
-        model = factory(num_classes=len(state.get("head.weight", ())))
+        classes = len(state.get("head.weight", ()))
+        model = factory(num_classes=classes, **options)
         if "stages.0.0.ffn.cpe.branches.0.weight" in state:  # after `reparameterize`
             model.reparameterize()
         model.load_state_dict(state)

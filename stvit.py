@@ -660,15 +660,18 @@ def convert_released(state_dict, ours):
 
 
 def read_weights(path):
-    """State dict in a file: a train_imagenet.py checkpoint, a bare one or the authors' file.
+    """State dict in a file and the model's options.
 
+    The file is a train_imagenet.py checkpoint, a bare state dict or the authors' file.
     Raises: OSError if the file cannot be opened, ValueError if it holds no state dict.
     """
     with open(path, "rb") as file:
         try:
             with torch.serialization.safe_globals([argparse.Namespace]):  # in the authors' files
                 state = torch.load(file, map_location="cpu", weights_only=True)
-            return dict(state.get("model", state))
+            args = state.get("args")
+            options = args.get("option") if isinstance(args, dict) else None  # --option
+            return dict(state.get("model", state)), dict(options or {})
         except Exception as error:  # torch.load raises many types on files of other formats
             raise ValueError(f"no weights in it ({type(error).__name__})") from None
 
@@ -678,9 +681,10 @@ def load_weights(factory, path):
 
     Raises: OSError if the file cannot be opened, ValueError if it does not fit the model.
     """
-    state = read_weights(path)
+    state, options = read_weights(path)
     try:
-        model = factory(num_classes=len(state.get("head.weight", ())))
+        classes = len(state.get("head.weight", ()))
+        model = factory(num_classes=classes, **options)
         if "patch_embed.proj.0.weight" in state:  # the authors' names
             model.load_released(state)
         else:

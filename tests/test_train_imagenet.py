@@ -736,6 +736,18 @@ def test_options_are_the_models_arguments(model):
     train_imagenet.Classification(args, "cpu").build_model(["cat", "dog"])
 
 
+@pytest.mark.parametrize("name", ["clustr_t", "secvit_t", "linglo_b0", "stvit_s"])
+def test_model_files_load_weights_with_their_options(name, tmp_path):
+    module = sys.modules[name.split("_")[0]]
+    factory = getattr(module, name)
+    options = resolve("--model", name, "--option", *ABLATIONS[name].split()).option
+    model = factory(num_classes=2, **options)
+    state = {"model": model.state_dict(), "args": {"option": options}}
+    torch.save(state, tmp_path / "weights.pt")
+    loaded = module.load_weights(factory, tmp_path / "weights.pt")
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
 def test_options_are_saved_and_restored(tiny, folder, tmp_path, capsys):
     """By --eval, --predict, --resume and a run that starts from the weights."""
     flags = ("--data", folder, "--output", tmp_path / "run", "--max-steps", 1)
