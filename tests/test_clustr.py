@@ -418,10 +418,12 @@ def test_aggregation_is_deterministic_on_request():
 
 
 # ------------------------------------------------------------------------------------------- layers
-@pytest.mark.parametrize("ratios", [(4, 2), (16, 1), (1,), (3,), (100, 7)])
+@pytest.mark.parametrize("ratios, neighbours", [
+    ((4, 2), 3), ((16, 1), 3), ((1,), 3), ((3,), 3), ((100, 7), 3), ((4, 2), 1),
+])
 @pytest.mark.parametrize("H, W", [(5, 7), (4, 4)])
-def test_clustering_guided_attention_matches_loops(ratios, H, W, device):
-    module = clustr.ClusteringGuidedAttention(12, 3, ratios, neighbours=3)
+def test_clustering_guided_attention_matches_loops(ratios, neighbours, H, W, device):
+    module = clustr.ClusteringGuidedAttention(12, 3, ratios, neighbours)
     module = module.to(device).double()
     x = random_leaf(2, H, W, 12, device=device)
     assert_same(module(x), loop_attention(module, x), [x, *module.parameters()])

@@ -3,6 +3,7 @@
 A new model file joins by an entry in CASES and rows in FACTORIES.
 """
 import math
+import os
 from functools import partial
 from types import ModuleType
 from typing import NamedTuple
@@ -203,6 +204,24 @@ def test_samples_do_not_see_each_other(name, device):
     for i in range(3):
         assert_close(batched[i:i + 1], model(images[i:i + 1]))
     assert not torch.allclose(batched[0], batched[1])
+
+
+class Command:
+    """Its pickle makes a folder when it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+@each_file
+def test_a_file_of_weights_runs_no_code(name, tmp_path):
+    torch.save({"model": Command(str(tmp_path / "made"))}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="no weights in it"):
+        CASES[name].module.read_weights(tmp_path / "weights.pt")
+    assert not (tmp_path / "made").exists()
 
 
 # --------------------------------------------------------------------------------- stochastic depth
