@@ -656,7 +656,8 @@ def read_weights(path):
             state = torch.load(file, map_location="cpu", weights_only=True)
             args = state.get("args")
             options = args.get("option") if isinstance(args, dict) else None  # --option
-            return dict(state.get("model", state)), dict(options or {})
+            weights = state.get("ema") or state.get("model", state)  # averaged, if there are any
+            return dict(weights), dict(options or {})
         except Exception as error:  # torch.load raises many types on files of other formats
             raise ValueError(f"no weights in it ({type(error).__name__})") from None
 

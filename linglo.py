@@ -72,6 +72,7 @@ CPE = {  # Table 6: number of branches, skip connection
     "r": (1, True),
     "p": (4, False),
     "rp": (4, True),  # sec. 3.4
+    "folded": (1, False),  # any of them after `reparameterize`
 }
 
 
@@ -247,6 +248,8 @@ class FFN(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(dim, ratio * dim)
         self.cpe = RPCPE(ratio * dim, *CPE[cpe]) if cpe else nn.Identity()
+        if cpe == "folded":
+            self.cpe.reparameterize()
         self.fc2 = nn.Linear(ratio * dim, dim)
 
     def forward(self, x):
@@ -347,7 +350,7 @@ class LinGlo(nn.Module):
         depths, dims, heads: blocks, channels and heads, one entry per stage.
         attention: "key-only", or "dot" for dot-product attention (Fig. 4).
         layout: one letter per stage, H for hybrid blocks, C for convolution blocks (Table 5).
-        cpe: "rp", "r", "p" or "cpe", see CPE (Table 6).
+        cpe: "rp", "r", "p" or "cpe", see CPE (Table 6); "folded" for the deployed form of all.
         convolutions: False for non-overlapping patches, position tables and no RP-CPE
             (LinGlo-w/o-C of Fig. 5).
         hierarchical: False for 16 x 16 patches and no other down-sampling, so that all strides
@@ -569,7 +572,8 @@ def read_weights(path):
             state = torch.load(file, map_location="cpu", weights_only=True)
             args = state.get("args")
             options = args.get("option") if isinstance(args, dict) else None  # --option
-            return dict(state.get("model", state)), dict(options or {})
+            weights = state.get("ema") or state.get("model", state)  # averaged, if there are any
+            return dict(weights), dict(options or {})
         except Exception as error:  # torch.load raises many types on files of other formats
             raise ValueError(f"no weights in it ({type(error).__name__})") from None
 
@@ -583,13 +587,31 @@ def load_weights(factory, path):
     try:
         classes = len(state.get("head.weight", ()))
         model = factory(num_classes=classes, **options)
-        if "stages.0.0.ffn.cpe.branches.0.weight" in state:  # after `reparameterize`
-            model.reparameterize()
+        if any(name.endswith("cpe.branches.0.weight") for name in state):
+            model.reparameterize()  # as the model of the file was
         model.load_state_dict(state)
     except (RuntimeError, TypeError) as error:
         message = " ".join(str(error).split())[:200]
         raise ValueError(f"weights of another model ({message})") from None
     return model.eval()
+
+
+def deploy(model, path):
+    """What a file of weights holds once RP-CPE is folded, readable wherever that file is.
+
+    Args: model, its factory's name; path, as in `load_weights`.
+    Returns: dict of the weights, averaged ones if there are any, the arguments of the run, with
+        the option cpe="folded", and the names of the classes.
+    Raises: as `load_weights`.
+    """
+    weights = load_weights(globals()[model], path).reparameterize().state_dict()
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    args = checkpoint.get("args") or {}
+    option = {**(args.get("option") or {}), "cpe": "folded"}
+    deployed = {"model": weights, "args": {**args, "model": model, "option": option}}
+    if "classes" in checkpoint:
+        deployed["classes"] = checkpoint["classes"]
+    return deployed
 
 
 # ------------------------------------------------------------------------------------------ drawing
@@ -746,19 +768,28 @@ def main():
     parser.add_argument("-o", "--output", default="linglo.png", help="file to write")
     parser.add_argument("--model", default="linglo_b0", choices=sorted(VARIANTS))
     parser.add_argument("--weights", help="trained weights (default: random, seed 0)")
+    parser.add_argument("--deploy", metavar="FILE", help="fold RP-CPE of --weights, write FILE")
     args = parser.parse_args()
+    if args.deploy and not args.weights:
+        parser.error("--deploy needs --weights")
     torch.manual_seed(0)
-    factory = globals()[args.model]
-    path = args.picture
+    path = args.weights
     try:
-        image = load_picture(path) if path else example_picture()
-        path = args.weights
-        model = load_weights(factory, path) if path else factory().eval()
-        path = args.output
-        draw_saliency(model, image).save(path)
+        if args.deploy:
+            deployed = deploy(args.model, path)
+            path = args.deploy
+            with open(path, "wb") as file:
+                torch.save(deployed, file)
+        else:
+            factory = globals()[args.model]
+            model = load_weights(factory, path) if path else factory().eval()
+            path = args.picture
+            image = load_picture(path) if path else example_picture()
+            path = args.output
+            draw_saliency(model, image).save(path)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{path}: {' '.join(str(error).split())}\n")
-    print(f"wrote {args.output}")
+    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

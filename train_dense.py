@@ -288,6 +288,8 @@ def read_architecture(typed):
     architecture["released"] = bool(train_imagenet.is_released(backbone, state))
     if backbone == saved.get("model"):
         architecture["option"] = saved.get("option")
+    if train_imagenet.is_deployed(backbone, state):
+        architecture["option"] = {**(architecture.get("option") or {}), "cpe": "folded"}
     return architecture
 
 

@@ -348,6 +348,8 @@ def resolve_args(argv=None):
         raise InputError(f"unknown --model {model!r}, expected one of {', '.join(MODELS)}")
     if model != saved.get("model"):
         saved.pop("option", None)
+    if is_deployed(model, checkpoint or start):
+        saved["option"] = {**(saved.get("option") or {}), "cpe": "folded"}
     released = typed.released or is_released(model, checkpoint or start)
     typed = replace_flags(typed, data=typed.data or saved.get("data"), released=released)
     overrides = [OVERRIDES.get(model.split("_")[0], {})]
@@ -452,6 +454,13 @@ def is_released(model, state):
     names = checkpoint_tensors(state).keys()
     released = {"stages.0.0.ffn.conv.weight", "patch_embed.proj.0.weight"} & names
     return bool(released) or None
+
+
+def is_deployed(model, state):
+    """Whether a file, or None, holds weights of LinGlo whose RP-CPE is folded."""
+    if state is None or not model.startswith("linglo_"):
+        return False
+    return any(name.endswith("cpe.branches.0.weight") for name in checkpoint_tensors(state))
 
 
 def open_checkpoint(typed):

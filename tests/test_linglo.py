@@ -5,6 +5,7 @@ Sections and symbols are those of linglo.py, after the references.
 """
 import math
 import struct
+from functools import partial
 from itertools import product
 
 import numpy as np
@@ -323,6 +324,64 @@ def test_load_weights_reads_training_and_deployed_files(deployed, tmp_path):
         torch.save({"model": model.state_dict()}, tmp_path / "weights.pt")
     loaded = linglo.load_weights(factory, tmp_path / "weights.pt")
     assert_close(loaded(images), expected)
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setitem(linglo.VARIANTS, "linglo_b0", TINY)
+    monkeypatch.setattr("sys.argv", ["linglo.py", *map(str, arguments)])
+    linglo.main()
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("option", [{}, {"cpe": "r", "layout": "CHHH"}])
+def test_deploy_writes_the_folded_weights(average, option, tmp_path, monkeypatch, capsys):
+    """Averaged weights, if the file has them, for a model of the same arguments and classes."""
+    factory = partial(linglo.linglo_b0, num_classes=2, **{**TINY, **option})
+    models = [randomise(factory()).eval(), randomise(factory()).eval()]
+    ema = models[1].state_dict() if average else None
+    state = {
+        "model": models[0].state_dict(), "ema": ema, "classes": ["cat", "dog"],
+        "args": {"img_size": 64, "option": option},
+    }
+    torch.save(state, tmp_path / "best.pt")
+    deployed = tmp_path / "deployed.pt"
+    run_main(monkeypatch, "--weights", tmp_path / "best.pt", "--deploy", deployed)
+    assert capsys.readouterr().out == f"wrote {deployed}\n"
+    images = torch.randn(1, 3, 32, 48)
+    loaded = linglo.load_weights(linglo.linglo_b0, deployed)
+    assert_close(loaded(images), models[average](images))
+    assert not any("branches.0.0" in name for name in loaded.state_dict())
+    file = torch.load(deployed)
+    assert file.keys() == {"model", "args", "classes"}
+    option = {**option, "cpe": "folded"}
+    assert file["args"] == {"img_size": 64, "model": "linglo_b0", "option": option}
+    run_main(monkeypatch, "--weights", deployed, "-o", tmp_path / "figure.png")
+
+
+def test_deploy_reads_a_bare_state_dict_and_a_deployed_file(tmp_path, monkeypatch):
+    model = randomise(linglo.linglo_b0(num_classes=2, **TINY))
+    torch.save(model.state_dict(), tmp_path / "0.pt")
+    for i in range(2):
+        files = tmp_path / f"{i}.pt", tmp_path / f"{i + 1}.pt"
+        run_main(monkeypatch, "--weights", files[0], "--deploy", files[1])
+    once = torch.load(tmp_path / "1.pt")
+    twice = torch.load(tmp_path / "2.pt")
+    assert_close(twice["model"], once["model"], rtol=0, atol=0)
+    assert twice["args"] == once["args"]
+
+
+def test_deploy_needs_weights(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--deploy", "deployed.pt")
+    assert "--deploy needs --weights" in capsys.readouterr().err
+
+
+def test_deploy_names_a_file_that_it_cannot_write(tmp_path, monkeypatch, capsys):
+    torch.save(linglo.linglo_b0(num_classes=2, **TINY).state_dict(), tmp_path / "best.pt")
+    output = tmp_path / "missing" / "deployed.pt"
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--weights", tmp_path / "best.pt", "--deploy", output)
+    assert capsys.readouterr().err.startswith(f"{output}: ")
 
 
 # ---------------------------------------------------------------------------------------- ablations

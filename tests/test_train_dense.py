@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from test_train_imagenet import assert_same_state, last_state, logged_updates, read_records
 
+import linglo
 import secvit
 import train_dense
 import train_imagenet
@@ -371,6 +372,25 @@ def test_backbone_weights_say_whether_they_are_released(tmp_path, released):
     assert (from_own.backbone, from_own.released) == ("secvit_t", released)
     flags = ("--backbone", "secvit_t", "--backbone-weights", str(tmp_path / "bare.pt"))
     assert resolve("--data", "x", *flags).released == released
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_backbone_weights_may_be_deployed(tmp_path, bare):
+    """By `linglo.py --deploy`, or as a state dict after `reparameterize`."""
+    classifier = linglo.linglo_b0(num_classes=2).reparameterize()
+    path = tmp_path / "deployed.pt"
+    torch.save(classifier.state_dict(), path)
+    if not bare:
+        torch.save(linglo.deploy("linglo_b0", path), path)
+    backbone = ["--backbone", "linglo_b0"] if bare else []
+    args = resolve("--task", "semfpn", "--data", "x", *backbone, "--backbone-weights", str(path))
+    assert (args.backbone, args.option) == ("linglo_b0", {"cpe": "folded"})
+    task = train_dense.Segmentation(args, torch.device("cpu"))
+    model = task.build_model(["a", "b"])
+    task.load_pretrained(model)
+    expected = classifier.state_dict()
+    for name, tensor in model.backbone.net.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_resume_refuses_another_schedule(tiny, scenes, tmp_path):

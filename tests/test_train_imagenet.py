@@ -29,6 +29,7 @@ import torch
 from conftest import TINY, tiny_backbone
 from PIL import Image, ImageOps
 
+import linglo
 import secvit
 import train_imagenet
 
@@ -746,6 +747,25 @@ def test_model_files_load_weights_with_their_options(name, tmp_path):
     torch.save(state, tmp_path / "weights.pt")
     loaded = module.load_weights(factory, tmp_path / "weights.pt")
     assert loaded.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_deployed_linglo_is_recognised(bare, tmp_path):
+    """By the option that `linglo.py --deploy` saves, and by the names of the tensors."""
+    model = linglo.linglo_b0(num_classes=2).reparameterize().eval()
+    path = tmp_path / "deployed.pt"
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    torch.save(linglo.deploy("linglo_b0", tmp_path / "bare.pt"), path)
+    if bare:
+        path = tmp_path / "bare.pt"
+    for command in (["--eval"], ["--predict", "x"], ["--batch-size", 2]):
+        args = resolve("--model", "linglo_b0", "--weights", path, "--data", "x", *command)
+        assert args.option == {"cpe": "folded"}
+    task = train_imagenet.Classification(args, "cpu")
+    loaded = task.build_model(["cat", "dog"]).eval()
+    task.load_pretrained(loaded)
+    images = torch.randn(1, 3, 32, 48)
+    torch.testing.assert_close(loaded(images), model(images))
 
 
 def test_options_are_saved_and_restored(tiny, folder, tmp_path, capsys):
