@@ -184,6 +184,20 @@ def aggregate(x, score, index, clusters):
     return merged.view(B, clusters, C).to(x.dtype)                          # (B, M, C), Eq. 3
 
 
+def token_attention(attention, score, index):
+    """Attention of one token to all tokens: its attention to clusters, spread over their tokens.
+
+    It is a row of softmax(Q K^T / sqrt(d)) W of one scale, where W (M, N) holds the weights w of
+    Eq. 3, for visualisation only.
+
+    Args: attention (M,), to the merged tokens; score and index (N,), as in `aggregate`.
+    Returns: (N,), which sums to 1.
+    """
+    weight = (score.double() - score.max()).exp()                           # (N,)
+    total = weight.new_zeros(len(attention)).index_add(0, index, weight)    # (M,)
+    return attention[index] * weight / total[index]
+
+
 @torch.library.custom_op(
     "clustr::cluster_tokens",
     mutates_args=(),
@@ -714,6 +728,65 @@ def palette(clusters):
     return (255 * np.array(colours)).astype(np.uint8)
 
 
+def blue_to_red(values):
+    """Array of values from 0 to 255 -> RGB array with one more axis."""
+    palette = []
+    for level in range(256):
+        palette.append(colorsys.hsv_to_rgb(0.7 * (1 - level / 255), 0.9, 0.3 + 0.7 * level / 255))
+    return (255 * np.array(palette)[values]).astype(np.uint8)
+
+
+def attention_panel(weights, image, row, column):
+    """Weights (H, W) over the image from blue, 0, to red; the token at (row, column) is framed."""
+    levels = (255 * weights / weights.max()).int().numpy()
+    heat = Image.fromarray(blue_to_red(levels)).resize(image.size, Image.Resampling.NEAREST)
+    grey = image.convert("L").convert("RGB")
+    panel = Image.blend(grey, heat, 0.6)
+    height = image.height / weights.shape[0]
+    width = image.width / weights.shape[1]
+    box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
+    ImageDraw.Draw(panel).rectangle(box, outline="white", width=2)
+    return panel
+
+
+def attention_maps(attn, x, token):
+    """Attention of one token of x (1, H, W, C) to all, the mean of the heads: {ratio: (N,)}."""
+    tokens = x.flatten(1, 2)                                                # (1, N, C)
+    q = attn.q(tokens)[0, token].view(attn.heads, 1, -1)                    # (h, 1, d)
+    counts = attn.cluster_counts(tokens.shape[1])
+    indices = iter(cluster_tokens(tokens, attn.neighbours, counts) if counts else ())
+    scores = iter([to_score(tokens)[0, :, 0] for to_score in attn.reduce])  # (N,) each
+    maps = {}
+    for ratio, reduced, to_kv in zip(attn.ratios, attn.reduced_tokens(x), attn.kv):
+        kv = to_kv(reduced)[0].unflatten(1, (2, attn.heads, -1))            # (M, 2, h, d)
+        logits = q @ kv[:, 0].permute(1, 2, 0) * q.shape[-1] ** -0.5        # (h, 1, M)
+        attention = logits.softmax(2).mean((0, 1))                          # (M,)
+        if ratio > 1:
+            attention = token_attention(attention, next(scores), next(indices)[0])
+        maps[ratio] = attention
+    return maps
+
+
+@torch.no_grad()
+def draw_attention(model, image, position):
+    """The image beside one token's attention in each stage's last block, one panel per ratio.
+
+    Args: position, of the token: fractions of width and height, from the top left corner.
+    """
+    attns = [stage[-1].attn for stage in model.stages]
+    panels = [("image", image)]
+    for i, (attn, x) in enumerate(zip(attns, layer_inputs(model, attns, image)), 1):
+        if attn.aggregation != "cluster":
+            continue
+        _, H, W, _ = x.shape
+        column = int(position[0] * W)
+        row = int(position[1] * H)
+        for ratio, weights in attention_maps(attn, x, row * W + column).items():
+            panel = attention_panel(weights.view(H, W), image, row, column)
+            panels.append((f"stage {i}, ratio {ratio}: attention of a token", panel))
+    return tile(panels)
+
+
 @torch.no_grad()
 def draw_clusters(model, image):
     """The image beside the clusters in each stage's last block, one panel per ratio."""
@@ -815,6 +888,14 @@ def load_picture(path, longer_side=512):
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
+def fraction(text):
+    """A number from 0 to below 1. Raises: ValueError, which argparse reports."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise ValueError
+    return value
+
+
 def main():
     """Read an image, show what the mechanism does to it, write a PNG."""
     parser = argparse.ArgumentParser(description="Plot ClusTR's clusters on an image.")
@@ -822,6 +903,10 @@ def main():
     parser.add_argument("-o", "--output", default="clustr.png", help="file to write")
     parser.add_argument("--model", default="clustr_t", choices=sorted(VARIANTS))
     parser.add_argument("--weights", help="trained weights (default: random, seed 0)")
+    parser.add_argument(
+        "--token", nargs=2, type=fraction, metavar=("X", "Y"),
+        help="plot the attention of the token there, in fractions of width and height",
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     factory = globals()[args.model]
@@ -831,7 +916,11 @@ def main():
         path = args.weights
         model = load_weights(factory, path) if path else factory().eval()
         path = args.output
-        draw_clusters(model, image).save(path)
+        if args.token:
+            figure = draw_attention(model, image, args.token)
+        else:
+            figure = draw_clusters(model, image)
+        figure.save(path)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{path}: {' '.join(str(error).split())}\n")
     print(f"wrote {args.output}")

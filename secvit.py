@@ -186,6 +186,17 @@ def equitable_cluster_attention(q, k, v, clusters, descending=True):
     return rows.view(B, N, h, d).transpose(1, 2)            # (B, h, N, d)
 
 
+def token_attention(q, k, cluster, token):
+    """Attention of one token inside its cluster (Eq. 5), for visualisation only.
+
+    Args: q, k (N, d), of one head; cluster (N,), the cluster of each token; token, its index.
+    Returns: (N,), weights that sum to 1 and are 0 outside of the cluster.
+    """
+    logits = k @ q[token] * q.shape[-1] ** -0.5                     # (N,)
+    outside = cluster != cluster[token]
+    return logits.masked_fill(outside, -torch.inf).softmax(0)
+
+
 def row_permutations(order):
     """Row indices that sort tokens and restore their order.
 
@@ -1088,6 +1099,55 @@ def palette(clusters):
     return (255 * torch.tensor(colours)).byte()
 
 
+def blue_to_red(values):
+    """Array of values from 0 to 255 -> RGB array with one more axis."""
+    palette = []
+    for level in range(256):
+        palette.append(colorsys.hsv_to_rgb(0.7 * (1 - level / 255), 0.9, 0.3 + 0.7 * level / 255))
+    return (255 * np.array(palette)[values]).astype(np.uint8)
+
+
+def attention_panel(weights, image, row, column):
+    """Weights (H, W) over the image from blue, 0, to red; the token at (row, column) is framed.
+
+    Tokens of weight 0, which are in other clusters, stay grey.
+    """
+    levels = (255 * weights / weights.max()).int().numpy()
+    heat = Image.fromarray(blue_to_red(levels)).resize(image.size, Image.Resampling.NEAREST)
+    grey = image.convert("L").convert("RGB")
+    panel = Image.blend(grey, heat, 0.6)
+    seen = Image.fromarray(255 * (weights > 0).byte().numpy())
+    panel = Image.composite(panel, grey, seen.resize(image.size, Image.Resampling.NEAREST))
+    height = image.height / weights.shape[0]
+    width = image.width / weights.shape[1]
+    box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
+    ImageDraw.Draw(panel).rectangle(box, outline="white", width=2)
+    return panel
+
+
+@torch.no_grad()
+def draw_attention(model, image, position):
+    """The image beside the cluster of a token and its attention there, in the first head.
+
+    One panel for the last block of each stage that has SECA.
+    Args: position, of the token: fractions of width and height, from the top left corner.
+    """
+    layers = {}
+    for i, stage in enumerate(model.stages, 1):
+        if isinstance(stage[-1], Block) and type(stage[-1].attn) is SECA:
+            layers[f"stage {i}: cluster and attention of a token"] = stage[-1].attn
+    panels = [("image", image)]
+    for (caption, attn), x in zip(layers.items(), layer_inputs(model, layers.values(), image)):
+        _, H, W, _ = x.shape
+        column = int(position[0] * W)
+        row = int(position[1] * H)
+        q, k = attn.queries_keys(x)                     # (1, h, N, d)
+        cluster = cluster_map(attn, x).flatten()        # (N,)
+        weights = token_attention(q[0, 0], k[0, 0], cluster, row * W + column)
+        panels.append((caption, attention_panel(weights.view(H, W), image, row, column)))
+    return tile(panels)
+
+
 @torch.no_grad()
 def draw_clusters(model, image):
     """Fig. 4: the image beside the clusters of each stage's last block, where it has any."""
@@ -1190,6 +1250,14 @@ def load_picture(path, longer_side=512):
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
+def fraction(text):
+    """A number from 0 to below 1. Raises: ValueError, which argparse reports."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise ValueError
+    return value
+
+
 def main():
     """Read an image, show what the mechanism does to it, write a PNG."""
     parser = argparse.ArgumentParser(description="Plot SecViT's clusters on an image (Fig. 4).")
@@ -1197,6 +1265,10 @@ def main():
     parser.add_argument("-o", "--output", default="secvit.png", help="file to write")
     parser.add_argument("--model", default="secvit_t", choices=sorted(VARIANTS))
     parser.add_argument("--weights", help="trained weights (default: random, seed 0)")
+    parser.add_argument(
+        "--token", nargs=2, type=fraction, metavar=("X", "Y"),
+        help="plot the attention of the token there, in fractions of width and height",
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     factory = globals()[args.model]
@@ -1206,7 +1278,11 @@ def main():
         path = args.weights
         model = load_weights(factory, path) if path else factory().eval()
         path = args.output
-        draw_clusters(model, image).save(path)
+        if args.token:
+            figure = draw_attention(model, image, args.token)
+        else:
+            figure = draw_clusters(model, image)
+        figure.save(path)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{path}: {' '.join(str(error).split())}\n")
     print(f"wrote {args.output}")

@@ -45,6 +45,7 @@ The text is silent.
   at N(0, 0.02), belong to 224 x 224 and are interpolated for other sizes.
 """
 import argparse
+import colorsys
 import math
 import re
 
@@ -153,6 +154,29 @@ def update_super_tokens(tokens, association):
     total = FoldNeighbours.apply(parts)                                 # (B, H', W', C), Q^T X
     supers = total / (column_sum + 1e-12)                               # Eq. 6; 1e-12 as released
     return supers.to(total.dtype)
+
+
+def token_attention(association, attention, cells, token):
+    """Attention of one token to all tokens, its row of Q A(S) Q^T (Eq. 15), for visualisation only.
+
+    As a product of matrices, with Q (N, M) and normalised columns in the second one, it is
+        Q[token] @ A @ (Q / Q.sum(0)).T                                 # (N,)
+    Args:
+        association: (M, P, 9), Q of one sample, from `sample_super_tokens`.
+        attention: (M, M), A(S) of Eq. 10, of a head or the mean of the heads.
+        cells: (H', W'), with M = H' * W'.
+        token: the cell in [0, M) and the position in it in [0, P).
+    Returns: (M, P), tokens by cell. It sums to less than 1 for a token at the border.
+    """
+    cell, position = token
+    parts = association.new_zeros(len(attention), 9)                    # (M, 9)
+    parts[cell] = association[cell, position]
+    row = fold_neighbours(parts.view(1, *cells, 9, 1)).flatten()        # (M,), Q[token]
+    association = association.unflatten(0, cells)[None]                 # (1, H', W', P, 9)
+    column_sum = fold_neighbours(association.sum(3)[..., None]).flatten()   # (M,), Q.sum(0)
+    supers = (row @ attention) / (column_sum + 1e-12)                   # (M,)
+    neighbours = gather_neighbours(supers.view(1, *cells, 1))           # (1, H', W', 9, 1)
+    return (association @ neighbours).flatten(0, 2).squeeze(2)          # (M, P)
 
 
 def split_cells(x, grid):
@@ -302,11 +326,15 @@ class SuperTokenAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.bias = RelativePositionBias(heads, bias_side) if bias_side else None
 
+    def queries_keys_values(self, x):
+        """(B, H, W, C) -> three tensors (B, h, N, d) (Eq. 9)."""
+        qkv = self.qkv(x).flatten(1, 2)                                 # (B, N, 3 * C)
+        qkv = qkv.unflatten(2, (self.heads, 3, -1))                     # (B, N, h, 3, d)
+        return [t.transpose(1, 2) for t in qkv.unbind(3)]
+
     def attend(self, x):
         """Multi-head self-attention over all positions of x (B, H, W, C) (Eq. 9 and 10)."""
-        qkv = self.qkv(x).flatten(1, 2)                                 # (B, N, 3 * C), Eq. 9
-        qkv = qkv.unflatten(2, (self.heads, 3, -1))                     # (B, N, h, 3, d)
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(3))            # each (B, h, N, d)
+        q, k, v = self.queries_keys_values(x)                           # each (B, h, N, d)
         bias = None if self.bias is None else self.bias(*x.shape[1:3])  # (1, h, N, N)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)     # (B, h, N, d), Eq. 10
         return self.proj(y.transpose(1, 2).reshape(x.shape))
@@ -763,6 +791,70 @@ def draw_super_tokens(model, image):
     return tile(panels)
 
 
+def attention_rows(attn, x, rows):
+    """Rows of the attention map of Eq. 10 for x (1, H, W, C), the mean of the heads: (rows, N)."""
+    q, k, _ = attn.queries_keys_values(x)                               # (1, h, N, d)
+    logits = q[:, :, rows] @ k.mT * q.shape[-1] ** -0.5                 # (1, h, rows, N)
+    if attn.bias is not None:
+        logits = logits + attn.bias(*x.shape[1:3])[:, :, rows]
+    return logits.softmax(3)[0].mean(0)
+
+
+def attention_map(attn, x, row, column):
+    """Attention of the token at (row, column) of x (1, H, W, C) to all tokens, (H, W)."""
+    _, H, W, _ = x.shape
+    if attn.grid == (1, 1):
+        return attention_rows(attn, x, [row * W + column]).view(H, W)
+    supers, association = sample_super_tokens(x.permute(0, 3, 1, 2), attn.grid, attn.iterations)
+    supers = supers.permute(0, 2, 3, 1)                                 # (1, H', W', C)
+    attention = attention_rows(attn, supers, slice(None))               # (M, M)
+    gh, gw = attn.grid
+    cells = supers.shape[1:3]
+    cell = row // gh * cells[1] + column // gw
+    token = cell, row % gh * gw + column % gw
+    weights = token_attention(association[0], attention, cells, token)  # (M, P)
+    weights = merge_cells(weights.view(1, *cells, -1, 1), attn.grid)    # (1, H'*gh, W'*gw, 1)
+    return weights[0, :H, :W, 0]
+
+
+def blue_to_red(values):
+    """Array of values from 0 to 255 -> RGB array with one more axis."""
+    palette = []
+    for level in range(256):
+        palette.append(colorsys.hsv_to_rgb(0.7 * (1 - level / 255), 0.9, 0.3 + 0.7 * level / 255))
+    return (255 * np.array(palette)[values]).astype(np.uint8)
+
+
+def attention_panel(weights, image, row, column):
+    """Weights (H, W) over the image from blue, 0, to red; the token at (row, column) is framed."""
+    levels = (255 * weights / weights.max()).int().numpy()
+    heat = Image.fromarray(blue_to_red(levels)).resize(image.size, Image.Resampling.NEAREST)
+    panel = Image.blend(image.convert("L").convert("RGB"), heat, 0.6)
+    height = image.height / weights.shape[0]
+    width = image.width / weights.shape[1]
+    box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
+    ImageDraw.Draw(panel).rectangle(box, outline="white", width=2)
+    return panel
+
+
+@torch.no_grad()
+def draw_attention(model, image, position):
+    """The image beside one token's attention in each stage's last block (Fig. 2d, Eq. 15).
+
+    Args: position, of the token: fractions of width and height, from the top left corner.
+    """
+    attns = [stage[-1].attn for stage in model.stages]
+    panels = [("image", image)]
+    for i, (attn, x) in enumerate(zip(attns, layer_inputs(model, attns, image)), 1):
+        if attn.grid == (1, 1) or attn.iterations > 0:
+            column = int(position[0] * x.shape[2])
+            row = int(position[1] * x.shape[1])
+            weights = attention_map(attn, x, row, column)
+            panel = attention_panel(weights, image, row, column)
+            panels.append((f"stage {i}: attention of a token", panel))
+    return tile(panels)
+
+
 def tile(panels):
     """Put (caption, image) pairs of equal size side by side."""
     gap = 8
@@ -846,6 +938,14 @@ def load_picture(path, longer_side=512):
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
+def fraction(text):
+    """A number from 0 to below 1. Raises: ValueError, which argparse reports."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise ValueError
+    return value
+
+
 def main():
     """Read an image, show what the mechanism does to it, write a PNG."""
     parser = argparse.ArgumentParser(description="Plot STViT's super tokens on an image.")
@@ -853,6 +953,10 @@ def main():
     parser.add_argument("-o", "--output", default="stvit.png", help="file to write")
     parser.add_argument("--model", default="stvit_s", choices=sorted(VARIANTS))
     parser.add_argument("--weights", help="trained weights (default: random, seed 0)")
+    parser.add_argument(
+        "--token", nargs=2, type=fraction, metavar=("X", "Y"),
+        help="plot the attention of the token there, in fractions of width and height",
+    )
     args = parser.parse_args()
     torch.manual_seed(0)
     factory = globals()[args.model]
@@ -862,7 +966,11 @@ def main():
         path = args.weights
         model = load_weights(factory, path) if path else factory().eval()
         path = args.output
-        draw_super_tokens(model, image).save(path)
+        if args.token:
+            figure = draw_attention(model, image, args.token)
+        else:
+            figure = draw_super_tokens(model, image)
+        figure.save(path)
     except (OSError, ValueError) as error:
         parser.exit(2, f"{path}: {' '.join(str(error).split())}\n")
     print(f"wrote {args.output}")

@@ -651,6 +651,37 @@ def test_panels_have_a_colour_per_cluster():
         assert len(panel.getcolors()) == count
 
 
+@pytest.mark.parametrize("ratios", [(4, 2), (16, 1), (1,), (3,)])
+def test_attention_maps_are_what_the_layer_does(ratios):
+    """With one head and no biases: the maps of all scales times the values, projected (Eq. 8)."""
+    H, W = 5, 7
+    attn = clustr.ClusteringGuidedAttention(6, 1, ratios).double()
+    nn.init.zeros_(attn.proj.bias)
+    x = torch.randn(1, H, W, 6, dtype=torch.float64)
+    tokens = x.view(H * W, 6)
+    output = loop_attention(attn, x).view(H * W, 6)
+    for token in range(H * W):
+        maps = clustr.attention_maps(attn, x, token)
+        y = 0
+        for ratio, to_kv in zip(ratios, attn.kv):
+            y = y + maps[ratio] @ to_kv(tokens)[:, 6:]
+        assert_close(attn.proj(y), output[token])
+
+
+def test_attention_maps_sum_to_one():
+    attn = clustr.ClusteringGuidedAttention(12, 3, (4, 1))
+    maps = clustr.attention_maps(attn, 10 * torch.randn(1, 5, 7, 12), token=9)
+    for weights in maps.values():
+        assert_close(weights.sum().double(), torch.ones((), dtype=torch.float64))
+
+
+def test_a_panel_per_ratio_shows_the_attention_of_a_token():
+    model = clustr.clustr_t(**TINY).eval()
+    image = Image.effect_noise((128, 96), 80).convert("RGB")
+    sheet = clustr.draw_attention(model, image, (0.99, 0))
+    assert sheet.size == (8 * 136 - 8, 116)             # with the image
+
+
 # ------------------------------------------------------------------------------------- command line
 def exif_with_broken_rational(orientation):
     """EXIF data with an orientation and a resolution of -1 / 0, which Pillow cannot write."""

@@ -453,6 +453,38 @@ def test_main_writes_a_figure(name, size, shown, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == f"wrote {output}\n"
 
 
+@pytest.mark.parametrize("name", ["clustr", "secvit", "stvit"])
+def test_main_plots_the_attention_of_a_token(name, tmp_path, monkeypatch):
+    """At two places: two figures of the same size, neither the one without a token."""
+    figures = set()
+    for i, token in enumerate([(0, 0), (0.4, 0.999), ()]):
+        output = tmp_path / f"{i}.png"
+        flags = ["--token", *token] if token else []
+        run_main(name, monkeypatch, "-o", output, *flags)
+        figures.add(output.read_bytes())
+    assert len(figures) == 3
+
+
+@pytest.mark.parametrize("name", ["clustr", "secvit", "stvit"])
+@pytest.mark.parametrize("place", [(-0.1, 0.5), (0.5, 1), (0.5, "nan"), ("x", 0.5)])
+def test_main_refuses_a_token_outside_the_image(name, place, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_main(name, monkeypatch, "--token", *place)
+    assert "--token" in capsys.readouterr().err
+
+
+@each_file
+def test_averaged_weights_are_loaded(name, tmp_path):
+    """If the file has them, as the scripts' --predict does."""
+    case = CASES[name]
+    factory = partial(getattr(case.module, case.factory), **case.options)
+    models = [factory(num_classes=7), factory(num_classes=7)]
+    state = {"model": models[0].state_dict(), "ema": models[1].state_dict()}
+    torch.save(state, tmp_path / "weights.pt")
+    loaded = case.module.load_weights(factory, tmp_path / "weights.pt")
+    assert_close(loaded.state_dict(), models[1].state_dict(), rtol=0, atol=0)
+
+
 @each_file
 def test_main_loads_weights(name, tmp_path, monkeypatch):
     torch.manual_seed(3)  # `main` seeds its random weights with 0

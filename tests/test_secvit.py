@@ -1005,6 +1005,34 @@ def test_cross_shaped_windows_are_not_drawn(image):
     assert secvit.draw_clusters(model, image).size == (96, CAPTION + 64)
 
 
+@pytest.mark.parametrize("clusters", [1, 3, 4])
+@pytest.mark.parametrize("descending", [True, False])
+def test_token_attention_is_what_the_layer_does(clusters, descending):
+    """The rows of all tokens are a matrix, which times the values is the attention (Eq. 5)."""
+    H, W = 3, 5
+    attn = secvit.SECA(4, 1, clusters, descending=descending).double()
+    x = torch.randn(1, H, W, 4, dtype=torch.float64)
+    q, k = attn.queries_keys(x)
+    v = torch.randn(1, 1, H * W, 4, dtype=torch.float64)
+    cluster = secvit.cluster_map(attn, x).flatten()
+    rows = [secvit.token_attention(q[0, 0], k[0, 0], cluster, i) for i in range(H * W)]
+    expected = loop_attention(q, k, v, clusters, descending)
+    assert_close(torch.stack(rows) @ v[0, 0], expected[0, 0])
+
+
+def test_a_panel_per_stage_shows_the_cluster_of_a_token(image):
+    """Tokens of other clusters stay grey: in stage 1 all but 1/32 of the image."""
+    options = {**TINY, "clusters": (32, 8, 2, 1)}
+    model = secvit.SecViT(num_classes=5, drop_path_rate=0., **options).eval()
+    sheet = secvit.draw_attention(model, image, (0.3, 0.9))
+    assert sheet.size == (5 * (96 + GAP) - GAP, CAPTION + 64)
+    pixels = np.array(sheet, int)[CAPTION:]
+    for i, clusters in enumerate((32, 8, 2), 1):
+        panel = pixels[:, i * (96 + GAP):][:, :96]
+        coloured = np.ptp(panel, 2) > 0
+        assert abs(coloured.mean() - 1 / clusters) < 0.02
+
+
 # ------------------------------------------------------------------------------------ command line
 def exif_block(orientation, resolution=(72, 1)):
     """EXIF data with an orientation and the numerator and denominator of a signed resolution."""

@@ -100,6 +100,18 @@ def loop_samples(i, old, new):
     return [(math.floor(position), 1 - fraction), (math.ceil(position), fraction)]
 
 
+def loop_token_attention(association, attention, cells):
+    """Q A Q^T of Eq. 15 by whole matrices: (M, P, 9), (M, M) -> (M * P, M * P)."""
+    M, P, _ = association.shape
+    dense = association.new_zeros(M, P, M)                                      # Q (N, M)
+    for i, j in product(range(cells[0]), range(cells[1])):
+        for n, row, column in neighbour_cells(i, j, *cells):
+            cell = i * cells[1] + j
+            dense[cell, :, row * cells[1] + column] = association[cell, :, n]
+    dense = dense.flatten(0, 1)
+    return dense @ attention @ (dense / dense.sum(0)).T
+
+
 def loop_resize(table, size):
     """Bilinear interpolation of (..., H, W) to `size`, one value at a time."""
     H, W = table.shape[-2:]
@@ -405,6 +417,26 @@ def test_half_precision_is_kept(dtype, device):
     supers, association = stvit.sample_super_tokens(x, (3, 4))
     upsampled = stvit.upsample_super_tokens(supers, association, (3, 4), (7, 10))
     assert (supers.dtype, association.dtype, upsampled.dtype) == (dtype, dtype, dtype)
+
+
+@pytest.mark.parametrize("H, W, grid", [(6, 9, (2, 3)), (5, 7, (2, 2)), (3, 4, (4, 4))])
+def test_token_attention_matches_whole_matrices(H, W, grid, device):
+    """And, times the tokens, it gives what sampling, attention and up-sampling give (Eq. 14)."""
+    x = torch.randn(1, 4, H, W, dtype=torch.float64, device=device)
+    supers, association = stvit.sample_super_tokens(x, grid)
+    cells = supers.shape[2:]
+    M, P, _ = association[0].shape
+    attention = torch.randn(M, M, dtype=torch.float64, device=device).softmax(1)
+    rows = []
+    for token in product(range(M), range(P)):
+        rows.append(stvit.token_attention(association[0], attention, cells, token).flatten())
+    rows = torch.stack(rows)                                                    # (N, N)
+    assert_close(rows, loop_token_attention(association[0], attention, cells))
+    attended = (supers.flatten(2) @ attention.T).view(supers.shape)
+    y = stvit.upsample_super_tokens(attended, association, grid, (H, W))
+    tokens = stvit.split_cells(x, grid).flatten(0, 3)                           # (N, C)
+    mapped = (rows @ tokens).view(1, *cells, P, 4)
+    assert_close(stvit.merge_cells(mapped, grid)[:, :H, :W].permute(0, 3, 1, 2), y)
 
 
 # ------------------------------------------------------------------------------------------- layers
@@ -999,6 +1031,22 @@ def test_drawn_super_tokens_have_their_mean_colour(panel):
     drawn = sheet.crop((panel * 108, 20, panel * 108 + 100, 80))
     colours = {colour for _, colour in drawn.getcolors()}
     assert colours == {(90, 120, 40), (255, 255, 0)}
+
+
+@pytest.mark.parametrize("grid, bias_side", [((2, 3), None), ((1, 1), None), ((2, 2), 3)])
+def test_attention_map_is_what_the_layer_does(grid, bias_side):
+    """With one head and no biases, the layer's output is the map times the values, projected."""
+    H, W = 5, 7
+    attn = stvit.SuperTokenAttention(6, 1, grid, bias_side=bias_side).double()
+    nn.init.zeros_(attn.qkv.bias)
+    nn.init.zeros_(attn.proj.bias)
+    x = torch.randn(1, H, W, 6, dtype=torch.float64)
+    values = F.linear(x, attn.qkv.weight[12:]).view(H * W, 6)
+    output = attn(x)
+    for row, column in product(range(H), range(W)):
+        weights = stvit.attention_map(attn, x, row, column)
+        assert weights.shape == (H, W)
+        assert_close(attn.proj(weights.flatten() @ values), output[0, row, column])
 
 
 # ------------------------------------------------------------------------------------- command line
