@@ -833,7 +833,7 @@ UPRIGHT = {  # EXIF orientation -> what turns the stored image upright
 }
 
 
-def example_picture():
+def example_image():
     """A 480 x 320 landscape, so that the command line works without a photo."""
     image = Image.new("RGB", (480, 320))
     canvas = ImageDraw.Draw(image)
@@ -864,7 +864,7 @@ def turn_upright(image):
     return image.transpose(UPRIGHT[orientation])
 
 
-def load_picture(path, longer_side=512):
+def load_image(path, longer_side=512):
     """Read an image file: upright, RGB, with the given longer side and no side under 32 pixels.
 
     Grey values of more than 8 bits, which Pillow would clip, are stretched to 0 .. 255.
@@ -899,7 +899,7 @@ def fraction(text):
 def main():
     """Read an image, show what the mechanism does to it, write a PNG."""
     parser = argparse.ArgumentParser(description="Plot ClusTR's clusters on an image.")
-    parser.add_argument("picture", nargs="?", help="any image file (default: a built-in landscape)")
+    parser.add_argument("image", nargs="?", help="any image file (default: a built-in landscape)")
     parser.add_argument("-o", "--output", default="clustr.png", help="file to write")
     parser.add_argument("--model", default="clustr_t", choices=sorted(VARIANTS))
     parser.add_argument("--weights", help="trained weights (default: random, seed 0)")
@@ -910,9 +910,9 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     factory = globals()[args.model]
-    path = args.picture
+    path = args.image
     try:
-        image = load_picture(path) if path else example_picture()
+        image = load_image(path) if path else example_image()
         path = args.weights
         model = load_weights(factory, path) if path else factory().eval()
         path = args.output

@@ -706,7 +706,7 @@ UPRIGHT = {  # EXIF orientation -> what turns the stored image upright
 }
 
 
-def example_picture():
+def example_image():
     """A 480 x 320 landscape, so that the command line works without a photo."""
     image = Image.new("RGB", (480, 320))
     canvas = ImageDraw.Draw(image)
@@ -737,7 +737,7 @@ def turn_upright(image):
     return image.transpose(UPRIGHT[orientation])
 
 
-def load_picture(path, longer_side=512):
+def load_image(path, longer_side=512):
     """Read an image file: upright, RGB, with the given longer side and no side under 32 pixels.
 
     Grey values of more than 8 bits, which Pillow would clip, are stretched to 0 .. 255.
@@ -764,7 +764,7 @@ def load_picture(path, longer_side=512):
 def main():
     """Read an image, show what the mechanism does to it, write a PNG."""
     parser = argparse.ArgumentParser(description="Plot which keys of an image LinGlo attends to.")
-    parser.add_argument("picture", nargs="?", help="any image file (default: a built-in landscape)")
+    parser.add_argument("image", nargs="?", help="any image file (default: a built-in landscape)")
     parser.add_argument("-o", "--output", default="linglo.png", help="file to write")
     parser.add_argument("--model", default="linglo_b0", choices=sorted(VARIANTS))
     parser.add_argument("--weights", help="trained weights (default: random, seed 0)")
@@ -783,8 +783,8 @@ def main():
         else:
             factory = globals()[args.model]
             model = load_weights(factory, path) if path else factory().eval()
-            path = args.picture
-            image = load_picture(path) if path else example_picture()
+            path = args.image
+            image = load_image(path) if path else example_image()
             path = args.output
             draw_saliency(model, image).save(path)
     except (OSError, ValueError) as error:

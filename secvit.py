@@ -563,30 +563,28 @@ class SecViT(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------- factories
-def build(model, name, num_classes, drop_path_rate, overrides):
-    """Build a variant of a model; an unknown override is a TypeError of the constructor."""
-    arguments = {**VARIANTS[name], **overrides}
-    return model(num_classes=num_classes, drop_path_rate=drop_path_rate, **arguments)
-
-
 def secvit_t(num_classes=1000, drop_path_rate=0.1, **overrides):
     """SecViT-T, 14.87 M parameters (14.98 M released)."""
-    return build(SecViT, "secvit_t", num_classes, drop_path_rate, overrides)
+    options = {**VARIANTS["secvit_t"], **overrides}
+    return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
 def secvit_s(num_classes=1000, drop_path_rate=0.15, **overrides):
     """SecViT-S, 26.56 M parameters (26.78 M released)."""
-    return build(SecViT, "secvit_s", num_classes, drop_path_rate, overrides)
+    options = {**VARIANTS["secvit_s"], **overrides}
+    return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
 def secvit_b(num_classes=1000, drop_path_rate=0.4, **overrides):
     """SecViT-B, 54.26 M parameters (54.68 M released)."""
-    return build(SecViT, "secvit_b", num_classes, drop_path_rate, overrides)
+    options = {**VARIANTS["secvit_b"], **overrides}
+    return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
 def secvit_l(num_classes=1000, drop_path_rate=0.5, **overrides):
     """SecViT-L, 95.92 M parameters (96.50 M released)."""
-    return build(SecViT, "secvit_l", num_classes, drop_path_rate, overrides)
+    options = {**VARIANTS["secvit_l"], **overrides}
+    return SecViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
 # ------------------------------------------------ the main model ends here: ablations and relatives
@@ -777,12 +775,14 @@ class SECSwin(nn.Module):
 
 def sec_swin_t(num_classes=1000, drop_path_rate=0.2, **overrides):
     """SEC-Swin-T, 28.38 M parameters."""
-    return build(SECSwin, "sec_swin_t", num_classes, drop_path_rate, overrides)
+    options = {**VARIANTS["sec_swin_t"], **overrides}
+    return SECSwin(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
 def sec_swin_s(num_classes=1000, drop_path_rate=0.3, **overrides):
     """SEC-Swin-S, 49.79 M parameters."""
-    return build(SECSwin, "sec_swin_s", num_classes, drop_path_rate, overrides)
+    options = {**VARIANTS["sec_swin_s"], **overrides}
+    return SECSwin(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
 VARIANTS |= {
@@ -958,12 +958,14 @@ class SECFasterViT(nn.Module):
 
 def sec_fastervit_0(num_classes=1000, drop_path_rate=0.2, **overrides):
     """SEC-FasterViT-0, 25.04 M parameters."""
-    return build(SECFasterViT, "sec_fastervit_0", num_classes, drop_path_rate, overrides)
+    options = {**VARIANTS["sec_fastervit_0"], **overrides}
+    return SECFasterViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
 def sec_fastervit_1(num_classes=1000, drop_path_rate=0.2, **overrides):
     """SEC-FasterViT-1, 40.83 M parameters."""
-    return build(SECFasterViT, "sec_fastervit_1", num_classes, drop_path_rate, overrides)
+    options = {**VARIANTS["sec_fastervit_1"], **overrides}
+    return SECFasterViT(num_classes=num_classes, drop_path_rate=drop_path_rate, **options)
 
 
 # --------------------------------------------------------------------------------- released weights
@@ -1195,7 +1197,7 @@ UPRIGHT = {  # EXIF orientation -> what turns the stored image upright
 }
 
 
-def example_picture():
+def example_image():
     """A 480 x 320 landscape, so that the command line works without a photo."""
     image = Image.new("RGB", (480, 320))
     canvas = ImageDraw.Draw(image)
@@ -1226,7 +1228,7 @@ def turn_upright(image):
     return image.transpose(UPRIGHT[orientation])
 
 
-def load_picture(path, longer_side=512):
+def load_image(path, longer_side=512):
     """Read an image file: upright, RGB, with the given longer side and no side under 32 pixels.
 
     Grey values of more than 8 bits, which Pillow would clip, are stretched to 0 .. 255.
@@ -1261,7 +1263,7 @@ def fraction(text):
 def main():
     """Read an image, show what the mechanism does to it, write a PNG."""
     parser = argparse.ArgumentParser(description="Plot SecViT's clusters on an image (Fig. 4).")
-    parser.add_argument("picture", nargs="?", help="any image file (default: a built-in landscape)")
+    parser.add_argument("image", nargs="?", help="any image file (default: a built-in landscape)")
     parser.add_argument("-o", "--output", default="secvit.png", help="file to write")
     parser.add_argument("--model", default="secvit_t", choices=sorted(VARIANTS))
     parser.add_argument("--weights", help="trained weights (default: random, seed 0)")
@@ -1272,9 +1274,9 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     factory = globals()[args.model]
-    path = args.picture
+    path = args.image
     try:
-        image = load_picture(path) if path else example_picture()
+        image = load_image(path) if path else example_image()
         path = args.weights
         model = load_weights(factory, path) if path else factory().eval()
         path = args.output

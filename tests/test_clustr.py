@@ -121,7 +121,7 @@ def assert_valid(index, clusters):
         assert sample.unique().tolist() == list(range(clusters))
 
 
-# ------------------------------------------------------------------------------ core: density peaks
+# --------------------------------------------------------------------------------------------- core
 PEAKS = [  # N, C, neighbours, chunk
     (1, 3, 5, 4),
     (3, 2, 5, 256),
@@ -238,7 +238,6 @@ def test_density_peaks_reject_less_than_one(argument):
         clustr.density_peaks(torch.randn(1, 10, 2), **{argument: 0})
 
 
-# ----------------------------------------------------------------------------------- core: clusters
 CLUSTERS = [(1, 1), (10, 1), (10, 10), (37, 5), (37, 36)]     # N, M
 
 
@@ -361,7 +360,6 @@ def test_cluster_tokens_assigns_each_number_of_clusters(device):
     assert_close(clustr.cluster_tokens(x, 3, [15, 4]), torch.stack(expected))
 
 
-# -------------------------------------------------------------------------------- core: aggregation
 @pytest.mark.parametrize("N, clusters", CLUSTERS)
 def test_aggregation_matches_loops(N, clusters, device):
     x = random_leaf(3, N, 4, device=device)
@@ -569,7 +567,7 @@ def test_zero_pixels_give_gradients_of_ordinary_size(first_zero_column):
     assert gradient_norm(images) < 3 * ordinary
 
 
-# ---------------------------------------------------------------------------------------- ablations
+# -------------------------------------------------------------------------- ablations and relatives
 @pytest.mark.parametrize("H, W", [(4, 6), (5, 7), (2, 3)])
 def test_grid_reduction_matches_loops(H, W, device):
     module = clustr.GridReduction(4, 4).to(device).double()
@@ -700,7 +698,7 @@ def save_half_red(path, **options):
 
 def test_odd_exif_data_still_turns_the_image(tmp_path):
     save_half_red(tmp_path / "odd.jpg", exif=exif_with_broken_rational(orientation=6))
-    image = clustr.load_picture(tmp_path / "odd.jpg")
+    image = clustr.load_image(tmp_path / "odd.jpg")
     assert image.size == (256, 512)
     assert image.getpixel((128, 100))[0] > 200      # red above
 
@@ -708,7 +706,7 @@ def test_odd_exif_data_still_turns_the_image(tmp_path):
 def test_unreadable_exif_data_leaves_the_image_as_stored(tmp_path):
     path = tmp_path / "unreadable.webp"
     save_half_red(path, exif=b"Exif\0\0XX*\0" + bytes(20))
-    assert clustr.load_picture(path).size == (512, 256)
+    assert clustr.load_image(path).size == (512, 256)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -184,7 +184,7 @@ def test_ffn_encodes_positions_before_the_gelu():
     assert_same(ffn(x), slow, [x, *ffn.parameters()])
 
 
-# -------------------------------------------------------------------------------------------- block
+# ---------------------------------------------------------------------------------- block and model
 def test_block_applies_layer_norm_first():
     block = linglo.Block(8, 2, 4, "key-only", "rp", drop_path=0.0).double()
     block.apply(linglo.init_weights)
@@ -193,7 +193,6 @@ def test_block_applies_layer_norm_first():
     assert_same(block(x), block.ffn(block.norm2(z)) + z, [x, *block.parameters()])
 
 
-# -------------------------------------------------------------------------------------------- model
 def test_classifier_sees_the_mean_of_the_last_map():
     model = linglo.linglo_b0(num_classes=3, **TINY).double().eval()
     images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
@@ -266,7 +265,6 @@ def test_model_refuses_values_out_of_range(argument, value, rule):
         linglo.linglo_b0(**{argument: value})
 
 
-# --------------------------------------------------------------------------------------- deployment
 @pytest.mark.parametrize("cpe", linglo.CPE)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_reparameterised_outputs_are_the_same(cpe, dtype, tolerance, device):
@@ -310,81 +308,7 @@ def test_reparameterised_model_can_be_trained(cpe, device):
     assert folded.weight.grad.count_nonzero()
 
 
-@pytest.mark.parametrize("deployed", [False, True])
-def test_load_weights_reads_training_and_deployed_files(deployed, tmp_path):
-    def factory(num_classes):
-        return linglo.linglo_b0(num_classes=num_classes, **TINY)
-
-    model = randomise(factory(7)).eval()
-    images = torch.randn(1, 3, 32, 48)
-    expected = model(images)
-    if deployed:
-        torch.save(model.reparameterize().state_dict(), tmp_path / "weights.pt")
-    else:
-        torch.save({"model": model.state_dict()}, tmp_path / "weights.pt")
-    loaded = linglo.load_weights(factory, tmp_path / "weights.pt")
-    assert_close(loaded(images), expected)
-
-
-def run_main(monkeypatch, *arguments):
-    monkeypatch.setitem(linglo.VARIANTS, "linglo_b0", TINY)
-    monkeypatch.setattr("sys.argv", ["linglo.py", *map(str, arguments)])
-    linglo.main()
-
-
-@pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize("option", [{}, {"cpe": "r", "layout": "CHHH"}])
-def test_deploy_writes_the_folded_weights(average, option, tmp_path, monkeypatch, capsys):
-    """Averaged weights, if the file has them, for a model of the same arguments and classes."""
-    factory = partial(linglo.linglo_b0, num_classes=2, **{**TINY, **option})
-    models = [randomise(factory()).eval(), randomise(factory()).eval()]
-    ema = models[1].state_dict() if average else None
-    state = {
-        "model": models[0].state_dict(), "ema": ema, "classes": ["cat", "dog"],
-        "args": {"img_size": 64, "option": option},
-    }
-    torch.save(state, tmp_path / "best.pt")
-    deployed = tmp_path / "deployed.pt"
-    run_main(monkeypatch, "--weights", tmp_path / "best.pt", "--deploy", deployed)
-    assert capsys.readouterr().out == f"wrote {deployed}\n"
-    images = torch.randn(1, 3, 32, 48)
-    loaded = linglo.load_weights(linglo.linglo_b0, deployed)
-    assert_close(loaded(images), models[average](images))
-    assert not any("branches.0.0" in name for name in loaded.state_dict())
-    file = torch.load(deployed)
-    assert file.keys() == {"model", "args", "classes"}
-    option = {**option, "cpe": "folded"}
-    assert file["args"] == {"img_size": 64, "model": "linglo_b0", "option": option}
-    run_main(monkeypatch, "--weights", deployed, "-o", tmp_path / "figure.png")
-
-
-def test_deploy_reads_a_bare_state_dict_and_a_deployed_file(tmp_path, monkeypatch):
-    model = randomise(linglo.linglo_b0(num_classes=2, **TINY))
-    torch.save(model.state_dict(), tmp_path / "0.pt")
-    for i in range(2):
-        files = tmp_path / f"{i}.pt", tmp_path / f"{i + 1}.pt"
-        run_main(monkeypatch, "--weights", files[0], "--deploy", files[1])
-    once = torch.load(tmp_path / "1.pt")
-    twice = torch.load(tmp_path / "2.pt")
-    assert_close(twice["model"], once["model"], rtol=0, atol=0)
-    assert twice["args"] == once["args"]
-
-
-def test_deploy_needs_weights(monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        run_main(monkeypatch, "--deploy", "deployed.pt")
-    assert "--deploy needs --weights" in capsys.readouterr().err
-
-
-def test_deploy_names_a_file_that_it_cannot_write(tmp_path, monkeypatch, capsys):
-    torch.save(linglo.linglo_b0(num_classes=2, **TINY).state_dict(), tmp_path / "best.pt")
-    output = tmp_path / "missing" / "deployed.pt"
-    with pytest.raises(SystemExit):
-        run_main(monkeypatch, "--weights", tmp_path / "best.pt", "--deploy", output)
-    assert capsys.readouterr().err.startswith(f"{output}: ")
-
-
-# ---------------------------------------------------------------------------------------- ablations
+# -------------------------------------------------------------------------- ablations and relatives
 def test_dot_product_attention_is_plain_attention(device):
     module = linglo.DotProductAttention(12, 3).to(device).double()
     plain = nn.MultiheadAttention(12, 3, batch_first=True, dtype=torch.float64, device=device)
@@ -532,6 +456,81 @@ def test_wrong_arguments_raise(given, message):
         linglo.linglo_b0(**{**TINY, **given})
 
 
+# --------------------------------------------------------------------------------- released weights
+@pytest.mark.parametrize("deployed", [False, True])
+def test_load_weights_reads_training_and_deployed_files(deployed, tmp_path):
+    def factory(num_classes):
+        return linglo.linglo_b0(num_classes=num_classes, **TINY)
+
+    model = randomise(factory(7)).eval()
+    images = torch.randn(1, 3, 32, 48)
+    expected = model(images)
+    if deployed:
+        torch.save(model.reparameterize().state_dict(), tmp_path / "weights.pt")
+    else:
+        torch.save({"model": model.state_dict()}, tmp_path / "weights.pt")
+    loaded = linglo.load_weights(factory, tmp_path / "weights.pt")
+    assert_close(loaded(images), expected)
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setitem(linglo.VARIANTS, "linglo_b0", TINY)
+    monkeypatch.setattr("sys.argv", ["linglo.py", *map(str, arguments)])
+    linglo.main()
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("option", [{}, {"cpe": "r", "layout": "CHHH"}])
+def test_deploy_writes_the_folded_weights(average, option, tmp_path, monkeypatch, capsys):
+    """Averaged weights, if the file has them, for a model of the same arguments and classes."""
+    factory = partial(linglo.linglo_b0, num_classes=2, **{**TINY, **option})
+    models = [randomise(factory()).eval(), randomise(factory()).eval()]
+    ema = models[1].state_dict() if average else None
+    state = {
+        "model": models[0].state_dict(), "ema": ema, "classes": ["cat", "dog"],
+        "args": {"img_size": 64, "option": option},
+    }
+    torch.save(state, tmp_path / "best.pt")
+    deployed = tmp_path / "deployed.pt"
+    run_main(monkeypatch, "--weights", tmp_path / "best.pt", "--deploy", deployed)
+    assert capsys.readouterr().out == f"wrote {deployed}\n"
+    images = torch.randn(1, 3, 32, 48)
+    loaded = linglo.load_weights(linglo.linglo_b0, deployed)
+    assert_close(loaded(images), models[average](images))
+    assert not any("branches.0.0" in name for name in loaded.state_dict())
+    file = torch.load(deployed)
+    assert file.keys() == {"model", "args", "classes"}
+    option = {**option, "cpe": "folded"}
+    assert file["args"] == {"img_size": 64, "model": "linglo_b0", "option": option}
+    run_main(monkeypatch, "--weights", deployed, "-o", tmp_path / "figure.png")
+
+
+def test_deploy_reads_a_bare_state_dict_and_a_deployed_file(tmp_path, monkeypatch):
+    model = randomise(linglo.linglo_b0(num_classes=2, **TINY))
+    torch.save(model.state_dict(), tmp_path / "0.pt")
+    for i in range(2):
+        files = tmp_path / f"{i}.pt", tmp_path / f"{i + 1}.pt"
+        run_main(monkeypatch, "--weights", files[0], "--deploy", files[1])
+    once = torch.load(tmp_path / "1.pt")
+    twice = torch.load(tmp_path / "2.pt")
+    assert_close(twice["model"], once["model"], rtol=0, atol=0)
+    assert twice["args"] == once["args"]
+
+
+def test_deploy_needs_weights(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--deploy", "deployed.pt")
+    assert "--deploy needs --weights" in capsys.readouterr().err
+
+
+def test_deploy_names_a_file_that_it_cannot_write(tmp_path, monkeypatch, capsys):
+    torch.save(linglo.linglo_b0(num_classes=2, **TINY).state_dict(), tmp_path / "best.pt")
+    output = tmp_path / "missing" / "deployed.pt"
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, "--weights", tmp_path / "best.pt", "--deploy", output)
+    assert capsys.readouterr().err.startswith(f"{output}: ")
+
+
 # ------------------------------------------------------------------------------------------ drawing
 def test_drawing_shows_large_attention_in_red():
     """Keys and a saliency vector that prefer the bright half: it is red, the dark half blue."""
@@ -582,26 +581,26 @@ def photo():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_load_picture_turns_upright(orientation, photo, tmp_path):
+def test_load_image_turns_upright(orientation, photo, tmp_path):
     """As Pillow's own function, which writes the EXIF data back and fails on odd ones."""
     photo.save(tmp_path / "photo.png", exif=exif_block(orientation))
     with Image.open(tmp_path / "photo.png") as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
-    loaded = linglo.load_picture(tmp_path / "photo.png", longer_side=80)
+    loaded = linglo.load_image(tmp_path / "photo.png", longer_side=80)
     assert (np.asarray(loaded) == expected).all()
 
 
 def test_odd_exif_data_do_not_hide_the_orientation(photo, tmp_path):
     """A resolution of -1/0, on which exif_transpose raises struct.error."""
     photo.save(tmp_path / "photo.jpg", exif=exif_block(6, resolution=(-1, 0)))
-    assert linglo.load_picture(tmp_path / "photo.jpg").size == (512, 256)
+    assert linglo.load_image(tmp_path / "photo.jpg").size == (512, 256)
 
 
 def test_image_with_unreadable_exif_data_stays_as_stored(photo, tmp_path):
     path = tmp_path / "photo.webp"
     photo.save(path, exif=exif_block(6))
     path.write_bytes(path.read_bytes().replace(b"II*\0", b"XX*\0"))
-    assert linglo.load_picture(path).size == (256, 512)
+    assert linglo.load_image(path).size == (256, 512)
 
 
 @pytest.mark.parametrize("error", [KeyError, TypeError, SyntaxError, struct.error])
@@ -612,4 +611,4 @@ def test_damaged_images_are_a_value_error(error, photo, tmp_path, monkeypatch):
     photo.save(tmp_path / "photo.bmp")
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
     with pytest.raises(ValueError, match=f"damaged image .{error.__name__}: .*odd"):
-        linglo.load_picture(tmp_path / "photo.bmp")
+        linglo.load_image(tmp_path / "photo.bmp")

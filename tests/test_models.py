@@ -397,10 +397,10 @@ def run_main(name, monkeypatch, *arguments):
 
 @each_file
 @pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "CMYK", "I;16", "1"])
-def test_load_picture_reads_the_mode(name, mode, tmp_path):
+def test_load_image_reads_the_mode(name, mode, tmp_path):
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     save_image(path, mode)
-    image = CASES[name].module.load_picture(path)
+    image = CASES[name].module.load_image(path)
     assert image.mode == "RGB"
     assert image.size == (512, 341)
     pixels = np.asarray(image, float)
@@ -410,25 +410,25 @@ def test_load_picture_reads_the_mode(name, mode, tmp_path):
 
 
 @each_file
-def test_load_picture_turns_the_image_upright(name, tmp_path):
+def test_load_image_turns_the_image_upright(name, tmp_path):
     image = Image.new("RGB", (40, 20), (255, 0, 0))
     image.paste((0, 0, 255), (20, 0, 40, 20))
     image.save(tmp_path / "rotated.jpg", exif=rotated_exif())
-    upright = CASES[name].module.load_picture(tmp_path / "rotated.jpg")
+    upright = CASES[name].module.load_image(tmp_path / "rotated.jpg")
     assert upright.size == (256, 512)
     assert upright.getpixel((128, 100))[0] > 200
     assert upright.getpixel((128, 400))[2] > 200
 
 
 @each_file
-def test_load_picture_ignores_unreadable_exif_data(name, tmp_path):
+def test_load_image_ignores_unreadable_exif_data(name, tmp_path):
     """An EXIF block without a TIFF header: the image stays as it is stored."""
     path = tmp_path / "exif.webp"
     Image.new("RGB", (40, 20)).save(path, exif=rotated_exif())
     damaged = path.read_bytes().replace(b"MM\0*", b"XX\0*")
     assert damaged != path.read_bytes()
     path.write_bytes(damaged)
-    assert CASES[name].module.load_picture(path).size == (512, 256)
+    assert CASES[name].module.load_image(path).size == (512, 256)
 
 
 @each_file

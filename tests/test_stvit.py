@@ -483,7 +483,79 @@ def test_conv_ffn_matches_loops(conv, shortcut, device):
     assert_same(module(x), slow, [x, *module.parameters()])
 
 
-# ---------------------------------------------------------------------------------------- ablations
+# ---------------------------------------------------------------------------------- block and model
+TINY = {
+    "depths": (1, 2, 1, 1),
+    "dims": (16, 32, 24, 32),
+    "heads": (1, 2, 3, 4),
+    "grids": (4, 3, 1, 1),
+    "layer_scale": (None, None, 0.5, 0.5),
+}
+
+
+def tiny(**overrides):
+    return stvit.STViT(num_classes=5, drop_path_rate=0.0, **{**TINY, **overrides})
+
+
+@pytest.mark.parametrize("projection", [True, False])
+def test_no_classes_give_the_mean_of_the_projection(projection):
+    model = tiny_factory(0, projection=projection).eval()
+    images = torch.randn(2, 3, 64, 96)
+    projected = model.proj(model.forward_features(images)[3])
+    assert model(images).equal(projected.mean((2, 3)))
+
+
+def gradient_norm(model, images):
+    """Norm of all gradients of a fixed linear function of the maps and logits."""
+    torch.manual_seed(1)
+    model.zero_grad()
+    loss = 0
+    for output in (*model.forward_features(images), model(images)):
+        loss = loss + (output * torch.randn_like(output)).mean()
+    loss.backward()
+    gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+    return torch.stack(gradients).norm()
+
+
+@pytest.mark.parametrize("training, blank_columns", [(True, 32), (False, 32), (False, 64)])
+def test_blank_pixels_give_gradients_of_ordinary_size(training, blank_columns, device):
+    """Zero padding, and in eval mode zero images. A whole batch of them has no variance."""
+    model = stvit.stvit_s(drop_path_rate=0.0, depths=(1, 1, 2, 1)).to(device).train(training)
+    images = torch.randn(2, 3, 64, 64, device=device)
+    ordinary = gradient_norm(model, images)
+    images[..., 64 - blank_columns:] = 0
+    assert gradient_norm(model, images) <= 3 * ordinary
+
+
+def test_a_batch_of_zero_images_gives_finite_gradients(device):
+    model = stvit.stvit_s(drop_path_rate=0.0, depths=(1, 1, 2, 1)).to(device).train()
+    assert gradient_norm(model, torch.zeros(2, 3, 64, 64, device=device)).isfinite()
+
+
+@pytest.mark.parametrize("values", [(2, 2, 2), (2, 2, 2, 2, 2), (0, 2, 2, 2), (2, 2, 2, -2)])
+@pytest.mark.parametrize("argument", ["depths", "dims", "heads", "grids"])
+def test_stages_are_four_of_at_least_one(argument, values):
+    with pytest.raises(ValueError, match=f"{argument} = .*expected 4 values of at least 1"):
+        stvit.stvit_s(**{argument: values})
+
+
+@pytest.mark.parametrize("argument, value, rule", [
+    ("num_classes", -1, "at least 0"),
+    ("drop_path_rate", -0.1, "0 <= rate < 1"),
+    ("drop_path_rate", 1, "0 <= rate < 1"),
+    ("drop_path_rate", math.nan, "0 <= rate < 1"),
+])
+def test_model_refuses_values_out_of_range(argument, value, rule):
+    with pytest.raises(ValueError, match=f"{argument} = {value}, expected {rule}"):
+        stvit.stvit_s(**{argument: value})
+
+
+def test_layer_scale_has_a_value_per_stage():
+    with pytest.raises(ValueError, match="layer_scale = .*expected 4 values, one per stage"):
+        tiny(layer_scale=(None, None, 0.5))
+
+
+# -------------------------------------------------------------------------- ablations and relatives
 @pytest.mark.parametrize("H, W", [(3, 3), (2, 5), (5, 7), (1, 4), (1, 1)])
 def test_relative_position_bias_matches_loops(H, W, device):
     module = stvit.RelativePositionBias(2, 3).to(device).double()
@@ -522,13 +594,6 @@ def test_patch_embedding_matches_loops(H, W, device):
     assert_same(module(images), slow, [images, *module.conv.parameters()])
 
 
-TINY = {
-    "depths": (1, 2, 1, 1),
-    "dims": (16, 32, 24, 32),
-    "heads": (1, 2, 3, 4),
-    "grids": (4, 3, 1, 1),
-    "layer_scale": (None, None, 0.5, 0.5),
-}
 BARE = {"stem": "patch", "projection": False, "position": None, "conv_ffn": False}  # STA-4stage
 STEM = {**BARE, "stem": "conv"}
 PROJECTION = {**STEM, "projection": True}
@@ -631,14 +696,6 @@ def test_multiply_adds_of_the_variants(factory, pixels, multiply_adds):
     assert f"{exact_size(factory, pixels)[1]:.2f}" == multiply_adds
 
 
-@pytest.mark.parametrize("projection", [True, False])
-def test_no_classes_give_the_mean_of_the_projection(projection):
-    model = tiny_factory(0, projection=projection).eval()
-    images = torch.randn(2, 3, 64, 96)
-    projected = model.proj(model.forward_features(images)[3])
-    assert model(images).equal(projected.mean((2, 3)))
-
-
 ABLATIONS = {
     "ape": {"stem": "patch", "position": "ape", "ffn_shortcut": False},
     "rpe": {"position": "rpe", "iterations": 2},
@@ -646,10 +703,6 @@ ABLATIONS = {
 }
 each_ablation = pytest.mark.parametrize("ablation", ABLATIONS)
 each_image_size = pytest.mark.parametrize("H, W", [(33, 47), (50, 100)])
-
-
-def tiny(**overrides):
-    return stvit.STViT(num_classes=5, drop_path_rate=0.0, **{**TINY, **overrides})
 
 
 @each_ablation
@@ -724,56 +777,6 @@ def test_compiled_positions_with_dynamic_sizes_equal_eager(build, shapes):
 def test_unknown_ablations_raise(wrong, message):
     with pytest.raises(ValueError, match=message):
         tiny(**wrong)
-
-
-def gradient_norm(model, images):
-    """Norm of all gradients of a fixed linear function of the maps and logits."""
-    torch.manual_seed(1)
-    model.zero_grad()
-    loss = 0
-    for output in (*model.forward_features(images), model(images)):
-        loss = loss + (output * torch.randn_like(output)).mean()
-    loss.backward()
-    gradients = [p.grad.norm() for p in model.parameters() if p.grad is not None]
-    return torch.stack(gradients).norm()
-
-
-@pytest.mark.parametrize("training, blank_columns", [(True, 32), (False, 32), (False, 64)])
-def test_blank_pixels_give_gradients_of_ordinary_size(training, blank_columns, device):
-    """Zero padding, and in eval mode zero images. A whole batch of them has no variance."""
-    model = stvit.stvit_s(drop_path_rate=0.0, depths=(1, 1, 2, 1)).to(device).train(training)
-    images = torch.randn(2, 3, 64, 64, device=device)
-    ordinary = gradient_norm(model, images)
-    images[..., 64 - blank_columns:] = 0
-    assert gradient_norm(model, images) <= 3 * ordinary
-
-
-def test_a_batch_of_zero_images_gives_finite_gradients(device):
-    model = stvit.stvit_s(drop_path_rate=0.0, depths=(1, 1, 2, 1)).to(device).train()
-    assert gradient_norm(model, torch.zeros(2, 3, 64, 64, device=device)).isfinite()
-
-
-@pytest.mark.parametrize("values", [(2, 2, 2), (2, 2, 2, 2, 2), (0, 2, 2, 2), (2, 2, 2, -2)])
-@pytest.mark.parametrize("argument", ["depths", "dims", "heads", "grids"])
-def test_stages_are_four_of_at_least_one(argument, values):
-    with pytest.raises(ValueError, match=f"{argument} = .*expected 4 values of at least 1"):
-        stvit.stvit_s(**{argument: values})
-
-
-@pytest.mark.parametrize("argument, value, rule", [
-    ("num_classes", -1, "at least 0"),
-    ("drop_path_rate", -0.1, "0 <= rate < 1"),
-    ("drop_path_rate", 1, "0 <= rate < 1"),
-    ("drop_path_rate", math.nan, "0 <= rate < 1"),
-])
-def test_model_refuses_values_out_of_range(argument, value, rule):
-    with pytest.raises(ValueError, match=f"{argument} = {value}, expected {rule}"):
-        stvit.stvit_s(**{argument: value})
-
-
-def test_layer_scale_has_a_value_per_stage():
-    with pytest.raises(ValueError, match="layer_scale = .*expected 4 values, one per stage"):
-        tiny(layer_scale=(None, None, 0.5))
 
 
 # --------------------------------------------------------------------------------- released weights
@@ -1068,26 +1071,26 @@ def photo():
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_load_picture_turns_upright(orientation, photo, tmp_path):
+def test_load_image_turns_upright(orientation, photo, tmp_path):
     """As Pillow's own function, which writes the EXIF data back and fails on odd ones."""
     photo.save(tmp_path / "photo.png", exif=exif_block(orientation))
     with Image.open(tmp_path / "photo.png") as image:
         expected = np.asarray(ImageOps.exif_transpose(image))
-    loaded = stvit.load_picture(tmp_path / "photo.png", longer_side=80)
+    loaded = stvit.load_image(tmp_path / "photo.png", longer_side=80)
     assert (np.asarray(loaded) == expected).all()
 
 
 def test_odd_exif_data_do_not_hide_the_orientation(photo, tmp_path):
     """A resolution of -1/0, on which exif_transpose raises struct.error."""
     photo.save(tmp_path / "photo.jpg", exif=exif_block(6, resolution=(-1, 0)))
-    assert stvit.load_picture(tmp_path / "photo.jpg").size == (512, 256)
+    assert stvit.load_image(tmp_path / "photo.jpg").size == (512, 256)
 
 
 def test_image_with_unreadable_exif_data_stays_as_stored(photo, tmp_path):
     path = tmp_path / "photo.webp"
     photo.save(path, exif=exif_block(6))
     path.write_bytes(path.read_bytes().replace(b"II*\0", b"XX*\0"))
-    assert stvit.load_picture(path).size == (256, 512)
+    assert stvit.load_image(path).size == (256, 512)
 
 
 @pytest.mark.parametrize("error", [KeyError, TypeError, SyntaxError, struct.error])
@@ -1098,4 +1101,4 @@ def test_damaged_images_are_a_value_error(error, photo, tmp_path, monkeypatch):
     photo.save(tmp_path / "photo.bmp")
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
     with pytest.raises(ValueError, match=f"damaged image .{error.__name__}: .*odd"):
-        stvit.load_picture(tmp_path / "photo.bmp")
+        stvit.load_image(tmp_path / "photo.bmp")
