@@ -750,20 +750,20 @@ def attention_panel(weights, image, row, column):
 
 
 def attention_maps(attn, x, token):
-    """Attention of one token of x (1, H, W, C) to all, the mean of the heads: {ratio: (N,)}."""
+    """Attention of one token of x (1, H, W, C) to all, mean of the heads: [(N,), ...] per ratio."""
     tokens = x.flatten(1, 2)                                                # (1, N, C)
     q = attn.q(tokens)[0, token].view(attn.heads, 1, -1)                    # (h, 1, d)
     counts = attn.cluster_counts(tokens.shape[1])
     indices = iter(cluster_tokens(tokens, attn.neighbours, counts) if counts else ())
     scores = iter([to_score(tokens)[0, :, 0] for to_score in attn.reduce])  # (N,) each
-    maps = {}
+    maps = []
     for ratio, reduced, to_kv in zip(attn.ratios, attn.reduced_tokens(x), attn.kv):
         kv = to_kv(reduced)[0].unflatten(1, (2, attn.heads, -1))            # (M, 2, h, d)
         logits = q @ kv[:, 0].permute(1, 2, 0) * q.shape[-1] ** -0.5        # (h, 1, M)
         attention = logits.softmax(2).mean((0, 1))                          # (M,)
         if ratio > 1:
             attention = token_attention(attention, next(scores), next(indices)[0])
-        maps[ratio] = attention
+        maps.append(attention)
     return maps
 
 
@@ -781,7 +781,8 @@ def draw_attention(model, image, position):
         _, H, W, _ = x.shape
         column = int(position[0] * W)
         row = int(position[1] * H)
-        for ratio, weights in attention_maps(attn, x, row * W + column).items():
+        maps = attention_maps(attn, x, row * W + column)
+        for ratio, weights in zip(attn.ratios, maps):
             panel = attention_panel(weights.view(H, W), image, row, column)
             panels.append((f"stage {i}, ratio {ratio}: attention of a token", panel))
     return tile(panels)

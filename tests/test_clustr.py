@@ -649,7 +649,7 @@ def test_panels_have_a_colour_per_cluster():
         assert len(panel.getcolors()) == count
 
 
-@pytest.mark.parametrize("ratios", [(4, 2), (16, 1), (1,), (3,)])
+@pytest.mark.parametrize("ratios", [(4, 2), (16, 1), (1,), (3, 3)])
 def test_attention_maps_are_what_the_layer_does(ratios):
     """With one head and no biases: the maps of all scales times the values, projected (Eq. 8)."""
     H, W = 5, 7
@@ -661,15 +661,15 @@ def test_attention_maps_are_what_the_layer_does(ratios):
     for token in range(H * W):
         maps = clustr.attention_maps(attn, x, token)
         y = 0
-        for ratio, to_kv in zip(ratios, attn.kv):
-            y = y + maps[ratio] @ to_kv(tokens)[:, 6:]
+        for weights, to_kv in zip(maps, attn.kv, strict=True):
+            y = y + weights @ to_kv(tokens)[:, 6:]
         assert_close(attn.proj(y), output[token])
 
 
 def test_attention_maps_sum_to_one():
     attn = clustr.ClusteringGuidedAttention(12, 3, (4, 1))
     maps = clustr.attention_maps(attn, 10 * torch.randn(1, 5, 7, 12), token=9)
-    for weights in maps.values():
+    for weights in maps:
         assert_close(weights.sum().double(), torch.ones((), dtype=torch.float64))
 
 
