@@ -2,7 +2,8 @@
 
     python tests/bench.py                  time and memory ratios of single layers and whole models
     python tests/bench.py --throughput     images/s of every variant, inference and training
-    python tests/bench.py --scaling        growth of clustering and attention with the tokens
+    python tests/bench.py --scaling        growth of clustering and attention with the tokens, and
+                                           LinGlo's Fig. 4 as a figure, see --figure
     python tests/bench.py --dense          training steps of Mask R-CNN and pose
     python tests/bench.py --gpu            all that needs a GPU, in 9 minutes and one table
     python tests/bench.py --table          parameters and FLOPs of every model and of the rows of
@@ -38,7 +39,9 @@ Scaling. Density peaks against one full distance matrix with top-k and a masked 
 key-only attention against one of fused dot-product attention, and LinGlo-b0 with either.
 "exponent" is that of the growth from the row above. Memory is the peak of one call above what was
 there before: allocated on a GPU, resident on the CPU (Linux), in a process in which glibc returns
-freed blocks at once. What would need more than the machine's memory is left out.
+freed blocks at once. What would need more than the machine's memory is left out. Fig. 4 of LinGlo
+is forward and backward of LinGlo-b0, batch 16, with key-only attention and with fused and explicit
+dot-product attention. On the CPU it has batch 1, small images and two minutes.
 
 Dense. A training step around SecViT-S on random images with 8 objects each, or on random crops:
 forward, loss, backward, AdamW. "outside" is the fraction of the time (on a GPU: of its kernels)
@@ -117,6 +120,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -129,6 +133,7 @@ import linglo
 import secvit
 import stvit
 import train_dense
+import train_imagenet
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -340,6 +345,17 @@ class PlainKeyOnlyAttention(nn.Module):
         weights = (score * d ** -0.5).softmax(3)                # (B, h, 1, N)
         context = (weights * keys).sum(3).reshape(B, C, 1, 1)
         return self.u2(self.u1(context * self.v(x)) + k)
+
+
+class PlainDotProductAttention(linglo.DotProductAttention):
+    """Dot-product attention on (B, H, W, C) that stores its (N, N) maps."""
+
+    def forward(self, x):
+        qkv = self.qkv(x).flatten(1, 2)                         # (B, N, 3*C)
+        qkv = qkv.unflatten(2, (3, self.heads, -1))             # (B, N, 3, h, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                    # each (B, h, N, d)
+        y = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+        return self.proj(y.transpose(1, 2).reshape(x.shape))
 
 
 # ------------------------------------------------------ plain implementations: blocks, whole models
@@ -1209,10 +1225,13 @@ def dense():
 # ------------------------------------------------------------------------------------------ scaling
 PEAK_SIZES = ((4, 3136), (1, 3136), (1, 12544), (1, 66800))  # batch and tokens of 64 channels
 LAYER_SIDES = (56, 80, 112, 160, 256)  # sides of the key-only layer's map
+FIG_4_BATCH = 16 if CUDA else 1
+FIG_4_SIDES = (128, 192, 256, 320, 384, 448, 512) if CUDA else (128, 192, 256, 320, 384)
+FIG_4_SECONDS = 40  # after which no larger image is timed; memory then takes about as long
 
 
 class ScalingRow(NamedTuple):
-    """functions: ours and, unless it needs more than the machine's memory, plain."""
+    """functions: ours and, unless they need more than the machine's memory, those it is beside."""
     title: str
     tokens: int
     functions: list
@@ -1345,7 +1364,87 @@ def linglo_rows():
     return ScalingRow("forward", 1, forward), ScalingRow("forward + backward", 1, both)
 
 
-def scaling():
+def fig_4_models():
+    """LinGlo-b0 with each attention, the one that needs the most memory last."""
+    build = functools.partial(linglo.linglo_b0, drop_path_rate=0.0)
+    explicit = build(attention="dot")
+    for block in itertools.chain(*explicit.stages):
+        block.attn = PlainDotProductAttention(block.attn.proj.in_features, block.attn.heads)
+    models = {
+        "key-only": build(),
+        "fused dot product": build(attention="dot"),
+        "explicit dot product": explicit,
+    }
+    return {name: model.to(DEVICE) for name, model in models.items()}
+
+
+def time_what_fits(functions):
+    """Median milliseconds; removes the last functions until the GPU's memory suffices."""
+    while functions:
+        try:
+            return time_functions(functions)
+        except torch.OutOfMemoryError:
+            functions.pop()
+        free_memory()
+    return []
+
+
+def time_fig_4(models):
+    """ScalingRows of forward and backward, and their times, until FIG_4_SECONDS are over."""
+    deadline = time.perf_counter() + FIG_4_SECONDS
+    grad = torch.randn(FIG_4_BATCH, 1000, device=DEVICE)
+    rows = []
+    times = []
+    for side in FIG_4_SIDES:
+        if time.perf_counter() > deadline:
+            break
+        images = torch.randn(FIG_4_BATCH, 3, side, side, device=DEVICE)
+        functions = [functools.partial(run, model, images, grad) for model in models]
+        times.append(time_what_fits(functions))
+        rows.append(ScalingRow(f"{side} x {side}", side ** 2, functions))
+    return rows, times
+
+
+def fig_4_panel(title, names, values):
+    """A panel of 500 x 420 pixels with a line per name.
+
+    values: per image side a list with at most one value per name.
+    """
+    lines = {name: {} for name in names}
+    for side, row in zip(FIG_4_SIDES, values):
+        for name, value in zip(names, row):
+            lines[name][side] = value
+    plot = Image.new("RGB", (500, 366), "white")  # low enough to cut off the label "update"
+    train_imagenet.plot_lines(ImageDraw.Draw(plot), 60, lines)
+    panel = Image.new("RGB", (500, 420), "white")
+    panel.paste(plot, (0, 24))
+    draw = ImageDraw.Draw(panel)
+    draw.text((260, 6), title, "black", anchor="ma")
+    draw.text((260, 394), "image side, pixels", "black", anchor="ma")
+    return panel
+
+
+def fig_4(path):
+    """Print and plot time and memory of LinGlo-b0 with three attentions (LinGlo's Fig. 4)."""
+    models = fig_4_models()
+    rows, times = time_fig_4(models.values())
+    memory, = measure_memory([("", rows)])
+    columns = ("fused", "explicit")
+    print_header(f"Fig. 4, batch {FIG_4_BATCH}", "ms", *columns, "MiB", *columns)
+    for row, ms, mib in zip(rows, times, memory, strict=True):
+        missing = ["-"] * (len(models) - len(ms))
+        cells = [f"{value:.1f}" for value in ms] + missing
+        cells += [f"{value:.1f}" for value in mib] + missing
+        print_row(row.title, *cells)
+    figure = Image.new("RGB", (1000, 420))
+    figure.paste(fig_4_panel("forward and backward, ms", models, times), (0, 0))
+    figure.paste(fig_4_panel("memory, MiB", models, memory), (500, 0))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.save(path)
+    print(f"\nLinGlo's Fig. 4, up to {rows[-1].title} pixels: {path}")
+
+
+def scaling(figure):
     """Print how clustering and key-only attention grow with the number of tokens."""
     batches, *peaks = peak_rows()
     forward, both = linglo_rows()
@@ -1364,6 +1463,7 @@ def scaling():
     for (title, rows), ms, mib in zip(tables, times, memory, strict=True):
         print_growth(title, rows, ms, mib)
     print(f"\nclustering takes {fraction:.1%} of a training step of clustr_t, batch {MODEL_BATCH}")
+    fig_4(figure)
 
 
 def clustering_fraction(build=clustr.clustr_t, batch=MODEL_BATCH):
@@ -1595,6 +1695,8 @@ def make_parser():
                         help="images/s of the variants instead of ratios")
     parser.add_argument("--scaling", action="store_true",
                         help="growth with the number of tokens instead of ratios")
+    parser.add_argument("--figure", type=Path, default=Path("runs/linglo_fig4.png"),
+                        help="where --scaling saves LinGlo's Fig. 4; default: %(default)s")
     parser.add_argument("--dense", action="store_true",
                         help="training steps of dense tasks instead of ratios")
     parser.add_argument("--gpu", action="store_true",
@@ -1652,7 +1754,7 @@ def main():
     elif args.gpu:
         gpu(names, args.batch or MODEL_BATCH, seconds)
     elif args.scaling:
-        scaling()
+        scaling(args.figure)
     elif args.dense:
         dense()
     else:

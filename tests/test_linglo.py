@@ -8,6 +8,7 @@ import struct
 from functools import partial
 from itertools import product
 
+import bench
 import numpy as np
 import pytest
 import torch
@@ -309,8 +310,9 @@ def test_reparameterised_model_can_be_trained(cpe, device):
 
 
 # -------------------------------------------------------------------------- ablations and relatives
-def test_dot_product_attention_is_plain_attention(device):
-    module = linglo.DotProductAttention(12, 3).to(device).double()
+@pytest.mark.parametrize("layer", [linglo.DotProductAttention, bench.PlainDotProductAttention])
+def test_dot_product_attention_is_plain_attention(layer, device):
+    module = layer(12, 3).to(device).double()
     plain = nn.MultiheadAttention(12, 3, batch_first=True, dtype=torch.float64, device=device)
     plain.in_proj_weight = module.qkv.weight
     plain.in_proj_bias = module.qkv.bias
