@@ -148,6 +148,9 @@ FLAGS = {
     "jitter": Flag(FRACTION, None, "strength of pose's augmentation; weak on small data sets"),
     "boxes": OnceFlag(nonempty, None, "COCO results file; pose uses its person boxes instead of "
                       "the annotated ones"),
+    "results": OnceFlag(nonempty, None, "with --eval: write what was predicted to this file in "
+                        "COCO's format (Mask R-CNN: NAME.bbox.json and NAME.segm.json), or to this "
+                        "folder as label PNGs (segmentation)"),
     "predict": OnceFlag(nonempty, None, "write overlays of these images, or of all images in these "
                         "folders, to --output; print what they show as JSON lines", several=True),
     "threshold": OnceFlag(FRACTION, 0.3, "--predict: score of the objects, or keypoints, that are "
@@ -281,7 +284,7 @@ def read_architecture(typed):
         return {name: saved[name] for name in ARCHITECTURE if name in saved}
     if not typed.backbone_weights:
         return {}
-    state = train_imagenet.read_checkpoint(typed.backbone_weights)
+    state = train_imagenet.read_classifier(typed.backbone_weights)
     saved = train_imagenet.saved_arguments(state, "model", "option")
     _, backbone = name_run(typed, {"backbone": saved.get("model")})
     architecture = {"backbone": backbone}
@@ -363,7 +366,8 @@ class DenseTask:
     test_batch = 1     # images differ in size
     decimals = 3
     metric_limit = 1.0
-    small_data = "--batch-size 4 --iters 1000 --warmup-iters 100"
+    small_batch = 4
+    small_data = "--iters 1000 --warmup-iters 100"
 
     def __init__(self, args, device):
         self.args = args

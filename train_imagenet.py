@@ -196,8 +196,6 @@ RUN_FLAGS = {  # of both scripts
                        "do not override; auto: the latest one in --output, if any"),
     "overwrite": OnceFlag(bool, False, "replace an earlier run in --output"),
     "eval": OnceFlag(bool, False, "only evaluate --weights and print one JSON line"),
-    "results": OnceFlag(nonempty, None, "with --eval: write what was predicted to this file (JSON; "
-                        "segmentation: folder of label PNGs)"),
 }
 FLAGS = {
     "model": Flag(nonempty, "linglo_b0", f"one of {', '.join(MODELS)}"),
@@ -225,6 +223,8 @@ FLAGS = {
                       f"side; default {TEST_CROP}, from {WHOLE_TEST_IMAGE} pixels on 1"),
     "sync_bn": Flag(ON_OFF, False, "batch statistics over all GPUs"),
     "frozen_bn": Flag(bool, False, "train in eval mode: BatchNorm statistics fixed, no drop path"),
+    "results": OnceFlag(nonempty, None, "with --eval: write the class and the five most probable "
+                        "classes of each image to this file, a JSON line each"),
     "predict": OnceFlag(nonempty, None, "print the five most probable classes of these images, or "
                         "of all images in these folders, as JSON lines", several=True),
 }
@@ -271,8 +271,10 @@ def help_text(name, flag, overrides):
     if flag.default is not None and flag.type is not bool:
         defaults.append(f"default {flag.default}")
     for group, values in overrides.items():
-        if values.get(name) is not None:
-            defaults.append(f"{group} {values[name]}")
+        value = values.get(name)
+        typable = not isinstance(flag.type, tuple) or value in flag.type
+        if value is not None and typable:
+            defaults.append(f"{group} {value}")
     return flag.help + (f" ({'; '.join(defaults)})" if defaults else "")
 
 
@@ -339,10 +341,10 @@ def resolve_args(argv=None):
     checkpoint = open_checkpoint(typed)
     start = None
     if checkpoint is None and typed.weights:
-        start = read_checkpoint(typed.weights)
+        start = read_classifier(typed.weights)
     saved = saved_arguments(checkpoint) if checkpoint else saved_arguments(start, "model", "option")
     model = typed.model or saved.get("model") or FLAGS["model"].default
-    if typed.resume and model != saved.get("model", model):
+    if checkpoint and model != saved.get("model", model):
         raise InputError(f"the checkpoint holds {saved['model']}, but --model is {model}")
     if model not in MODELS:
         raise InputError(f"unknown --model {model!r}, expected one of {', '.join(MODELS)}")
@@ -469,7 +471,15 @@ def open_checkpoint(typed):
     if typed.resume:
         output = typed.output or default_output(typed.model or FLAGS["model"].default)
         return find_checkpoint(typed.resume, output, "model")
-    return read_checkpoint(typed.weights) if typed.eval or typed.predict else None
+    return read_classifier(typed.weights) if typed.eval or typed.predict else None
+
+
+def read_classifier(path):
+    """The dict in a file of weights. Raises: InputError for a checkpoint of train_dense.py."""
+    state = read_checkpoint(path)
+    if is_checkpoint(state, "task"):
+        raise InputError(f"{path} is a checkpoint of train_dense.py, not of a classifier")
+    return state
 
 
 # ---------------------------------------------------------------------------------------- processes
@@ -1725,7 +1735,7 @@ class Classification:
     write_results(path, results)       write the file of --results
     summarize(source, records)         {metric: value} of all batches' records
     summarize_classes(source, records) a value for each class, NaN if it does not occur, or []
-    small_data                         flags that suit fewer images than a default batch
+    small_batch, small_data            --batch-size, other flags for less data than a default batch
     metric, decimals, metric_limit     name of the metric that picks best.pt, larger is better;
                                        digits of printed metrics; its largest possible value
     """
@@ -1733,7 +1743,8 @@ class Classification:
     metric = "top1"
     decimals = 2
     metric_limit = 100.0
-    small_data = "--batch-size 16 --repeated-aug 1 --epochs 20 --warmup-epochs 1 --lr 1e-4 --ema 0"
+    small_batch = 16
+    small_data = "--repeated-aug 1 --epochs 20 --warmup-epochs 1 --lr 1e-4 --ema 0"
 
     def __init__(self, args, device):
         self.args = args
@@ -1912,8 +1923,10 @@ def train(task, args, procs, checkpoint):
                     world=procs.world, seed=args.seed)
     per_epoch = task.sampler(train_set, **schedule).per_epoch
     if per_epoch == 0:
+        batch = min(task.small_batch, len(train_set))
         raise InputError(f"--batch-size {args.batch_size} is larger than the {len(train_set)} "
-                         f"training images of an epoch; for small data: {task.small_data}")
+                         f"training images of an epoch; for small data: --batch-size {batch} "
+                         f"{task.small_data}")
     total = task.total_updates(per_epoch)
     last_step = min(total, args.max_steps or total)
     eval_every = task.eval_every(per_epoch, total)
@@ -2056,25 +2069,26 @@ def check_output(args):
 
 
 def start_run(task, log, state, total, report):
-    """Open the log and say what starts, on rank 0."""
+    """Open the log and say what starts, on rank 0, above the progress bar."""
     args = log.args
     procs = log.procs
     if procs.rank > 0:
         return
     Path(args.output).mkdir(parents=True, exist_ok=True)
     if args.resume == "auto" and state.saved_at is None:
-        print(f"{args.output} holds no checkpoint of this run: starting from the beginning")
+        tqdm.write(f"{args.output} holds no checkpoint of this run: starting from the beginning")
     elif args.resume:
-        print(f"continuing from update {state.step}")
+        tqdm.write(f"continuing from update {state.step}")
     if not continues_output(args):
         for name in RUN_FILES:  # those of an earlier run
             (Path(args.output) / name).unlink(missing_ok=True)
     log.write(**describe_run(args, procs, state.model), resumed_at=state.step)
     if report:
-        print(report)
-    print(f"{' with '.join(task.identity.values())}: batch {args.batch_size}, {args.micro_batch} "
-          f"at once on each of {procs.world} processes, peak rate {args.lr:g}, {total} updates, "
-          f"{state.per_epoch} per epoch, on {procs.device.type}, amp {args.amp}")
+        tqdm.write(report)
+    name = " with ".join(task.identity.values())
+    tqdm.write(f"{name}: batch {args.batch_size}, {args.micro_batch} at once on each of "
+               f"{procs.world} processes, peak rate {args.lr:g}, {total} updates, "
+               f"{state.per_epoch} per epoch, on {procs.device.type}, amp {args.amp}")
 
 
 def evaluation_due(state, eval_every, total):
@@ -2285,8 +2299,11 @@ def run_main(main, script):
     try:
         main()
         return
-    except (InputError, OSError) as error:
+    except InputError as error:
         message = str(error).split("InputError: ")[-1]  # a loader process adds its traceback
+        status = 2
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         status = 2
     except RuntimeError as error:
         if is_dead_worker(error):

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_train_imagenet import assert_same_state, last_state, logged_updates, read_records
+from test_train_imagenet import (
+    assert_same_state,
+    last_state,
+    logged_updates,
+    read_records,
+    write_checkpoint,
+)
 
 import linglo
 import secvit
@@ -678,6 +684,7 @@ BAD = {
     "--eval": "--eval needs --weights",
     "--weights x.pt": "no checkpoint x.pt",
     "--weights x.pt --backbone-weights y.pt": "--weights and --backbone-weights are mutually",
+    "--backbone-weights {d}/dense.pt": "dense.pt is a checkpoint of train_dense.py, not of a cl",
     "--weights {d}/bare.pt": "bare.pt is no checkpoint of this script; .* --backbone-weights",
     "--backbone stvit_s --option grid=8": "--option grid: stvit_s has only depths, dims, heads, gr",
     "--results x.json": "--results is for --eval",
@@ -696,6 +703,7 @@ BAD = {
 @pytest.mark.parametrize("typed", BAD)
 def test_bad_input_is_named(scenes, tiny, tmp_path, typed):
     torch.save({"weight": torch.zeros(2)}, scenes / "bare.pt")
+    write_checkpoint(scenes / "dense.pt", task="semfpn")
     fails([*typed.format(d=scenes).split(), "--output", tmp_path], BAD[typed])
 
 

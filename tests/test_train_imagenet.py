@@ -679,6 +679,12 @@ def test_help_names_what_overrides_a_default():
     assert text.endswith("(default 0.0; secvit 0.99992; sec 0.99992; drawn images 0.0)")
 
 
+def test_help_names_no_default_that_cannot_be_typed():
+    flag = train_imagenet.Flag(("1x", "3x"), None, "epochs")
+    overrides = {"detection": {"schedule": "3x"}, "pose": {"schedule": "pose"}}
+    assert train_imagenet.help_text("schedule", flag, overrides) == "epochs (detection 3x)"
+
+
 @pytest.mark.parametrize("group", OVERRIDES)
 def test_overrides_name_flags(group):
     assert OVERRIDES[group].keys() <= FLAGS.keys()
@@ -1901,6 +1907,14 @@ def test_an_environment_of_no_sense_is_an_error(monkeypatch, variables, message)
         train_imagenet.Processes()
 
 
+def test_the_start_line_is_not_appended_to_the_progress_bar(tiny, folder, tmp_path, monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    run(*FAST, "--data", folder, "--output", tmp_path, "--max-steps", 1)
+    assert re.search(r"[\r\n]secvit_t: batch ", terminal.getvalue())
+
+
 def test_the_reader_of_a_pipe_sees_every_line_at_once():
     reader, writer = os.pipe()
     with open(reader) as lines, open(writer, "w") as pipe:
@@ -1934,7 +1948,7 @@ BAD = {  # what is typed -> what the one line says; {d}: the data, {t}: a folder
     "--data {d} --batch-size 6 --micro-batch 4":
         "6 is not a multiple of --micro-batch 4 x 1 processes",
     "--data {d} --batch-size 512":
-        "512 is larger than the 14 .* for small data: --batch-size 16 --repeated-aug 1",
+        "512 is larger than the 14 .* for small data: --batch-size 14 --repeated-aug 1",
     "--data {d} --img-size 16":
         "--img-size: 16, expected at least 32",
     "--data {d} --epochs 0":
@@ -2001,6 +2015,12 @@ BAD = {  # what is typed -> what the one line says; {d}: the data, {t}: a folder
         "cannot read .*cut.pt",
     "--resume {t}/of_stvit.pt --model secvit_t":
         "holds stvit_s, but --model is secvit_t",
+    "--eval --weights {t}/of_stvit.pt --model secvit_t --data {d}":
+        "holds stvit_s, but --model is secvit_t",
+    "--eval --weights {t}/dense.pt --data {d}":
+        "dense.pt is a checkpoint of train_dense.py, not of a classifier",
+    "--weights {t}/dense.pt --data {d} --batch-size 2":
+        "dense.pt is a checkpoint of train_dense.py, not of a classifier",
     "--weights {t}/of_stvit.pt --model secvit_t --data {d} --batch-size 2":
         "do not fit SecViT",
     "--eval --weights {t}/part.pt --model secvit_t --data {d} --batch-size 2":
@@ -2012,7 +2032,7 @@ BAD = {  # what is typed -> what the one line says; {d}: the data, {t}: a folder
     "--resume {t}/tensor.pt":
         "tensor.pt holds a Tensor, expected a dict of tensors",
     "--model secvit_t --data {d} --batch-size 2 --output {t}/cut.pt":
-        "File exists",
+        ": [^ ]*/cut.pt: File exists",
     "--model secvit_t --data {t}/broken --batch-size 1 --repeated-aug 1 --workers 0":
         "ten files in a row cannot be decoded",
     "--model secvit_t --data {t}/broken --batch-size 1 --repeated-aug 1 --workers 1":
@@ -2037,6 +2057,7 @@ def wrong(tmp_path_factory):
     (root / "broken" / "train" / "x" / "a.png").unlink()
     (root / "cut.pt").write_bytes(b"PK\x03\x04 not all of it")
     write_checkpoint(root / "of_stvit.pt", model="stvit_s")
+    write_checkpoint(root / "dense.pt", task="semfpn")
     torch.save({"stem.0.weight": torch.zeros(8, 3, 3, 3)}, root / "part.pt")
     torch.save(small_model(num_classes=5).state_dict(), root / "five.pt")
     torch.save(torch.zeros(2), root / "tensor.pt")
