@@ -153,8 +153,8 @@ FLAGS = {
                         "folder as label PNGs (segmentation)"),
     "predict": OnceFlag(nonempty, None, "write overlays of these images, or of all images in these "
                         "folders, to --output; print what they show as JSON lines", several=True),
-    "threshold": OnceFlag(FRACTION, 0.3, "--predict: score of the objects, or keypoints, that are "
-                          "shown and counted"),
+    "threshold": OnceFlag(FRACTION, 0.3, "with --predict: score from which on objects, or "
+                          "keypoints, are shown and counted"),
     "score": OnceFlag(nonempty, None, "score a COCO results file, or a folder of label PNGs, "
                       "without a model"),
 }
@@ -312,6 +312,8 @@ def check_flags(typed, saved):
             raise InputError(f"the checkpoint holds {saved[flag]}, but --{flag} is {given}")
     if typed.iters and typed.epochs:
         raise InputError("--iters and --epochs are mutually exclusive")
+    if typed.threshold is not None and not typed.predict:
+        raise InputError("--threshold is for --predict")
 
 
 def check_model(args):

@@ -688,6 +688,7 @@ BAD = {
     "--weights {d}/bare.pt": "bare.pt is no checkpoint of this script; .* --backbone-weights",
     "--backbone stvit_s --option grid=8": "--option grid: stvit_s has only depths, dims, heads, gr",
     "--results x.json": "--results is for --eval",
+    "--task retinanet --threshold 0.5": "--threshold is for --predict",
     "--eval --predict a.jpg --weights x.pt": "mutually exclusive",
     "--predict a.jpg": "--predict needs --weights",
     "--data {d} --batch-size 3 --micro-batch 2": "not a multiple of --micro-batch",
