@@ -2970,6 +2970,14 @@ class Pose(DenseTask):
         keep = oks_nms(points, scores, sizes.prod(1), SIGMAS[:K])
         return points[keep], scores[keep]
 
+    def boxes_of(self, files):
+        """{image file: person boxes (P, 5) in the file of --boxes}. Raises: InputError if none."""
+        person_boxes = read_person_boxes(self.args.boxes)
+        boxes = {path: self.boxes_in(path, person_boxes) for path in files}
+        if not any(map(len, boxes.values())):
+            raise InputError(f"{self.args.boxes} holds no person in these images")
+        return boxes
+
     def boxes_in(self, path, person_boxes):
         """Those of `read_person_boxes` (P, 5) for an image file whose name ends in the image id."""
         numbers = re.findall("[0-9]+", Path(path).stem)
@@ -3880,13 +3888,13 @@ def predict(task, args, procs, checkpoint):
     files = train_imagenet.list_images(args.predict)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    person_boxes = read_person_boxes(args.boxes) if args.boxes else {}
+    boxes = task.boxes_of(files) if args.boxes else {}
     classes = checkpoint["classes"]
     entry = "ema" if checkpoint["ema"] else "model"
     model = train_imagenet.load_trained(task, checkpoint, entry, classes).to(procs.device)
     names = overlay_names(files, args.task)
     for path, image in train_imagenet.read_images(files, procs):
-        options = {"boxes": task.boxes_in(path, person_boxes)} if args.boxes else {}
+        options = {"boxes": boxes[path]} if args.boxes else {}
         prediction = task.predict(model, image, **options)
         overlay = output / names[path]
         task.overlay(image, prediction, classes).save(overlay)

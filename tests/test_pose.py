@@ -1159,3 +1159,22 @@ def test_boxes_of_a_file_are_found_by_its_last_number(file, count):
 def test_a_file_without_number_has_no_boxes():
     with pytest.raises(train_dense.InputError, match="photo.jpg: .* must be its id"):
         make_task().boxes_in("1/photo.jpg", [])
+
+
+def write_person(path, image_id):
+    result = {"image_id": image_id, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}
+    path.write_text(json.dumps([result]))
+    return str(path)
+
+
+def test_boxes_of_files_come_from_a_results_file(tmp_path):
+    task = make_task(boxes=write_person(tmp_path / "boxes.json", image_id=2))
+    boxes = task.boxes_of(["1.jpg", "2.jpg"])
+    assert boxes["1.jpg"].shape == (0, 5)
+    assert boxes["2.jpg"].tolist() == [[1, 2, 3, 4, 0.5]]
+
+
+def test_boxes_of_other_images_are_an_error(tmp_path):
+    task = make_task(boxes=write_person(tmp_path / "boxes.json", image_id=3))
+    with pytest.raises(train_dense.InputError, match="boxes.json holds no person in these images"):
+        task.boxes_of(["1.jpg", "2.jpg"])
