@@ -42,6 +42,11 @@ def normal(*shape):
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
+def one_row(values, device):
+    """Numbers as a float32 tensor of one row."""
+    return torch.tensor([values], dtype=torch.float32, device=device)
+
+
 def assert_same_gradients(fast, slow, variables):
     """Of two scalars; variables that do not matter have a gradient of 0."""
     fast_grads = torch.autograd.grad(fast, variables, retain_graph=True, materialize_grads=True)
@@ -119,7 +124,8 @@ def test_roi_align_matches_loops(scale, S, device):
     image = torch.randint(0, 3, (len(boxes), 1))
     slow = []
     for i, box in zip(image[:, 0], boxes.tolist()):
-        slow.append(loop_roi_align(features[i], box, S, scale))
+        pooled = loop_roi_align(features[i], box, S, scale)
+        slow.append(pooled)
     slow = torch.stack(slow)
     rois = torch.cat([image, boxes], 1).to(device)
     fast = roi_align(features.to(device), rois, S, scale).cpu()
@@ -284,7 +290,10 @@ def test_a_mean_of_one_half_is_inside(row, expected, device):
 
 @pytest.mark.parametrize("boxes", [
     [[0., 0., 0., 0.]],
-    [[4., 1., 4., 2.], [0., 0., 4., 2.]],                   # the second one has an extent
+    [
+        [4., 1., 4., 2.],
+        [0., 0., 4., 2.],                                   # this one has an extent
+    ],
 ])
 def test_mask_targets_of_a_box_without_extent_are_empty(boxes, device):
     masks = torch.ones(1, 2, 4, dtype=torch.bool, device=device)
@@ -371,7 +380,7 @@ def test_pasted_masks_of_flat_boxes_are_finite(device):
 def test_a_box_without_extent_shows_the_middle_of_its_mask(box, rows, columns, device):
     mask = torch.zeros(1, 5, 5, device=device)
     mask[0, 1:4, 2] = 1
-    boxes = torch.tensor([box], dtype=torch.float32, device=device)
+    boxes = one_row(box, device)
     pasted = train_dense.paste_masks(mask, boxes, (7, 9))[0] >= 0.5
     expected = torch.zeros(7, 9, dtype=torch.bool)
     expected[np.ix_(rows, columns)] = True
@@ -457,7 +466,12 @@ def loop_decode(box, delta):
 def loop_clip(box, size):
     H, W = size
     x1, y1, x2, y2 = (max(v, 0.0) for v in box)
-    return [min(x1, W), min(y1, H), min(x2, W), min(y2, H)]
+    return [
+        min(x1, W),
+        min(y1, H),
+        min(x2, W),
+        min(y2, H),
+    ]
 
 
 def loop_encode(start, box):
@@ -467,7 +481,12 @@ def loop_encode(start, box):
     box_h = box[3] - box[1]
     x = (box[0] + box_w / 2 - start[0] - w / 2) / w
     y = (box[1] + box_h / 2 - start[1] - h / 2) / h
-    return [x, y, math.log(box_w / w), math.log(box_h / h)]
+    return [
+        x,
+        y,
+        math.log(box_w / w),
+        math.log(box_h / h),
+    ]
 
 
 @pytest.mark.parametrize("class_specific", [True, False])
@@ -546,7 +565,8 @@ def test_proposals_match_loops(per_level, max_keep, shift, device):
             scores[image].tolist(), deltas[image].tolist(), anchors.tolist(), counts,
             sizes[image], per_level, max_keep,
         )
-        assert empty and suppressed
+        assert empty
+        assert suppressed
         assert left_over > 0 or max_keep == 1000
         assert_close(image_proposals.cpu(), doubles(expected))
 
@@ -607,7 +627,8 @@ def test_giou_loss_matches_loops(device):
     fast = train_dense.giou_loss(boxes.to(device), targets.to(device)).cpu()
     slow = torch.stack([1 - loop_giou(a, b) for a, b in zip(boxes, targets)])
     assert fast.shape == (40,)
-    assert (slow > 1).any() and (slow < 1).any()
+    assert (slow > 1).any()
+    assert (slow < 1).any()
     assert_close(fast, slow)
     weight = torch.rand(40, dtype=torch.float64)
     assert_same_gradients((fast * weight).sum(), (slow * weight).sum(), [boxes])
@@ -619,10 +640,10 @@ def test_giou_loss_matches_loops(device):
     ((0, 0, 1, 1), (0, 0, 2, 1), 1 / 2),                    # half covered
 ])
 def test_giou_loss_by_hand(box, target, expected, device):
-    boxes = torch.tensor([box], dtype=torch.float32, device=device)
-    targets = torch.tensor([target], dtype=torch.float32, device=device)
+    boxes = one_row(box, device)
+    targets = one_row(target, device)
     loss = train_dense.giou_loss(boxes, targets)
-    assert_close(loss.cpu(), torch.tensor([expected], dtype=torch.float32))
+    assert_close(loss, torch.tensor([expected], dtype=torch.float32, device=device))
 
 
 @pytest.mark.parametrize("box, target", [
@@ -631,8 +652,8 @@ def test_giou_loss_by_hand(box, target, expected, device):
     ((1, 1, 1, 1), (4, 4, 4, 4)),
 ])
 def test_giou_loss_without_area_is_finite(box, target, device):
-    boxes = torch.tensor([box], dtype=torch.float32, device=device, requires_grad=True)
-    targets = torch.tensor([target], dtype=torch.float32, device=device)
+    boxes = one_row(box, device).requires_grad_()
+    targets = one_row(target, device)
     loss = train_dense.giou_loss(boxes, targets)
     assert loss.isfinite().all()
     grad, = torch.autograd.grad(loss.sum(), boxes)
@@ -677,9 +698,11 @@ def test_rpn_losses_match_loops(box_loss, beta, device):
     index, positive, negative = (x.cpu() for x in sample)
     used = positive | negative
     count = used.sum(1).tolist()
-    assert count[:2] == [256, 256] and 0 < count[2] < 256
+    assert count[:2] == [256, 256]
+    assert 0 < count[2] < 256
     positives = positive.sum(1).tolist()
-    assert positives[:2] == [128, 0] and positives[2]
+    assert positives[:2] == [128, 0]
+    assert positives[2]
     classification = 0
     regression = 0
     for b, i in used.nonzero().tolist():
@@ -784,7 +807,8 @@ def test_models_train_every_parameter(tiny_model, kind, train_batch, with_object
     assert list(losses) == loss_names(model.cascade)
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -1072,7 +1096,8 @@ def test_masks_of_a_batch_are_padded():
     assert sizes.tolist() == [[20, 30], [40, 25], [33, 12]]
     assert boxes.shape == (3, 2, 4)
     assert labels.tolist() == [[0, 1], [-1, -1], [0, -1]]
-    assert masks.shape == (3, 64, 32) and masks.dtype == torch.bool
+    assert masks.shape == (3, 64, 32)
+    assert masks.dtype == torch.bool
     assert masks.sum((1, 2)).tolist() == [600, 600, 33 * 12]
     assert masks[:2, :20, :30].all()
     assert masks[2, :33, :12].all()
@@ -1104,7 +1129,8 @@ def test_boxes_and_masks_are_evaluated(one_object):
     task = make_task()
     *_, masks = task.predict(model, image)
     assert masks.shape == (1, 50, 100)
-    assert masks[0, 5:25, 10:40].all() and masks.sum() == 600
+    assert masks[0, 5:25, 10:40].all()
+    assert masks.sum() == 600
     sample = 0, (image, None, None)
     record = task.record(source, sample, task.infer(model, sample))
     metrics = task.summarize(source, [record])
@@ -1160,7 +1186,8 @@ def test_coco_reads_masks_for_training(segmentation, coco_with_mask):
     assert boxes.tolist() == [[10, 5, 40, 25]]
     assert labels.tolist() == [0]
     assert masks.shape == (1, 50, 100)
-    assert masks[0, 5:25, 10:40].all() and masks.sum() == 600
+    assert masks[0, 5:25, 10:40].all()
+    assert masks.sum() == 600
     assert len(task.open_split(folder, "val").read(0)) == 3
 
 
