@@ -696,7 +696,9 @@ BAD = {
     "--data {d} --task upernet --batch-size 2 --micro-batch 1": "single value per channel",
     "--weights {d}/nothing.pt --eval": "no checkpoint",
     "--data {d} --task retinanet --score {d}/nothing.json": "cannot read",
-    "--img-size 8": "expected at least 64",
+    "--img-size 8": "expected at least 64, at most 8192",
+    "--img-size 100000": "expected at least 64, at most 8192",
+    "--workers 100000": "expected at least 0, at most 1024",
     "--iter 5": "unrecognized arguments: --iter 5",
 }
 
