@@ -129,8 +129,8 @@ FLAGS = {
     "warmup_iters": Flag(bounded(int, 0), 500, "linear warm-up"),
     "weight_decay": Flag(NOT_NEGATIVE, 1e-4, "AdamW's weight decay"),
     "norm_decay": Flag(ON_OFF, True, "whether it applies to norms, too"),
-    "img_size": Flag(bounded(int, 64, 8192), 800, "crop side (segmentation), crop height (pose), shorter "
-                     "side (detection)"),
+    "img_size": Flag(bounded(int, 64, 8192), 800, "crop side (segmentation), crop height "
+                     "(pose), shorter side (detection)"),
     "frozen_bn": Flag(ON_OFF, None, "backbone BatchNorm statistics fixed; default on with "
                       "--backbone-weights and --weights"),
     "sync_bn": Flag(ON_OFF, False, "batch statistics over all GPUs"),
