@@ -909,6 +909,8 @@ def main():
         help="plot the attention of the token there, in fractions of width and height",
     )
     args = parser.parse_args()
+    if "" in (args.image, args.weights, args.output):  # an unset shell variable
+        parser.error("a file name is empty")
     torch.manual_seed(0)
     factory = globals()[args.model]
     path = args.image

@@ -770,6 +770,8 @@ def main():
     parser.add_argument("--weights", help="trained weights (default: random, seed 0)")
     parser.add_argument("--deploy", metavar="FILE", help="fold RP-CPE of --weights, write FILE")
     args = parser.parse_args()
+    if "" in (args.image, args.weights, args.output, args.deploy):  # an unset shell variable
+        parser.error("a file name is empty")
     if args.deploy and not args.weights:
         parser.error("--deploy needs --weights")
     torch.manual_seed(0)

@@ -185,7 +185,7 @@ RUN_FLAGS = {  # of both scripts
     "compile": Flag(bool, False, "torch.compile the model for training"),
     "channels_last": Flag(bool, False, "store convolution weights channels-last"),
     "deterministic": Flag(bool, False, "only deterministic GPU kernels: slower, repeatable"),
-    "workers": OnceFlag(bounded(int, 0, 1024), None, "loader processes per process; changes speed "
+    "workers": OnceFlag(bounded(int, 0, 256), None, "loader processes per process; changes speed "
                         "only; default: its CPU cores, at most 10"),
     "seed": Flag(bounded(int, 0, 2 ** 63 - 1), 0, "random seed of initialisation, order and "
                  "augmentation"),

@@ -486,6 +486,15 @@ def test_averaged_weights_are_loaded(name, tmp_path):
 
 
 @each_file
+@pytest.mark.parametrize("arguments", [[""], ["--weights", ""], ["-o", ""]])
+def test_main_refuses_an_empty_file_name(name, arguments, monkeypatch, capsys):
+    """Not a default: a shell variable may be unset."""
+    with pytest.raises(SystemExit):
+        run_main(name, monkeypatch, *arguments)
+    assert "a file name is empty" in capsys.readouterr().err
+
+
+@each_file
 def test_main_loads_weights(name, tmp_path, monkeypatch):
     torch.manual_seed(3)  # `main` seeds its random weights with 0
     torch.save({"model": small_model(name).state_dict()}, tmp_path / "weights.pt")
