@@ -3918,13 +3918,6 @@ def overlay_names(files, task):
     return names
 
 
-def score(task, args, procs, _checkpoint):
-    """--score: print one JSON line with the metrics of a results file or folder."""
-    val_set, = task.open_data(procs, "val")
-    if procs.rank == 0:
-        print(json.dumps(task.score_results(val_set, args.score)))
-
-
 def main(argv=None):
     """Resolve the arguments, then train, evaluate, predict or score."""
     args, checkpoint = resolve_args(argv)
@@ -3932,7 +3925,7 @@ def main(argv=None):
     if args.predict:
         command = predict
     elif args.score:
-        command = score
+        command = train_imagenet.score
     train_imagenet.launch(command, TASKS[args.task], args, checkpoint)
 
 

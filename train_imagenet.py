@@ -225,6 +225,7 @@ FLAGS = {
     "frozen_bn": Flag(bool, False, "train in eval mode: BatchNorm statistics fixed, no drop path"),
     "results": OnceFlag(nonempty, None, "with --eval: write the class and the five most probable "
                         "classes of each image to this file, a JSON line each"),
+    "score": OnceFlag(nonempty, None, "print the accuracies of a file of --results on --data"),
     "predict": OnceFlag(nonempty, None, "print the five most probable classes of these images, or "
                         "of all images in these folders, as JSON lines", several=True),
 }
@@ -360,7 +361,7 @@ def resolve_args(argv=None):
     args = fill_defaults(typed, FLAGS, overrides, saved)
     args = resolve_run(args, saved, args.model)
     args = replace_flags(args, option=resolve_options(args.model, args.option))
-    if args.eval or args.predict:
+    if args.eval or args.predict or args.score:
         args = replace_flags(args, micro_batch=args.micro_batch or MAX_MICRO_BATCH)
     else:
         args = replace_flags(args, micro_batch=choose_micro_batch(args, MAX_MICRO_BATCH))
@@ -467,7 +468,7 @@ def is_deployed(model, state):
 
 def open_checkpoint(typed):
     """The file that --eval, --predict or --resume reads, or None. Raises: InputError."""
-    check_commands(typed, "eval", "predict", "resume")
+    check_commands(typed, "eval", "predict", "score", "resume")
     if typed.resume:
         output = typed.output or default_output(typed.model or FLAGS["model"].default)
         return find_checkpoint(typed.resume, output, "model")
@@ -1878,6 +1879,44 @@ class Classification:
         lines = [json.dumps(entry) + "\n" for entry in results]
         Path(path).write_text("".join(sorted(lines)))
 
+    def score_results(self, source, path):
+        """Top-1 and top-5, as of `summarize`, of a file of `write_results`.
+
+        Images are told apart by class folder and file. Raises: InputError for a file that is none
+        and one without some image.
+        """
+        predicted = read_results(path)
+        ranks = []
+        for index in range(len(source)):
+            image = source.name(index)
+            names = predicted.get(Path(image).parts[-2:])
+            if names is None:
+                raise InputError(f"{path} lacks the image {image}")
+            label = source.classes[source.labels[index]]
+            ranks.append(names.index(label) if label in names else len(source.classes))
+        metrics = {}
+        for name, limit in {"top1": 1, "top5": 5}.items():
+            hits = sum(rank < limit for rank in ranks)
+            metrics[name] = 100 * hits / len(ranks)
+        if self.num_classes <= 5:
+            del metrics["top5"]
+        return metrics
+
+
+def read_results(path):
+    """A file of `Classification.write_results`: {(class folder, file): class names, best first}.
+
+    Raises: InputError for any other file.
+    """
+    predicted = {}
+    try:
+        for line in Path(path).read_text().splitlines():
+            entry = json.loads(line)
+            predicted[Path(entry["image"]).parts[-2:]] = list(entry["probabilities"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} holds no results ({type(error).__name__}: {error})") from None
+    return predicted
+
 
 def best_classes(logits, classes):
     """{name: probability} of the five most probable classes, best first; logits (K,)."""
@@ -2227,6 +2266,13 @@ def load_trained(task, checkpoint, entry, classes):
 
 
 @torch.no_grad()
+def score(task, args, procs, _checkpoint):
+    """--score: print one JSON line with the metrics of a file, or folder, of results."""
+    val_set, = task.open_data(procs, "val")
+    if procs.rank == 0:
+        print(json.dumps(task.score_results(val_set, args.score)))
+
+
 def predict(task, args, procs, checkpoint):
     """--predict: print one JSON line with the most probable classes of each image."""
     files = list_images(args.predict)
@@ -2260,11 +2306,13 @@ def launch(command, make_task, args, checkpoint):
 
 
 def main(argv=None):
-    """Resolve the arguments, then train, evaluate or predict."""
+    """Resolve the arguments, then train, evaluate, predict or score."""
     args, checkpoint = resolve_args(argv)
     command = test if args.eval else train
     if args.predict:
         command = predict
+    elif args.score:
+        command = score
     launch(command, Classification, args, checkpoint)
 
 

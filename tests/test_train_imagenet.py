@@ -1394,6 +1394,46 @@ def test_results_of_an_evaluation_give_its_accuracy(finished, tmp_path, capsys):
     assert 100 * sum(hits) / len(hits) == scores["ema_top1"]
 
 
+def test_results_score_like_their_evaluation(finished, tmp_path, capsys, folder):
+    """Of two classes, so without top-5."""
+    path = tmp_path / "results.jsonl"
+    metrics = evaluate(capsys, "--weights", finished / "last.pt", "--results", path)
+    run("--score", path, "--data", folder)
+    assert json.loads(capsys.readouterr().out) == {"top1": metrics["ema_top1"]}
+
+
+def test_scores_by_hand(tmp_path):
+    """Seven classes; the images' own are first, fifth, and not among the five."""
+    names = ["x/a/1.jpg", "x/b/1.jpg", "x/c/1.jpg"]
+
+    class Source(list):
+        classes = list("abcdefg")
+        labels = [0, 1, 2]
+        name = list.__getitem__
+
+    lines = []
+    for name, best in zip(names, ("abcde", "cdefb", "abdef")):
+        probabilities = dict.fromkeys(best, 0.1)
+        lines.append(json.dumps({"image": f"y{name[1:]}", "probabilities": probabilities}))
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join(lines))
+    task = argparse.Namespace(num_classes=7)
+    metrics = train_imagenet.Classification.score_results(task, Source(names), path)
+    assert metrics == {"top1": pytest.approx(100 / 3), "top5": pytest.approx(200 / 3)}
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{}", "holds no results"),
+    ("[1]", "holds no results"),
+    ('{"image": "a/b.jpg", "probabilities": {"a": 1}}', "lacks the image"),
+])
+def test_other_files_are_no_results(finished, tmp_path, folder, content, message):
+    path = tmp_path / "results.jsonl"
+    path.write_text(content)
+    with pytest.raises(train_imagenet.InputError, match=message):
+        run("--score", path, "--data", folder)
+
+
 def test_results_that_cannot_be_written_are_refused_before_the_evaluation(finished, tmp_path):
     with pytest.raises(OSError, match="Is a directory"):
         run("--eval", "--weights", finished / "last.pt", "--results", tmp_path)
