@@ -1420,7 +1420,8 @@ def fig_4_panel(title, names, values):
     panel.paste(plot, (0, 24))
     draw = ImageDraw.Draw(panel)
     draw.text((260, 6), title, "black", anchor="ma")
-    draw.text((260, 394), "image side, pixels", "black", anchor="ma")
+    text = "image side, pixels (of lines that coincide, the last name's is visible)"
+    draw.text((260, 394), text, "black", anchor="ma")
     return panel
 
 
