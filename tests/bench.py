@@ -1274,12 +1274,12 @@ def machine_mib():
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / MIB
 
 
-def time_functions(functions):
+def time_functions(functions, repeats=LAYER_REPEATS):
     """Median milliseconds after a warm-up call; a single call each if that takes over 2 s."""
     first = sum(milliseconds(function) for function in functions)
     if first > 2000:
         return [milliseconds(function) for function in functions]
-    return median_times(functions, LAYER_REPEATS)
+    return median_times(functions, repeats)
 
 
 def measure_memory(tables):
@@ -1382,7 +1382,7 @@ def time_what_fits(functions):
     """Median milliseconds; removes the last functions until the GPU's memory suffices."""
     while functions:
         try:
-            return time_functions(functions)
+            return time_functions(functions, MODEL_REPEATS)
         except torch.OutOfMemoryError:
             functions.pop()
         free_memory()
@@ -1420,7 +1420,8 @@ def fig_4_panel(title, names, values):
     panel.paste(plot, (0, 24))
     draw = ImageDraw.Draw(panel)
     draw.text((260, 6), title, "black", anchor="ma")
-    draw.text((260, 394), "image side, pixels", "black", anchor="ma")
+    text = "image side, pixels (of lines that coincide, the last name's is visible)"
+    draw.text((260, 394), text, "black", anchor="ma")
     return panel
 
 
