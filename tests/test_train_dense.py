@@ -698,7 +698,7 @@ BAD = {
     "--data {d} --task retinanet --score {d}/nothing.json": "cannot read",
     "--img-size 8": "expected at least 64, at most 8192",
     "--img-size 100000": "expected at least 64, at most 8192",
-    "--workers 100000": "expected at least 0, at most 1024",
+    "--workers 100000": "expected at least 0, at most 256",
     "--iter 5": "unrecognized arguments: --iter 5",
 }
 

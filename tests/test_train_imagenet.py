@@ -2022,7 +2022,7 @@ BAD = {  # what is typed -> what the one line says; {d}: the data, {t}: a folder
     "--predict a.jpg":
         "--predict needs --weights",
     "--eval --predict a.jpg --weights {t}/five.pt":
-        "--eval, --predict, --resume are mutually exclusive",
+        "--eval, --predict, --score, --resume are mutually exclusive",
     "--model clustr_t --option aggregation":
         "--option: 'aggregation', expected NAME=VALUE",
     "--model clustr_t --option aggregate=grid":
