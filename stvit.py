@@ -184,7 +184,7 @@ def split_cells(x, grid):
     gh, gw = grid
     H, W = x.shape[2:]
     x = x.permute(0, 2, 3, 1)
-    if H % gh or W % gw:
+    if H % gh != 0 or W % gw != 0:  # torch 2.6 would compile again for each remainder of "H % gh"
         x = F.pad(x, (0, 0, 0, -W % gw, 0, -H % gh))                    # (B, H'*gh, W'*gw, C)
     x = x.unflatten(2, (-1, gw)).unflatten(1, (-1, gh))                 # (B, H', gh, W', gw, C)
     return x.transpose(2, 3).flatten(3, 4)
