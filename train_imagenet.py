@@ -445,7 +445,7 @@ def fit_value(name, value, default):
 def saved_arguments(state, *names):
     """The arguments, or those of these names, in a checkpoint of this script; of others, none."""
     saved = state.get("args") if state else None
-    if not isinstance(saved, dict) or saved.get("model") not in MODELS:
+    if not isinstance(saved, dict) or str(saved.get("model")) not in MODELS:
         return {}  # the authors' files hold other arguments
     return {name: saved[name] for name in names or saved if name in saved}
 
@@ -1346,6 +1346,8 @@ def not_finite(what, step, lr, output, saved_at):
 
 def check_classes(what, classes, expected):
     """Raise InputError unless two lists of class names agree."""
+    if not isinstance(classes, list):
+        raise InputError(f"{what} holds no list of class names")
     if classes != expected:
         ours, theirs = (f"{len(c)} ({', '.join(c[:5])}, ...)" for c in (classes, expected))
         raise InputError(f"{what} has the classes {ours}, the data has {theirs}")

@@ -1422,6 +1422,12 @@ def test_scores_by_hand(tmp_path):
     assert metrics == {"top1": pytest.approx(100 / 3), "top5": pytest.approx(200 / 3)}
 
 
+@pytest.mark.parametrize("classes", [None, 7])
+def test_classes_of_a_foreign_type_are_refused(classes):
+    with pytest.raises(train_imagenet.InputError, match="a.pt holds no list of class names"):
+        train_imagenet.check_classes("a.pt", classes, ["b", "c"])
+
+
 @pytest.mark.parametrize("content, message", [
     ("{}", "holds no results"),
     ("[1]", "holds no results"),
