@@ -1736,6 +1736,7 @@ class Classification:
     record(source, batch, prediction)  what the metrics need of it
     results(source, batch, prediction) what --results writes of it, a list
     write_results(path, results)       write the file of --results
+    score_results(source, path)        {metric: value} of such a file, for --score
     summarize(source, records)         {metric: value} of all batches' records
     summarize_classes(source, records) a value for each class, NaN if it does not occur, or []
     small_batch, small_data            --batch-size, other flags for less data than a default batch
@@ -2267,7 +2268,6 @@ def load_trained(task, checkpoint, entry, classes):
     return model.eval()
 
 
-@torch.no_grad()
 def score(task, args, procs, _checkpoint):
     """--score: print one JSON line with the metrics of a file, or folder, of results."""
     val_set, = task.open_data(procs, "val")
@@ -2275,6 +2275,7 @@ def score(task, args, procs, _checkpoint):
         print(json.dumps(task.score_results(val_set, args.score)))
 
 
+@torch.no_grad()
 def predict(task, args, procs, checkpoint):
     """--predict: print one JSON line with the most probable classes of each image."""
     files = list_images(args.predict)
