@@ -184,20 +184,6 @@ def aggregate(x, score, index, clusters):
     return merged.view(B, clusters, C).to(x.dtype)                          # (B, M, C), Eq. 3
 
 
-def token_attention(attention, score, index):
-    """Attention of one token to all tokens: its attention to clusters, spread over their tokens.
-
-    It is a row of softmax(Q K^T / sqrt(d)) W of one scale, where W (M, N) holds the weights w of
-    Eq. 3, for visualisation only.
-
-    Args: attention (M,), to the merged tokens; score and index (N,), as in `aggregate`.
-    Returns: (N,), which sums to 1.
-    """
-    weight = (score.double() - score.max()).exp()                           # (N,)
-    total = weight.new_zeros(len(attention)).index_add(0, index, weight)    # (M,)
-    return attention[index] * weight / total[index]
-
-
 @torch.library.custom_op(
     "clustr::cluster_tokens",
     mutates_args=(),
@@ -603,7 +589,7 @@ def nearest_distances(x, norm, k, chunk):
     nearest = []
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
-        partial = torch.bmm(rows[:, start:stop], columns.mT)                       # (B, R, N)
+        partial = torch.bmm(rows[:, start:stop], columns.mT)              # (B, R, N)
         partial.diagonal(start, 1, 2).copy_(-norm[:, start:stop])           # d_ii is exactly 0
         nearest.append(smallest(partial, k))                                # (B, R, k)
     return squared_distances(torch.cat(nearest, 1), norm[:, :N, None])
@@ -646,7 +632,7 @@ def nearest_before(x, norm, chunk):
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
         size = stop - start
-        partial = torch.bmm(rows[:, start:stop], columns[:, :stop].mT)         # (B, R, stop)
+        partial = torch.bmm(rows[:, start:stop], columns[:, :stop].mT)      # (B, R, stop)
         partial[:, :, start:] += not_before[:size, :size]
         nearest = partial.min(2)                                            # on ties the first
         delta.append(nearest.values)
@@ -726,6 +712,20 @@ def palette(clusters):
         value = 0.5 + 0.5 * (i * 0.732051 % 1)
         colours.append(colorsys.hsv_to_rgb(hue, saturation, value))
     return (255 * np.array(colours)).astype(np.uint8)
+
+
+def token_attention(attention, score, index):
+    """Attention of one token to all tokens: its attention to clusters, spread over their tokens.
+
+    It is a row of softmax(Q K^T / sqrt(d)) W of one scale, where W (M, N) holds the weights w of
+    Eq. 3, for visualisation only.
+
+    Args: attention (M,), to the merged tokens; score and index (N,), as in `aggregate`.
+    Returns: (N,), which sums to 1.
+    """
+    weight = (score.double() - score.max()).exp()                           # (N,)
+    total = weight.new_zeros(len(attention)).index_add(0, index, weight)    # (M,)
+    return attention[index] * weight / total[index]
 
 
 def blue_to_red(values):

@@ -156,29 +156,6 @@ def update_super_tokens(tokens, association):
     return supers.to(total.dtype)
 
 
-def token_attention(association, attention, cells, token):
-    """Attention of one token to all tokens, its row of Q A(S) Q^T (Eq. 15), for visualisation only.
-
-    As a product of matrices, with Q (N, M) and normalised columns in the second one, it is
-        Q[token] @ A @ (Q / Q.sum(0)).T                                 # (N,)
-    Args:
-        association: (M, P, 9), Q of one sample, from `sample_super_tokens`.
-        attention: (M, M), A(S) of Eq. 10, of a head or the mean of the heads.
-        cells: (H', W'), with M = H' * W'.
-        token: the cell in [0, M) and the position in it in [0, P).
-    Returns: (M, P), tokens by cell. It sums to less than 1 for a token at the border.
-    """
-    cell, position = token
-    parts = association.new_zeros(len(attention), 9)                    # (M, 9)
-    parts[cell] = association[cell, position]
-    row = fold_neighbours(parts.view(1, *cells, 9, 1)).flatten()        # (M,), Q[token]
-    association = association.unflatten(0, cells)[None]                 # (1, H', W', P, 9)
-    column_sum = fold_neighbours(association.sum(3)[..., None]).flatten()   # (M,), Q.sum(0)
-    supers = (row @ attention) / (column_sum + 1e-12)                   # (M,)
-    neighbours = gather_neighbours(supers.view(1, *cells, 1))           # (1, H', W', 9, 1)
-    return (association @ neighbours).flatten(0, 2).squeeze(2)          # (M, P)
-
-
 def split_cells(x, grid):
     """(B, C, H, W) -> tokens by cell (B, H', W', P, C), zero-padded right and bottom."""
     gh, gw = grid
@@ -815,6 +792,29 @@ def attention_map(attn, x, row, column):
     weights = token_attention(association[0], attention, cells, token)  # (M, P)
     weights = merge_cells(weights.view(1, *cells, -1, 1), attn.grid)    # (1, H'*gh, W'*gw, 1)
     return weights[0, :H, :W, 0]
+
+
+def token_attention(association, attention, cells, token):
+    """Attention of one token to all tokens, its row of Q A(S) Q^T (Eq. 15), for visualisation only.
+
+    As a product of matrices, with Q (N, M) and normalised columns in the second one, it is
+        Q[token] @ A @ (Q / Q.sum(0)).T                                 # (N,)
+    Args:
+        association: (M, P, 9), Q of one sample, from `sample_super_tokens`.
+        attention: (M, M), A(S) of Eq. 10, of a head or the mean of the heads.
+        cells: (H', W'), with M = H' * W'.
+        token: the cell in [0, M) and the position in it in [0, P).
+    Returns: (M, P), tokens by cell. It sums to less than 1 for a token at the border.
+    """
+    cell, position = token
+    parts = association.new_zeros(len(attention), 9)                    # (M, 9)
+    parts[cell] = association[cell, position]
+    row = fold_neighbours(parts.view(1, *cells, 9, 1)).flatten()        # (M,), Q[token]
+    association = association.unflatten(0, cells)[None]                 # (1, H', W', P, 9)
+    column_sum = fold_neighbours(association.sum(3)[..., None]).flatten()   # (M,), Q.sum(0)
+    supers = (row @ attention) / (column_sum + 1e-12)                   # (M,)
+    neighbours = gather_neighbours(supers.view(1, *cells, 1))           # (1, H', W', 9, 1)
+    return (association @ neighbours).flatten(0, 2).squeeze(2)          # (M, P)
 
 
 def blue_to_red(values):

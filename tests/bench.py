@@ -70,19 +70,12 @@ and attention products as if the reductions were 64, 16, 4, 1; SecViT's are laye
 have gathering and folding, too; SEC-Swin's are "all"; LinGlo's paper has none. Dense tables have
 80 classes for detection, 150 for segmentation. LinGlo is deployed.
 
-Runs behind the README's figures (cifar10: 5,000 + 1,000 CIFAR-10 images as JPEG folders; coco8,
-wholebody4: 8 COCO and 4 COCO-WholeBody images, the same as train and val). CIFAR-10, for the other
-models with --model clustr_t, linglo_b0, stvit_s --epochs 10:
+The README's pictures of mechanisms have weights trained on cifar10, 5,000 + 1,000 CIFAR-10 images
+as JPEG folders; for the other models with --model clustr_t, linglo_b0, stvit_s --epochs 10:
     python train_imagenet.py --model secvit_t --epochs 12 --data cifar10 --img-size 64 \\
         --output runs/cifar_secvit_t --batch-size 64 --lr 4e-4 --warmup-epochs 1 --mixup 0 \\
         --cutmix 0 --randaug none --random-erase 0 --repeated-aug 1 --min-crop 0.5 --test-crop 1 \\
         --drop-path 0 --ema 0 --workers 0
-Mask R-CNN; Cascade with --task cascade_mask_rcnn --schedule 1x --iters 240 --rois 16; pose:
-    python train_dense.py --task mask_rcnn --data coco8 --backbone linglo_b0 --img-size 160 \\
-        --batch-size 4 --micro-batch 4 --iters 450 --lr 3e-4 --rois 32 --clip-grad 1 \\
-        --warmup-iters 50 --drop-path 0 --workers 0
-    python train_dense.py --task pose --data wholebody4 --backbone linglo_b0 --batch-size 6 \\
-        --iters 300 --lr 1e-3 --warmup-iters 20 --jitter 0 --workers 0
 
 Peak memory of a whole process, for one 800 x 1333 image (66,800 tokens in stage 1):
 
