@@ -600,8 +600,6 @@ class FPN(nn.Module):
         return outputs
 
 
-
-
 def read_annotated_image(path, width, height):
     """An image file as RGB, turned by its EXIF orientation if its annotations' size needs that.
 
@@ -1140,6 +1138,7 @@ class Segmentation(DenseTask):
             records.append(count_pixels(prediction, labels, len(source.classes)))
         return self.summarize(source, records)
 
+
 # ------------------------------------------------------------------------------ boxes and RetinaNet
 # Object detection on COCO's layout: files, augmentation, boxes, anchors, their assignment to
 # objects, non-maximum suppression (NMS), RetinaNet (arXiv 1708.02002), its losses and its task.
@@ -1186,8 +1185,9 @@ class Coco:
         self.is_landscape = np.array([image["width"] > image["height"] for image in images])
         self.annotations = annotations if split == "val" else {}  # 1 GB for COCO's training split
         if masks and split == "val":
-            without = [a for a in data["annotations"] if not has_segmentation(a)]
-            self.left_out += Counter({f"{NO_MASK}, of the mask metrics": len(without)})
+            without = sum(not has_segmentation(a) for a in data["annotations"])
+            if without:
+                self.left_out[f"{NO_MASK}, of the mask metrics"] = without
 
     def make_entry(self, image, annotations):
         """An image's dict, and boxes (x, y, w, h), labels and, for masks, dicts of its objects."""
@@ -1879,6 +1879,7 @@ class Detection(DenseTask):
         matches = match_results(source, path, ["bbox"])
         return {"kind": "bbox"} | self.summarize(source, matches["bbox"])
 
+
 # --------------------------------------------------------------------------------------- Mask R-CNN
 # Instance segmentation: Mask R-CNN (arXiv 1703.06870) and Cascade Mask R-CNN (arXiv 1712.00726)
 # with a region proposal network (RPN, arXiv 1506.01497). Files, augmentation, boxes, assignment and
@@ -2529,6 +2530,7 @@ class InstanceSegmentation(DenseTask):
             entries = [dict(zip(names, itemgetter(*names)(result))) for result in results]
             write_coco_results(Path(path).with_suffix(f".{kind}.json"), entries)
 
+
 # --------------------------------------------------------------------------------------------- pose
 # Keypoints of persons, top-down: a detector gives boxes, and the network sees one crop per person.
 # SimpleBaseline (arXiv 1804.06208) on the 133 keypoints of COCO-WholeBody (arXiv 2007.11858), or on
@@ -3080,6 +3082,7 @@ class Pose(DenseTask):
         except (ValueError, TypeError) as error:                # a part's own score is no number
             raise InputError(f"{path}: {error}") from None
         return self.summarize(source, records)
+
 
 # --------------------------------------------------------------------- COCO's files, masks, metrics
 # Annotation and results files, checked when read; run-length masks and polygons; average precision
@@ -3644,6 +3647,7 @@ def category_ap(matches, kind, categories):
     """AP of each category as in `accumulate`, NaN without any object."""
     values = [accumulate(matches, kind, [category])["AP"] for category in categories]
     return [math.nan if value == -1 else value for value in values]
+
 
 # ------------------------------------------------------------------------------------- drawn scenes
 # Random shapes and people in the layouts of ADE20K and COCO, so that each task runs without data.
