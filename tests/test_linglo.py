@@ -248,24 +248,6 @@ def test_blank_pixels_give_gradients_of_ordinary_size(
     assert gradient_norm(model, images) <= 5 * ordinary
 
 
-@pytest.mark.parametrize("values", [(2, 2, 2), (2, 2, 2, 2, 2), (0, 2, 2, 2), (2, 2, 2, -2)])
-@pytest.mark.parametrize("argument", ["depths", "dims", "heads"])
-def test_stages_are_four_of_at_least_one(argument, values):
-    with pytest.raises(ValueError, match=f"{argument} = .*expected 4 values of at least 1"):
-        linglo.linglo_b0(**{argument: values})
-
-
-@pytest.mark.parametrize("argument, value, rule", [
-    ("num_classes", -1, "at least 0"),
-    ("drop_path_rate", -0.1, "0 <= rate < 1"),
-    ("drop_path_rate", 1, "0 <= rate < 1"),
-    ("drop_path_rate", math.nan, "0 <= rate < 1"),
-])
-def test_model_refuses_values_out_of_range(argument, value, rule):
-    with pytest.raises(ValueError, match=f"{argument} = {value}, expected {rule}"):
-        linglo.linglo_b0(**{argument: value})
-
-
 @pytest.mark.parametrize("cpe", linglo.CPE)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_reparameterised_outputs_are_the_same(cpe, dtype, tolerance, device):

@@ -106,6 +106,26 @@ def test_unknown_override_is_a_type_error(name):
         small_model(name, depth_=(1, 1, 1, 1))
 
 
+@each_file
+@pytest.mark.parametrize("values", [(2, 2, 2), (2, 2, 2, 2, 2), (0, 2, 2, 2), (2, 2, 2, -2)])
+@pytest.mark.parametrize("argument", ["depths", "dims", "heads"])
+def test_stages_are_four_of_at_least_one(name, argument, values):
+    with pytest.raises(ValueError, match=f"{argument} = .*expected 4 values of at least 1"):
+        small_model(name, **{argument: values})
+
+
+@each_file
+@pytest.mark.parametrize("argument, value, rule", [
+    ("num_classes", -1, "at least 0"),
+    ("drop_path_rate", -0.1, "0 <= rate < 1"),
+    ("drop_path_rate", 1, "0 <= rate < 1"),
+    ("drop_path_rate", math.nan, "0 <= rate < 1"),
+])
+def test_model_refuses_values_out_of_range(name, argument, value, rule):
+    with pytest.raises(ValueError, match=f"{argument} = {value}, expected {rule}"):
+        small_model(name, **{argument: value})
+
+
 @each_case
 @pytest.mark.parametrize("option, value", [
     ("num_classes", -1),
