@@ -166,6 +166,7 @@ MAX_MICRO_BATCH = 128
 TEST_CROP = 0.875  # default of --test-crop; larger images are evaluated whole
 WHOLE_TEST_IMAGE = 384  # pixels from which on they are
 MAX_PER_CLASS = 200  # classes, up to which --eval prints a metric of each; ADE20K has 150
+LOG_SECONDS = 30  # between two writings of a progress bar into a file
 WARMUP_START = 1e-6  # learning rate of update 0 if there is a warm-up
 
 RUN_FLAGS = {  # of both scripts
@@ -1508,6 +1509,12 @@ def describe_run(args, procs, model):
                 parameters=sum(p.numel() for p in model.parameters()))
 
 
+def bar_intervals():
+    """tqdm's seconds between two writings of a bar: in a file few, where each is another line."""
+    seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+    return dict(mininterval=seconds, maxinterval=max(seconds, 10))
+
+
 class RunLog:
     """log.jsonl and the progress bar; only rank 0 writes.
 
@@ -1527,7 +1534,7 @@ class RunLog:
         self.data_seconds = 0.0  # spent waiting for the loader since the last line
         self.clock = time.perf_counter()
         self.bar = tqdm(total=last_step * args.batch_size, initial=state.step * args.batch_size,
-                        unit="img", disable=procs.rank > 0)
+                        unit="img", disable=procs.rank > 0, **bar_intervals())
 
     def close(self):
         self.bar.close()
@@ -1562,8 +1569,8 @@ class RunLog:
 
     def end_update(self, state):
         self.unreadable += self.new_unreadable
+        self.bar.set_description(f"epoch {state.step / state.per_epoch:.1f}", refresh=False)
         self.bar.update(self.args.batch_size)
-        self.bar.set_description(f"epoch {state.step / state.per_epoch:.1f}")
 
     def flush(self, state):
         """Write one line of what was added. Raises: InputError if a loss is not finite."""
@@ -1591,7 +1598,7 @@ class RunLog:
                    images_per_s=len(rows) * self.args.batch_size / elapsed, data_wait=data_wait)
         terms = means if len(means) > 1 else {}
         self.bar.set_postfix(loss=f"{totals.mean():.3f}", lr=f"{state.lr:.1e}",
-                             data_wait=f"{data_wait:.2f}",
+                             data_wait=f"{data_wait:.2f}", refresh=False,
                              **{name: f"{value:.3f}" for name, value in terms.items()})
         self.losses = []
         self.rates = []
@@ -2215,13 +2222,15 @@ def name_values(classes, values, decimals):
 
 
 def show_progress(loader, batches, rank):
-    """The loader's items, with a progress bar on rank 0 for its images if stderr is a terminal.
+    """The loader's items, with a progress bar on rank 0 for its images.
 
+    In a file it appears only if the test takes longer than LOG_SECONDS.
     batches: the lists of keys that the loader reads.
     """
     total = sum(map(len, batches))
-    hidden = rank > 0 or not sys.stderr.isatty()
-    with tqdm(total=total, desc="testing", unit="img", leave=False, disable=hidden) as bar:
+    delay = 0 if sys.stderr.isatty() else LOG_SECONDS
+    with tqdm(total=total, desc="testing", unit="img", leave=False, disable=rank > 0, delay=delay,
+              **bar_intervals()) as bar:
         for item, keys in zip(loader, batches):
             yield item
             bar.update(len(keys))

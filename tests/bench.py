@@ -769,16 +769,16 @@ PAPERS = {
     "linglo_b0": Paper("3.4", "-", "72.5"),
     "linglo_b1": Paper("13.1", "-", "79.7"),
     "linglo_b2": Paper("25.4", "-", "82.7"),
-    "stvit_s": Paper("25", "4.4", "83.6; at 384: 85.0"),
-    "stvit_b": Paper("52", "9.9", "84.8; at 384: 86.0"),
-    "stvit_l": Paper("95", "15.6", "85.3; at 384: 86.4"),
+    "stvit_s": Paper("25", "4.4", "83.6 (at 384: 85.0)"),
+    "stvit_b": Paper("52", "9.9", "84.8 (86.0)"),
+    "stvit_l": Paper("95", "15.6", "85.3 (86.4)"),
 }
 REASONS = {  # why a value differs, by a pattern of column and model
     r"FLOPs of clustr_.":
         "the paper counts attention products as if all models had the reductions 64, 16, 4, 1; "
         "ours are 2.16, 4.80 and 7.49 then",
     r"(parameters|FLOPs) of secvit_[sb]":
-        "the paper's figure is that of the released model, in the row below",
+        "the paper prints the released model, in the row below",
     r"FLOPs of secvit_l.*":
         "18.1 fits neither model, nor the paper's detection table, whose growth from SecViT-B to "
         "-L agrees with ours",
@@ -867,27 +867,40 @@ def add_repeated_blocks(counts, depths):
 
 
 class TableRow(NamedTuple):
-    """A model of the table; name: of the paper's model."""
-    title: str
-    name: str
-    build: Callable
-    top_1: str
+    """The models of one row of the table.
+
+    form: "", ", released" or ", deployed"; builds: a function per name; has_top_1: whether the
+    paper's accuracies are theirs.
+    """
+    names: list
+    form: str
+    builds: list
+    has_top_1: bool
 
 
 def table_rows():
-    """Every model, SecViT also as released, whose accuracies the paper's are, LinGlo deployed."""
+    """A row per family; SecViT also as released, as its authors trained it, LinGlo deployed."""
+    families = {}
+    for name in VARIANTS:
+        family, _, size = name.rpartition("_")
+        families.setdefault(family, []).append(name)
     rows = []
-    for name, build in VARIANTS.items():
-        top_1 = PAPERS[name].top_1
-        if name in RELEASED:
-            rows.append(TableRow(name, name, build, "-"))
-            rows.append(TableRow(f"{name}, released", name, RELEASED[name], top_1))
-            continue
-        rows.append(TableRow(name, name, build, top_1))
-        if name.startswith("linglo"):
-            deployed = functools.partial(build_deployed, build)
-            rows.append(TableRow(f"{name}, deployed", name, deployed, top_1))
+    for family, names in families.items():
+        builds = [VARIANTS[name] for name in names]
+        rows.append(TableRow(names, "", builds, has_top_1=family != "secvit"))
+        if family == "secvit":
+            builds = [RELEASED[name] for name in names]
+            rows.append(TableRow(names, ", released", builds, True))
+        if family == "linglo":
+            builds = [functools.partial(build_deployed, build) for build in builds]
+            rows.append(TableRow(names, ", deployed", builds, True))
     return rows
+
+
+def row_title(row):
+    """"clustr_t/s/b", "secvit_t/s/b/l, released"."""
+    sizes = [name.rpartition("_")[2] for name in row.names[1:]]
+    return "/".join([row.names[0], *sizes]) + row.form
 
 
 def build_deployed(build):
@@ -908,26 +921,45 @@ def reason_of(difference):
     return "not explained"
 
 
+def join_numbers(values):
+    return ", ".join(f"{value:.2f}" for value in values)
+
+
+def measure_model(build):
+    """Parameters in M and multiply-adds in G, without and with products outside layers."""
+    parameters, layers, everything = complexity(build)
+    return parameters / 1e6, layers / 1e9, everything / 1e9
+
+
+def different_columns(paper, size):
+    """The values of a Paper that no value of `measure_model` matches: "parameters", "FLOPs"."""
+    parameters, *flops = size
+    columns = []
+    if not matches(paper.parameters, [parameters]):
+        columns.append("parameters")
+    if not matches(paper.flops, flops):
+        columns.append("FLOPs")
+    return columns
+
+
 def table():
     """Print the papers' parameters and FLOPs and ours, a blank line, and why some differ."""
-    print_header("model", "paper, M", "ours, M", "paper, G", "ours, no products", "ours, all",
-                 "paper's top-1", "our ImageNet-1K run")
+    print_header("models", "paper, M", "ours, M", "paper, G", "ours, no products", "ours, all",
+                 "paper's top-1")
     differences = {}  # (column, reason) -> models
     for row in table_rows():
-        paper = PAPERS[row.name]
-        parameters, *flops = complexity(row.build)
-        parameters = parameters / 1e6
-        flops = [count / 1e9 for count in flops]
-        print_row(row.title, paper.parameters, f"{parameters:.2f}", paper.flops,
-                  f"{flops[0]:.2f}", f"{flops[1]:.2f}", row.top_1, "not run")
-        different = []
-        if not matches(paper.parameters, [parameters]):
-            different.append("parameters")
-        if not matches(paper.flops, flops):
-            different.append("FLOPs")
-        for column in different:
-            key = (column, reason_of(f"{column} of {row.title}"))
-            differences.setdefault(key, []).append(row.title.replace(",", ""))
+        papers = [PAPERS[name] for name in row.names]
+        sizes = [measure_model(build) for build in row.builds]
+        parameters, layers, everything = zip(*sizes)
+        top_1 = [paper.top_1 for paper in papers] if row.has_top_1 else ["-"]
+        print_row(row_title(row), ", ".join(paper.parameters for paper in papers),
+                  join_numbers(parameters), ", ".join(paper.flops for paper in papers),
+                  join_numbers(layers), join_numbers(everything), ", ".join(top_1))
+        for name, paper, size in zip(row.names, papers, sizes):
+            for column in different_columns(paper, size):
+                reason = reason_of(f"{column} of {name}{row.form}")
+                title = name + row.form.replace(",", "")
+                differences.setdefault((column, reason), []).append(title)
     print()
     for (column, reason), titles in differences.items():
         print(f"- {column} of {', '.join(titles)}: {reason}.")

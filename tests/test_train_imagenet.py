@@ -1324,16 +1324,27 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize("stream, rank, shown", [
-    (Terminal, 0, True), (Terminal, 1, False), (io.StringIO, 0, False),
+@pytest.mark.parametrize("stream, log_seconds, rank, shown", [
+    (Terminal, 60, 0, True),
+    (Terminal, 60, 1, False),
+    (io.StringIO, 0, 0, True),
+    (io.StringIO, 0, 1, False),
+    (io.StringIO, 60, 0, False),    # a short test leaves no trace in a log file
 ])
-def test_an_evaluation_shows_a_bar_on_a_terminal(monkeypatch, stream, rank, shown):
+def test_an_evaluation_shows_a_bar(monkeypatch, stream, log_seconds, rank, shown):
     stderr = stream()
     monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(train_imagenet, "LOG_SECONDS", log_seconds)
     items = train_imagenet.show_progress("abc", [[1, 2], [3, 4], [5]], rank)
     assert list(items) == ["a", "b", "c"]
     assert ("testing: " in stderr.getvalue() and "/5 " in stderr.getvalue()) == shown
     assert bool(stderr.getvalue()) == shown
+
+
+@pytest.mark.parametrize("stream, seconds", [(Terminal, 0.1), (io.StringIO, 30)])
+def test_a_bar_in_a_file_is_written_rarely(monkeypatch, stream, seconds):
+    monkeypatch.setattr(sys, "stderr", stream())
+    assert train_imagenet.bar_intervals()["mininterval"] == seconds
 
 
 def predict(capsys, *arguments):
