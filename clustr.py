@@ -107,19 +107,18 @@ def density_peaks(x, neighbours=5, chunk=160):
     """
     if neighbours < 1 or chunk < 1:
         raise ValueError(f"neighbours = {neighbours}, chunk = {chunk}, expected at least 1")
-    _, N, C = x.shape
+    N = x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        x = x - x.mean(1, keepdim=True, dtype=dtype)    # keeps distances, reduces rounding errors
-        x = x * C ** -0.5                       # divides distances by sqrt(C)
-        norm = x.square().sum(2)                                            # (B, N), |x_i|^2
-        squared = nearest_distances(x, norm, min(neighbours, N), chunk)     # (B, N, k)
-        log_density = -squared.mean(2)                                      # Eq. 1
+        x, norm, scale = scaled_tokens(x)                                   # norm (B, N), |x_i|^2
+        rows, columns = extended_tokens(x, norm)
+        squared = nearest_distances(rows, columns, norm, min(neighbours, N), chunk)     # (B, N, k)
+        log_density = -scale * squared.mean(2)                              # Eq. 1
 
         order = log_density.sort(descending=True, stable=True).indices      # densest first
-        x = gather_tokens(x, order)
+        rows, columns = gather_tokens(rows, columns, order)
         norm = norm.gather(1, order)
-        sorted_delta, sorted_parent = nearest_before(x, norm, min(chunk, N))    # Eq. 2
+        squared, sorted_parent = nearest_before(rows, columns, norm, min(chunk, N))     # Eq. 2
+        sorted_delta = (scale * squared).sqrt()
     delta = torch.empty_like(norm).scatter_(1, order, sorted_delta)         # back to input order
     parent = torch.empty_like(order).scatter_(1, order, order.gather(1, sorted_parent))
     return log_density, delta, parent
@@ -542,9 +541,9 @@ def nearest_keys_attention(q, k, v, keep):
     return logits.softmax(-1) @ v
 
 
-# The distances of density_peaks, in chunks of rows: d_ij^2 = |x_i|^2 + |x_j|^2 - 2 x_i . x_j. The
-# first term is the same for all j, so minima over j are found in partial distances without it.
-GROUP = 32  # columns that `smallest` reduces to their minimum
+# The distances of density_peaks, in chunks of rows: d_ij^2 = |x_i|^2 - 2 s_ij, with the similarity
+# s_ij = x_i . x_j - |x_j|^2 / 2. The tokens nearest to x_i are those most similar to it.
+GROUP = 32  # columns that `largest` reduces to their maximum
 
 
 def rows_per_chunk(x):
@@ -559,89 +558,140 @@ def rows_per_chunk(x):
     return max(160, min(2 ** 26 // (B * N), N // 4))
 
 
-def extended_tokens(x, norm):
-    """Rows (-2 x_i, 1) and columns (x_j, |x_j|^2), whose products are partial distances.
+def multiplies_bfloat16(x):
+    """Whether x is bfloat16 on a GPU whose torch.bmm returns float32: CUDA, torch from 2.8.
 
-    As one more channel the norm costs no pass over the N x N products. Three channels of zeros keep
-    rows aligned in memory, which makes the products faster.
-    x (B, N, C), norm (B, N) -> two tensors (B, N, C + 4).
+    A product of two bfloat16 numbers is exact in float32, where tensor cores sum, so distances are
+    as exact as those of the same tokens in float32, and cheaper.
     """
-    norm = norm[..., None]
-    one = torch.ones_like(norm)
-    zeros = norm.new_zeros(*norm.shape[:2], 3)
-    return torch.cat([-2 * x, one, zeros], 2), torch.cat([x, norm, zeros], 2)
+    if not x.is_cuda or x.dtype != torch.bfloat16 or torch.version.cuda is None:
+        return False
+    return "dtype" in torch.ops.aten.bmm.overloads()
 
 
-def squared_distances(partial, norm):
-    """Partial distances plus |x_i|^2. Rounding errors around 0 become 0, as for equal tokens."""
-    squared = partial + norm
-    rounding = 2 * torch.finfo(squared.dtype).eps * norm
+def scaled_tokens(x):
+    """Tokens (B, N, C) to multiply, their squared norms, the factor of their squared distances.
+
+    The distances are to be divided by sqrt(C). Tokens that are multiplied in bfloat16 stay as they
+    are, since divided or centred they would need more bits.
+    """
+    C = x.shape[2]
+    if multiplies_bfloat16(x):
+        norm = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).square()
+        return x, norm, 1 / C
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x = x - x.mean(1, keepdim=True, dtype=dtype)    # keeps distances, reduces rounding errors
+    x = x * C ** -0.5
+    return x, x.square().sum(2), 1
+
+
+def bfloat16_pieces(values):
+    """Three bfloat16 numbers of 8 bits, whose sum is a float32 number of 24: (..., ) -> (..., 3)."""
+    high = values.bfloat16()
+    rest = (values - high).nan_to_num(0)        # inf - inf
+    middle = rest.bfloat16()
+    return torch.stack([high, middle, (rest - middle).bfloat16()], -1)
+
+
+def extended_tokens(x, norm):
+    """Rows (x_i, 1) and columns (x_j, -|x_j|^2 / 2), whose products are similarities.
+
+    As one more channel the norm costs no pass over the N x N products; in bfloat16 it takes three.
+    Channels of zeros align rows to 16 bytes in memory, which makes the products faster, and tokens
+    of similarity -inf fill the last group of `largest`.
+    x (B, N, C), norm (B, N) -> two tensors (B, N', C'), where GROUP divides N'.
+    """
+    _, N, C = x.shape
+    bias = norm / -2
+    bias = bfloat16_pieces(bias) if x.dtype == torch.bfloat16 else bias[..., None]
+    end = C + bias.shape[2]
+    padding = (0, end - C + -end % (16 // x.element_size()), 0, -N % GROUP)
+    rows = F.pad(x, padding)
+    rows[..., C:end] = 1
+    columns = F.pad(x, padding)
+    columns[:, :N, C:end] = bias
+    columns[:, N:, C] = -torch.inf
+    return rows, columns
+
+
+def similarities(rows, columns):
+    """Products in at least float32: (B, R, C'), (B, N, C') -> (B, R, N)."""
+    if rows.dtype == torch.bfloat16:
+        return torch.bmm(rows, columns.mT, out_dtype=torch.float32)
+    return torch.bmm(rows, columns.mT)
+
+
+def squared_distances(similarity, norm, rows):
+    """|x_i|^2 - 2 s_ij. Rounding errors around 0 become 0, as for equal tokens.
+
+    Tensor cores cut off the last bits of their sums, of 8 or more channels at a time.
+    """
+    squared = norm - 2 * similarity
+    errors = 2 + rows.shape[2] / 8 if rows.dtype == torch.bfloat16 else 2
+    rounding = errors * torch.finfo(squared.dtype).eps * norm
     return squared.masked_fill(squared < rounding, 0)
 
 
-def nearest_distances(x, norm, k, chunk):
-    """Squared distances to the k nearest tokens: x (B, N, C), norm (B, N) -> (B, N, k)."""
-    N = x.shape[1]
-    padding = -N % GROUP                        # whole groups for `smallest`
-    x = F.pad(x, (0, 0, 0, padding))
-    norm = F.pad(norm, (0, padding), value=torch.inf)
-    rows, columns = extended_tokens(x, norm)
+def nearest_distances(rows, columns, norm, k, chunk):
+    """Squared distances to the k nearest tokens: norm (B, N) -> (B, N, k)."""
+    N = norm.shape[1]
     nearest = []
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
-        partial = torch.bmm(rows[:, start:stop], columns.mT)              # (B, R, N)
-        partial.diagonal(start, 1, 2).copy_(-norm[:, start:stop])           # d_ii is exactly 0
-        nearest.append(smallest(partial, k))                                # (B, R, k)
-    return squared_distances(torch.cat(nearest, 1), norm[:, :N, None])
+        similarity = similarities(rows[:, start:stop], columns)             # (B, R, N')
+        similarity.diagonal(start, 1, 2).copy_(norm[:, start:stop] / 2)     # d_ii is exactly 0
+        nearest.append(largest(similarity, k))                              # (B, R, k)
+    return squared_distances(torch.cat(nearest, 1), norm[..., None], rows)
 
 
-def smallest(rows, k):
-    """The k smallest values of each row, in any order: (B, R, N) -> (B, R, k); GROUP divides N.
+def largest(rows, k):
+    """The k largest values of each row, in any order: (B, R, N) -> (B, R, k); GROUP divides N.
 
-    The same as rows.topk(k, largest=False), which is slow on long rows. The k smallest values lie
-    in the k groups with the smallest minima, so topk sees N / GROUP minima, then k groups.
+    The same as rows.topk(k), which is slow on long rows. The k largest values lie in the k groups
+    with the largest maxima, so topk sees N / GROUP maxima, then k groups.
     """
     groups = rows.unflatten(2, (GROUP, -1))                                 # (B, R, GROUP, N/GROUP)
-    minima = groups.amin(2)                                                 # (B, R, N/GROUP)
-    nearest = minima.topk(min(k, minima.shape[2]), largest=False, sorted=False).indices
+    maxima = groups.amax(2)                                                 # (B, R, N/GROUP)
+    nearest = maxima.topk(min(k, maxima.shape[2]), sorted=False).indices
     nearest = nearest[:, :, None].expand(-1, -1, GROUP, -1)                 # (B, R, GROUP, k)
     candidates = groups.gather(3, nearest).flatten(2)                       # (B, R, GROUP*k)
-    return candidates.topk(k, largest=False, sorted=False).values
+    return candidates.topk(k, sorted=False).values
 
 
-def gather_tokens(x, order):
-    """Tokens x (B, N, C) in the given order (B, N)."""
-    B, N, _ = x.shape
-    offset = N * torch.arange(B, device=x.device)[:, None]
-    rows = (order + offset).flatten()                                       # (B*N,)
-    return x.flatten(0, 1).index_select(0, rows).view_as(x)
+def gather_tokens(rows, columns, order):
+    """Rows and columns (B, N', C') in the given order (B, N)."""
+    B, N, _ = rows.shape
+    offset = N * torch.arange(B, device=rows.device)[:, None]
+    index = (order + offset).flatten()                                      # (B*N,)
+    rows = rows.flatten(0, 1).index_select(0, index)
+    columns = columns.flatten(0, 1).index_select(0, index)
+    return rows.unflatten(0, order.shape), columns.unflatten(0, order.shape)
 
 
-def nearest_before(x, norm, chunk):
-    """Distance to, and position of, the nearest of the tokens before each token (Eq. 2).
+def nearest_before(rows, columns, norm, chunk):
+    """Squared distance to, and position of, the nearest of the tokens before each token (Eq. 2).
 
     Tokens are sorted by falling density, so that chunks need no later columns, and only their
     diagonal block needs a mask. The densest token, the first, gets its largest distance and its own
-    position. Args: x (B, N, C), norm (B, N). Returns: two tensors (B, N).
+    position. Args: rows and columns (B, N, C'), norm (B, N). Returns: two tensors (B, N).
     """
-    N = x.shape[1]
-    rows, columns = extended_tokens(x, norm)
-    not_before = x.new_full((chunk, chunk), torch.inf).triu()
-    delta = []
+    N = norm.shape[1]
+    not_before = norm.new_full((chunk, chunk), -torch.inf).triu()
+    closest = []
     position = []
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
         size = stop - start
-        partial = torch.bmm(rows[:, start:stop], columns[:, :stop].mT)      # (B, R, stop)
-        partial[:, :, start:] += not_before[:size, :size]
-        nearest = partial.min(2)                                            # on ties the first
-        delta.append(nearest.values)
+        similarity = similarities(rows[:, start:stop], columns[:, :stop])   # (B, R, stop)
+        similarity[:, :, start:] += not_before[:size, :size]
+        nearest = similarity.max(2)                                         # on ties the first
+        closest.append(nearest.values)
         position.append(nearest.indices)
-    delta = torch.cat(delta, 1)
+    closest = torch.cat(closest, 1)
     position = torch.cat(position, 1)
-    delta[:, 0] = torch.bmm(rows[:, :1], columns.mT).amax((1, 2))
+    closest[:, 0] = similarities(rows[:, :1], columns).amin((1, 2))
     position[:, 0] = 0
-    return squared_distances(delta, norm).sqrt(), position
+    return squared_distances(closest, norm, rows), position
 
 
 # --------------------------------------------------------------------------------- released weights
