@@ -93,6 +93,7 @@ def density_peaks(x, neighbours=5, chunk=160):
     The code computes distances twice, once per equation, and only `chunk` rows at a time, so that
     memory is O(B * chunk * N): see nearest_distances and nearest_before, after the factories. For
     Eq. 2 it sorts tokens by falling density, so that the denser tokens are those before a token.
+    A GPU multiplies bfloat16 tokens as they are, see multiplies_bfloat16; all else is in float32.
 
     Args:
         x: (B, N, C), tokens.
@@ -110,7 +111,7 @@ def density_peaks(x, neighbours=5, chunk=160):
     N = x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
         x, norm, scale = scaled_tokens(x)                                   # norm (B, N), |x_i|^2
-        rows, columns = extended_tokens(x, norm)
+        rows, columns = extended_tokens(x, norm)                            # for similarities
         squared = nearest_distances(rows, columns, norm, min(neighbours, N), chunk)     # (B, N, k)
         log_density = -scale * squared.mean(2)                              # Eq. 1
 
@@ -142,7 +143,7 @@ def assign_clusters(log_density, delta, parent, clusters):
         raise ValueError(f"clusters = {clusters}, expected 1 to {N}, the number of tokens")
     token_ids = torch.arange(N, device=parent.device).expand(B, N)
     is_densest = parent == token_ids            # no other token is its own parent
-    log_gamma = (log_density + delta.log()).masked_fill(is_densest, torch.inf)
+    log_gamma = (log_density + delta.log()).masked_fill_(is_densest, torch.inf)
     order = log_gamma.sort(descending=True, stable=True).indices
     centres = order[:, :clusters]                                           # (B, M)
     pointer = parent.scatter(1, centres, centres)   # a centre points to itself
@@ -174,7 +175,7 @@ def aggregate(x, score, index, clusters):
     largest = detached.new_full((B, clusters), -torch.inf)
     largest = largest.scatter_reduce(1, index, detached, "amax")            # (B, M)
     weight = (score - largest.gather(1, index)).exp()                       # (B, N), at most 1
-    offset = clusters * torch.arange(B, device=x.device)[:, None]           # (B, 1)
+    offset = torch.arange(0, B * clusters, clusters, device=x.device)[:, None]      # (B, 1)
     rows = (index + offset).flatten()                                       # (B*N,)
     total = weight.new_zeros(B * clusters).index_add(0, rows, weight.flatten())
     weight = weight / total.index_select(0, rows).view(B, N)                # w of Eq. 3
@@ -543,19 +544,20 @@ def nearest_keys_attention(q, k, v, keep):
 
 # The distances of density_peaks, in chunks of rows: d_ij^2 = |x_i|^2 - 2 s_ij, with the similarity
 # s_ij = x_i . x_j - |x_j|^2 / 2. The tokens nearest to x_i are those most similar to it.
-GROUP = 32  # columns that `largest` reduces to their maximum
+GROUP = 14  # columns that `largest` reduces to their maximum; 224-pixel images need no padding
 
 
 def rows_per_chunk(x):
     """Rows of distances at a time for x (B, N, C): 160, on a GPU more where they fit.
 
-    A GPU needs large products: about 2^26 entries, at most a quarter of the rows, since half of
-    the columns are left out for Eq. 2. A CPU needs products that stay in its caches.
+    A GPU needs large products: about 2^26 entries, of more than 256 rows at most a quarter, since
+    half of the columns are left out for Eq. 2. A CPU needs products that stay in its caches.
     """
     B, N, _ = x.shape
     if not x.is_cuda:
         return 160
-    return max(160, min(2 ** 26 // (B * N), N // 4))
+    rows = N // 4 if N > 256 else N
+    return max(160, min(2 ** 26 // (B * N), rows))
 
 
 def multiplies_bfloat16(x):
@@ -570,15 +572,17 @@ def multiplies_bfloat16(x):
 
 
 def scaled_tokens(x):
-    """Tokens (B, N, C) to multiply, their squared norms, the factor of their squared distances.
+    """Tokens to multiply, and what their squared distances are to be multiplied by.
 
-    The distances are to be divided by sqrt(C). Tokens that are multiplied in bfloat16 stay as they
-    are, since divided or centred they would need more bits.
+    Distances are to be divided by sqrt(C), and tokens can be divided instead. Tokens multiplied in
+    bfloat16 stay as they are: divided or centred they would need more bits, and their rounding to
+    8 bits is larger than the errors that centring reduces.
+    x (B, N, C) -> tokens (B, N, C), their squared norms (B, N), and the factor.
     """
     C = x.shape[2]
     if multiplies_bfloat16(x):
-        norm = torch.linalg.vector_norm(x, dim=2, dtype=torch.float32).square()
-        return x, norm, 1 / C
+        zero = x.new_zeros(1, dtype=torch.float32)      # makes the squares float32, in one pass
+        return x, torch.addcmul(zero, x, x).sum(2), 1 / C
     dtype = torch.promote_types(x.dtype, torch.float32)
     x = x - x.mean(1, keepdim=True, dtype=dtype)    # keeps distances, reduces rounding errors
     x = x * C ** -0.5
@@ -586,60 +590,60 @@ def scaled_tokens(x):
 
 
 def bfloat16_pieces(values):
-    """Three bfloat16 numbers of 8 bits, whose sum is a float32 number of 24: (..., ) -> (..., 3)."""
+    """Split float32 numbers, of 24 bits, into three bfloat16 ones, of 8: (B, N) -> (B, N, 3)."""
     high = values.bfloat16()
-    rest = (values - high).nan_to_num(0)        # inf - inf
+    rest = values - high
     middle = rest.bfloat16()
-    return torch.stack([high, middle, (rest - middle).bfloat16()], -1)
+    return torch.stack([high, middle, (rest - middle).bfloat16()], 2)
 
 
 def extended_tokens(x, norm):
-    """Rows (x_i, 1) and columns (x_j, -|x_j|^2 / 2), whose products are similarities.
+    """Rows (x_i, -1/2) and columns (x_j, |x_j|^2), whose products are similarities.
 
     As one more channel the norm costs no pass over the N x N products; in bfloat16 it takes three.
-    Channels of zeros align rows to 16 bytes in memory, which makes the products faster, and tokens
-    of similarity -inf fill the last group of `largest`.
-    x (B, N, C), norm (B, N) -> two tensors (B, N', C'), where GROUP divides N'.
+    Channels of zeros align tokens to 16 bytes in memory, which makes the products faster. Tokens of
+    infinite norm, similar to none, fill the last group of `largest`.
+    x (B, N, C), norm (B, N) -> two tensors (B, N', C').
     """
-    _, N, C = x.shape
-    bias = norm / -2
-    bias = bfloat16_pieces(bias) if x.dtype == torch.bfloat16 else bias[..., None]
-    end = C + bias.shape[2]
-    padding = (0, end - C + -end % (16 // x.element_size()), 0, -N % GROUP)
-    rows = F.pad(x, padding)
-    rows[..., C:end] = 1
-    columns = F.pad(x, padding)
-    columns[:, :N, C:end] = bias
-    columns[:, N:, C] = -torch.inf
+    B, N, C = x.shape
+    norm = bfloat16_pieces(norm) if x.dtype == torch.bfloat16 else norm[..., None]
+    padding = -N % (2 * GROUP)                  # an even number of groups aligns the products, too
+    if padding:
+        x = F.pad(x, (0, 0, 0, padding))
+        norm = F.pad(norm, (0, 0, 0, padding), value=torch.inf)
+    channels = C + norm.shape[2]
+    zeros = x.new_zeros(B, N + padding, -channels % (16 // x.element_size()))
+    rows = torch.cat([x, torch.full_like(norm, -0.5), zeros], 2)
+    columns = torch.cat([x, norm, zeros], 2)
     return rows, columns
 
 
 def similarities(rows, columns):
-    """Products in at least float32: (B, R, C'), (B, N, C') -> (B, R, N)."""
+    """Products of rows (B, R, C') and columns (B, N, C') in at least float32: (B, R, N)."""
     if rows.dtype == torch.bfloat16:
         return torch.bmm(rows, columns.mT, out_dtype=torch.float32)
     return torch.bmm(rows, columns.mT)
 
 
 def squared_distances(similarity, norm, rows):
-    """|x_i|^2 - 2 s_ij. Rounding errors around 0 become 0, as for equal tokens.
+    """d_ij^2 = |x_i|^2 - 2 s_ij. Rounding errors around 0 become 0, as for equal tokens.
 
-    Tensor cores cut off the last bits of their sums, of 8 or more channels at a time.
+    Tensor cores add 8 or more channels at a time and cut off the last bits of each sum.
     """
-    squared = norm - 2 * similarity
-    errors = 2 + rows.shape[2] / 8 if rows.dtype == torch.bfloat16 else 2
-    rounding = errors * torch.finfo(squared.dtype).eps * norm
-    return squared.masked_fill(squared < rounding, 0)
+    squared = torch.sub(norm, similarity, alpha=2)
+    sums = rows.shape[2] / 8 if rows.dtype == torch.bfloat16 else 0
+    rounding = (2 + sums) * torch.finfo(squared.dtype).eps * norm
+    return squared.masked_fill_(squared < rounding, 0)
 
 
 def nearest_distances(rows, columns, norm, k, chunk):
-    """Squared distances to the k nearest tokens: norm (B, N) -> (B, N, k)."""
+    """Squared distances to the k nearest tokens: (B, N', C') twice, (B, N) -> (B, N, k)."""
     N = norm.shape[1]
     nearest = []
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
         similarity = similarities(rows[:, start:stop], columns)             # (B, R, N')
-        similarity.diagonal(start, 1, 2).copy_(norm[:, start:stop] / 2)     # d_ii is exactly 0
+        similarity.diagonal(start, 1, 2).fill_(torch.inf)                   # d_ii is exactly 0
         nearest.append(largest(similarity, k))                              # (B, R, k)
     return squared_distances(torch.cat(nearest, 1), norm[..., None], rows)
 
@@ -661,7 +665,7 @@ def largest(rows, k):
 def gather_tokens(rows, columns, order):
     """Rows and columns (B, N', C') in the given order (B, N)."""
     B, N, _ = rows.shape
-    offset = N * torch.arange(B, device=rows.device)[:, None]
+    offset = torch.arange(0, B * N, N, device=rows.device)[:, None]         # (B, 1)
     index = (order + offset).flatten()                                      # (B*N,)
     rows = rows.flatten(0, 1).index_select(0, index)
     columns = columns.flatten(0, 1).index_select(0, index)

@@ -181,12 +181,13 @@ def test_density_peaks_hold_no_map_of_tokens_by_tokens(device):
     x = torch.randn(2, 2000, 4, device=device)
     with LargestTensor() as largest:
         clustr.density_peaks(x, chunk=10)
-    assert x.numel() < largest.numel <= 2 * 2016 * 10       # 2000 columns, in whole groups of 32
+    assert x.numel() < largest.numel <= 2 * 2016 * 10       # 2000 columns, in pairs of groups of 14
 
 
 @pytest.mark.parametrize("shape, rows", [
     ((128, 3136, 64), 167),     # 2^26 entries
     ((128, 784, 128), 196),     # a quarter of the rows
+    ((128, 196, 256), 196),     # all rows
     ((2, 67200, 64), 499),
     ((128, 49, 512), 160),
 ])
@@ -224,6 +225,94 @@ def test_density_peaks_run_in_float32_inside_autocast(dtype, device):
     with torch.autocast(device.type, torch.bfloat16):
         peaks = clustr.density_peaks(x)
     assert_close(peaks, expected)
+
+
+def tensor_core_similarities(rows, columns):
+    """Exact products in bfloat16; sums of 8 of them at a time, cut off to float32's 24 bits."""
+    total = 0
+    for i in range(0, rows.shape[2], 8):
+        total = total + rows[..., i:i + 8].double() @ columns[..., i:i + 8].double().mT
+        mantissa, exponent = total.frexp()
+        total = torch.ldexp((mantissa * 2 ** 24).trunc(), exponent - 24)
+    return total.float()
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """density_peaks of bfloat16 tokens as on a GPU."""
+    monkeypatch.setattr(clustr, "multiplies_bfloat16", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(clustr, "similarities", tensor_core_similarities)
+
+
+def test_bfloat16_pieces_are_exact():
+    values = torch.randn(2, 1000) * 2 ** torch.randint(-60, 60, (2, 1000))
+    pieces = clustr.bfloat16_pieces(values)
+    assert pieces.dtype == torch.bfloat16
+    assert pieces.double().sum(2).tolist() == values.tolist()
+
+
+@pytest.mark.parametrize("offset", [0, 100])
+@pytest.mark.parametrize("N, C, k, chunk", [
+    (3, 2, 5, 256), (37, 5, 5, 256), (50, 64, 1, 16), (70, 320, 5, 33),
+])
+@pytest.mark.usefixtures("tensor_cores")
+def test_density_peaks_in_bfloat16_match_loops(N, C, k, chunk, offset):
+    x = (offset + F.layer_norm(torch.randn(3, N, C), (C,))).bfloat16()
+    log_density, delta, parent = clustr.density_peaks(x, k, chunk)
+    for i in range(3):
+        slow_density, slow_delta, slow_parent = loop_density_peaks(x[i].double(), k)
+        assert_close(log_density[i].double(), slow_density, rtol=1e-5, atol=1e-6)
+        assert_close(delta[i].double(), slow_delta, rtol=1e-5, atol=1e-6)
+        assert parent[i].tolist() == slow_parent.tolist()
+
+
+@pytest.mark.parametrize("C", [64, 320, 512])
+@pytest.mark.usefixtures("tensor_cores")
+def test_copies_in_bfloat16_have_distance_zero(C):
+    x = F.layer_norm(torch.randn(2, 98, C), (C,)).bfloat16()
+    x[:, 50:] = x[:, :1].clone()
+    log_density, delta, _ = clustr.density_peaks(x)
+    assert log_density[:, 50:].count_nonzero() == 0
+    assert (delta[:, 50:] == 0).sum() == 2 * 48     # the densest is token 0
+
+
+@pytest.mark.parametrize("fill", ["identical", "half zero", "pairs", "huge"])
+@pytest.mark.usefixtures("tensor_cores")
+def test_density_peaks_in_bfloat16_of_odd_tokens_are_finite(fill):
+    x = torch.randn(2, 98, 6)
+    FINITE_FILLS[fill](x)
+    log_density, delta, _ = clustr.density_peaks(x.bfloat16())
+    assert log_density.isfinite().all()
+    assert delta.isfinite().all()
+
+
+@pytest.mark.parametrize("fill", ["nan", "inf", "overflow"])
+@pytest.mark.usefixtures("tensor_cores")
+def test_broken_tokens_in_bfloat16_give_valid_clusters(fill):
+    x = torch.randn(2, 98, 6)
+    BROKEN_FILLS[fill](x)
+    index = clustr.assign_clusters(*clustr.density_peaks(x.bfloat16()), 7)
+    assert_valid(index, 7)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the products are CUDA's")
+@pytest.mark.parametrize("C", [5, 64, 320])
+def test_cuda_products_in_bfloat16_match_the_cpu(C):
+    """Whole numbers, of which all sums are exact: the same distances, ties and parents."""
+    x = torch.randint(-8, 9, (3, 333, C)).bfloat16()
+    assert clustr.multiplies_bfloat16(x.cuda()) == (torch.__version__ >= "2.8")
+    expected = clustr.density_peaks(x.float())
+    peaks = clustr.density_peaks(x.cuda())
+    assert_close([values.cpu() for values in peaks], list(expected))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the products are CUDA's")
+@pytest.mark.parametrize("C", [64, 320, 512])
+def test_cuda_copies_in_bfloat16_have_distance_zero(C):
+    x = F.layer_norm(torch.randn(2, 98, C), (C,)).bfloat16().cuda()
+    x[:, 50:] = x[:, :1].clone()
+    log_density, _, _ = clustr.density_peaks(x)
+    assert log_density[:, 50:].count_nonzero() == 0
 
 
 def test_density_peaks_have_no_gradient():
