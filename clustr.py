@@ -93,7 +93,7 @@ def density_peaks(x, neighbours=5, chunk=160):
     The code computes distances twice, once per equation, and only `chunk` rows at a time, so that
     memory is O(B * chunk * N): see nearest_distances and nearest_before, after the factories. For
     Eq. 2 it sorts tokens by falling density, so that the denser tokens are those before a token.
-    A GPU multiplies bfloat16 tokens as they are, see multiplies_bfloat16; all else is in float32.
+    A GPU multiplies bfloat16 tokens as they are, which is exact: see multiplies_bfloat16.
 
     Args:
         x: (B, N, C), tokens.

@@ -227,8 +227,8 @@ def test_density_peaks_run_in_float32_inside_autocast(dtype, device):
     assert_close(peaks, expected)
 
 
-def tensor_core_similarities(rows, columns):
-    """Exact products in bfloat16; sums of 8 of them at a time, cut off to float32's 24 bits."""
+def emulated_similarities(rows, columns):
+    """As on tensor cores: exact products; sums of 8 of them at a time, cut off to 24 bits."""
     total = 0
     for i in range(0, rows.shape[2], 8):
         total = total + rows[..., i:i + 8].double() @ columns[..., i:i + 8].double().mT
@@ -237,82 +237,65 @@ def tensor_core_similarities(rows, columns):
     return total.float()
 
 
-@pytest.fixture
-def tensor_cores(monkeypatch):
-    """density_peaks of bfloat16 tokens as on a GPU."""
+@pytest.fixture(params=["emulated", "cuda"] if torch.cuda.is_available() else ["emulated"])
+def tensor_cores(request, monkeypatch):
+    """A device that multiplies bfloat16 tokens: a CPU that emulates tensor cores, or a GPU."""
+    if request.param == "cuda":
+        return torch.device("cuda")
     monkeypatch.setattr(clustr, "multiplies_bfloat16", lambda x: x.dtype == torch.bfloat16)
-    monkeypatch.setattr(clustr, "similarities", tensor_core_similarities)
+    monkeypatch.setattr(clustr, "similarities", emulated_similarities)
+    return torch.device("cpu")
 
 
 def test_bfloat16_pieces_are_exact():
-    values = torch.randn(2, 1000) * 2 ** torch.randint(-60, 60, (2, 1000))
+    values = torch.randn(2, 1000) * 2.0 ** torch.randint(-60, 60, (2, 1000))
     pieces = clustr.bfloat16_pieces(values)
     assert pieces.dtype == torch.bfloat16
     assert pieces.double().sum(2).tolist() == values.tolist()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA has these products")
+def test_cuda_products_in_bfloat16_are_float32_sums():
+    rows = torch.randint(-8, 9, (3, 70, 328), device="cuda").bfloat16()
+    columns = torch.randint(-8, 9, (3, 50, 328), device="cuda").bfloat16()
+    if not clustr.multiplies_bfloat16(rows):
+        pytest.skip("ROCm, or torch before 2.8")
+    expected = torch.bmm(rows.double(), columns.double().mT)
+    assert clustr.similarities(rows, columns).tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("offset", [0, 100])
 @pytest.mark.parametrize("N, C, k, chunk", [
     (3, 2, 5, 256), (37, 5, 5, 256), (50, 64, 1, 16), (70, 320, 5, 33),
 ])
-@pytest.mark.usefixtures("tensor_cores")
-def test_density_peaks_in_bfloat16_match_loops(N, C, k, chunk, offset):
+def test_density_peaks_in_bfloat16_match_loops(N, C, k, chunk, offset, tensor_cores):
+    """Around 100 the spacing of bfloat16 is 0.5: centring is not needed, the sums are exact."""
     x = (offset + F.layer_norm(torch.randn(3, N, C), (C,))).bfloat16()
-    log_density, delta, parent = clustr.density_peaks(x, k, chunk)
+    log_density, delta, parent = clustr.density_peaks(x.to(tensor_cores), k, chunk)
     for i in range(3):
         slow_density, slow_delta, slow_parent = loop_density_peaks(x[i].double(), k)
-        assert_close(log_density[i].double(), slow_density, rtol=1e-5, atol=1e-6)
-        assert_close(delta[i].double(), slow_delta, rtol=1e-5, atol=1e-6)
+        assert_close(log_density[i].cpu().double(), slow_density, rtol=1e-5, atol=1e-6)
+        assert_close(delta[i].cpu().double(), slow_delta, rtol=1e-5, atol=1e-6)
+        assert parent[i].tolist() == slow_parent.tolist()
+
+
+def test_ties_in_bfloat16_go_to_the_smaller_index_and_the_denser_parent(tensor_cores):
+    """As in float64: 64 tokens at 3^4 positions."""
+    x = torch.randint(0, 3, (4, 64, 4), device=tensor_cores).bfloat16()
+    _, _, parent = clustr.density_peaks(x, 4, 11)
+    for i in range(4):
+        _, _, slow_parent = loop_density_peaks(x[i].cpu().double(), 4)
         assert parent[i].tolist() == slow_parent.tolist()
 
 
 @pytest.mark.parametrize("C", [64, 320, 512])
-@pytest.mark.usefixtures("tensor_cores")
-def test_copies_in_bfloat16_have_distance_zero(C):
-    x = F.layer_norm(torch.randn(2, 98, C), (C,)).bfloat16()
+def test_copies_in_bfloat16_have_distance_zero(C, tensor_cores):
+    """The cut-off bits of tensor cores count as rounding errors."""
+    x = F.layer_norm(torch.randn(2, 98, C), (C,)).bfloat16().to(tensor_cores)
     x[:, 50:] = x[:, :1].clone()
     log_density, delta, _ = clustr.density_peaks(x)
     assert log_density[:, 50:].count_nonzero() == 0
-    assert (delta[:, 50:] == 0).sum() == 2 * 48     # the densest is token 0
-
-
-@pytest.mark.parametrize("fill", ["identical", "half zero", "pairs", "huge"])
-@pytest.mark.usefixtures("tensor_cores")
-def test_density_peaks_in_bfloat16_of_odd_tokens_are_finite(fill):
-    x = torch.randn(2, 98, 6)
-    FINITE_FILLS[fill](x)
-    log_density, delta, _ = clustr.density_peaks(x.bfloat16())
-    assert log_density.isfinite().all()
-    assert delta.isfinite().all()
-
-
-@pytest.mark.parametrize("fill", ["nan", "inf", "overflow"])
-@pytest.mark.usefixtures("tensor_cores")
-def test_broken_tokens_in_bfloat16_give_valid_clusters(fill):
-    x = torch.randn(2, 98, 6)
-    BROKEN_FILLS[fill](x)
-    index = clustr.assign_clusters(*clustr.density_peaks(x.bfloat16()), 7)
-    assert_valid(index, 7)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the products are CUDA's")
-@pytest.mark.parametrize("C", [5, 64, 320])
-def test_cuda_products_in_bfloat16_match_the_cpu(C):
-    """Whole numbers, of which all sums are exact: the same distances, ties and parents."""
-    x = torch.randint(-8, 9, (3, 333, C)).bfloat16()
-    assert clustr.multiplies_bfloat16(x.cuda()) == (torch.__version__ >= "2.8")
-    expected = clustr.density_peaks(x.float())
-    peaks = clustr.density_peaks(x.cuda())
-    assert_close([values.cpu() for values in peaks], list(expected))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the products are CUDA's")
-@pytest.mark.parametrize("C", [64, 320, 512])
-def test_cuda_copies_in_bfloat16_have_distance_zero(C):
-    x = F.layer_norm(torch.randn(2, 98, C), (C,)).bfloat16().cuda()
-    x[:, 50:] = x[:, :1].clone()
-    log_density, _, _ = clustr.density_peaks(x)
-    assert log_density[:, 50:].count_nonzero() == 0
+    assert delta[:, 50:].count_nonzero() == 0
 
 
 def test_density_peaks_have_no_gradient():
@@ -428,6 +411,23 @@ def test_odd_and_broken_tokens_give_valid_clusters(fill, clusters, device):
     torch.full((10 ** 6,), -1, device=device)   # what uninitialised memory holds afterwards
     index = clustr.assign_clusters(*clustr.density_peaks(x), clusters)
     assert_valid(index, clusters)
+
+
+@pytest.mark.parametrize("fill", FINITE_FILLS.values(), ids=FINITE_FILLS)
+def test_density_peaks_in_bfloat16_of_odd_tokens_are_finite(fill, tensor_cores):
+    x = torch.randn(2, 98, 6, device=tensor_cores)
+    fill(x)
+    log_density, delta, _ = clustr.density_peaks(x.bfloat16())
+    assert log_density.isfinite().all()
+    assert delta.isfinite().all()
+
+
+@pytest.mark.parametrize("fill", BROKEN_FILLS.values(), ids=BROKEN_FILLS)
+def test_broken_tokens_in_bfloat16_give_valid_clusters(fill, tensor_cores):
+    x = torch.randn(2, 98, 6, device=tensor_cores)
+    fill(x)
+    index = clustr.assign_clusters(*clustr.density_peaks(x.bfloat16()), 7)
+    assert_valid(index, 7)
 
 
 @pytest.mark.parametrize("clusters", [0, 11])
