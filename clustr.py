@@ -93,7 +93,7 @@ def density_peaks(x, neighbours=5, chunk=160):
     The code computes distances twice, once per equation, and only `chunk` rows at a time, so that
     memory is O(B * chunk * N): see nearest_distances and nearest_before, after the factories. For
     Eq. 2 it sorts tokens by falling density, so that the denser tokens are those before a token.
-    A GPU multiplies bfloat16 tokens as they are, which is exact: see multiplies_bfloat16.
+    A GPU multiplies bfloat16 tokens as they are, exactly: see multiplies_bfloat16.
 
     Args:
         x: (B, N, C), tokens.
@@ -111,7 +111,7 @@ def density_peaks(x, neighbours=5, chunk=160):
     N = x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
         x, norm, scale = scaled_tokens(x)                                   # norm (B, N), |x_i|^2
-        rows, columns = extended_tokens(x, norm)                            # for similarities
+        rows, columns = extended_tokens(x, norm)                            # (B, N', C') each
         squared = nearest_distances(rows, columns, norm, min(neighbours, N), chunk)     # (B, N, k)
         log_density = -scale * squared.mean(2)                              # Eq. 1
 
