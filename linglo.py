@@ -198,7 +198,8 @@ class RPCPE(nn.Module):
     """Residual parallel conditional positional encoding (sec. 3.2, Fig. 2b).
 
     (B, H, W, C) -> the same: the sum of parallel 3x3 depth-wise convolutions, each with BatchNorm,
-    plus the input if `skip`. After `reparameterize` it is one convolution with bias.
+    plus the input if `skip`. With running statistics (evaluation, frozen BatchNorm) all of it is
+    linear and computed as one convolution; `reparameterize` keeps only that convolution.
     """
 
     def __init__(self, dim, branches, skip):
@@ -211,16 +212,22 @@ class RPCPE(nn.Module):
 
     def forward(self, x):
         x = x.permute(0, 3, 1, 2)                                       # (B, C, H, W), a view
-        y = x if self.skip else 0
-        for branch in self.branches:
-            y = y + branch(x)
+        if self.has_fixed_statistics():
+            weight, bias = self.fold()
+            y = F.conv2d(x, weight, bias, padding=1, groups=len(weight))
+        else:
+            y = x if self.skip else 0
+            for branch in self.branches:
+                y = y + branch(x)
         return y.permute(0, 2, 3, 1)                                    # (B, H, W, C)
 
-    @torch.no_grad()
-    def reparameterize(self):
-        """Fold branches, BatchNorm and skip connection into one convolution; idempotent."""
-        if isinstance(self.branches[0], nn.Conv2d):
-            return
+    def has_fixed_statistics(self):
+        """Whether there is BatchNorm, and in eval mode."""
+        branch = self.branches[0]
+        return isinstance(branch, nn.Sequential) and not branch[1].training
+
+    def fold(self):
+        """Branches, BatchNorm and skip connection as one kernel (C, 1, 3, 3) and bias (C,)."""
         weight = 0
         bias = 0
         for conv, norm in self.branches:
@@ -229,6 +236,14 @@ class RPCPE(nn.Module):
             bias = bias + norm.bias - norm.running_mean * scale                 # (C,)
         if self.skip:
             weight[:, :, 1, 1] += 1     # the identity as a kernel
+        return weight, bias
+
+    @torch.no_grad()
+    def reparameterize(self):
+        """Replace everything by the convolution of `fold`; idempotent."""
+        if isinstance(self.branches[0], nn.Conv2d):
+            return
+        weight, bias = self.fold()
         trainable = self.branches[0][0].weight.requires_grad
         dim = len(weight)
         folded = nn.utils.skip_init(nn.Conv2d, dim, dim, 3, padding=1, groups=dim)

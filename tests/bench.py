@@ -56,7 +56,7 @@ default, and for training also "reduce-overhead", which captures CUDA graphs. "w
 calls of one step that wait for the GPU, as far as torch's debug mode sees them. A row that fails
 gives the reason.
 
-Table. Multiply-adds of one 224-pixel image's forward in eval mode. "no products" is what runs
+Table. Multiply-adds of one 224-pixel image's forward in train mode. "no products" is what runs
 inside convolutions, linear layers and norms, where a norm costs what fvcore, the papers' usual
 counter, says: 5 per element of LayerNorm, 2 of BatchNorm. "all" adds every matrix product outside
 layers that torch's flop counter sees, halved since it counts 2 per multiply-add: attention,
@@ -806,7 +806,7 @@ def complexity(build, pixels=PIXELS):
     layers.
     """
     with torch.device("meta"):
-        model = build().eval()
+        model = build()
         image = torch.empty(1, 3, pixels, pixels)
     parameters = count_parameters(model)
     depths = [keep_one_block(stage) for stage in model.stages]

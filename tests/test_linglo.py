@@ -52,12 +52,15 @@ def loop_conv(conv, x):
 
 
 def loop_rpcpe(module, x):
-    """The input, if it is skipped, plus each branch with the statistics of the batch."""
+    """The input, if it is skipped, plus each branch, normalised as by BatchNorm."""
     y = x if module.skip else 0
     for conv, norm in module.branches:
         branch = loop_conv(conv, x)
-        mean = branch.mean((0, 1, 2))
-        variance = branch.var((0, 1, 2), correction=0)
+        mean = norm.running_mean
+        variance = norm.running_var
+        if norm.training:
+            mean = branch.mean((0, 1, 2))
+            variance = branch.var((0, 1, 2), correction=0)
         normalised = (branch - mean) / (variance + norm.eps).sqrt()
         y = y + normalised * norm.weight + norm.bias
     return y
@@ -169,9 +172,12 @@ def randomise(module):
 
 
 @pytest.mark.parametrize("cpe", linglo.CPE)
-def test_rpcpe_matches_loops(cpe, device):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_rpcpe_matches_loops(cpe, frozen, device):
     branches, skip = linglo.CPE[cpe]
     module = randomise(linglo.RPCPE(6, branches, skip)).to(device).double()
+    for _, norm in module.branches:
+        norm.train(not frozen)
     x = random_leaf(2, 4, 5, 6, device=device)
     assert_same(module(x), loop_rpcpe(module, x), [x, *module.parameters()])
 
