@@ -1510,9 +1510,9 @@ def describe_run(args, procs, model):
 
 
 def bar_intervals():
-    """tqdm's seconds between two writings of a bar: in a file few, where each is another line."""
+    """tqdm's options for the time between two writings of a bar, each a new line in a file."""
     seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
-    return dict(mininterval=seconds, maxinterval=max(seconds, 10))
+    return dict(mininterval=seconds, miniters=1)    # every update looks at the clock
 
 
 class RunLog:
