@@ -199,7 +199,8 @@ class RPCPE(nn.Module):
 
     (B, H, W, C) -> the same: the sum of parallel 3x3 depth-wise convolutions, each with BatchNorm,
     plus the input if `skip`. With running statistics (evaluation, frozen BatchNorm) all of it is
-    linear and computed as one convolution; `reparameterize` keeps only that convolution.
+    linear and computed as one convolution, without calling the branches; `reparameterize` keeps
+    only that convolution.
     """
 
     def __init__(self, dim, branches, skip):
@@ -222,20 +223,25 @@ class RPCPE(nn.Module):
         return y.permute(0, 2, 3, 1)                                    # (B, H, W, C)
 
     def has_fixed_statistics(self):
-        """Whether there is BatchNorm, and in eval mode."""
-        branch = self.branches[0]
-        return isinstance(branch, nn.Sequential) and not branch[1].training
+        """Whether every branch has BatchNorm that uses its running statistics."""
+        return all(
+            isinstance(branch, nn.Sequential) and not branch[1].training
+            for branch in self.branches
+        )
 
     def fold(self):
         """Branches, BatchNorm and skip connection as one kernel (C, 1, 3, 3) and bias (C,)."""
-        weight = 0
-        bias = 0
-        for conv, norm in self.branches:
-            scale = norm.weight * (norm.running_var + norm.eps).rsqrt()         # (C,)
-            weight = weight + conv.weight * scale[:, None, None, None]          # (C, 1, 3, 3)
-            bias = bias + norm.bias - norm.running_mean * scale                 # (C,)
+        convs, norms = zip(*self.branches)
+        kernels = torch.stack([conv.weight for conv in convs])          # (branches, C, 1, 3, 3)
+        mean = torch.stack([norm.running_mean for norm in norms])       # (branches, C)
+        variance = torch.stack([norm.running_var for norm in norms])
+        gain = torch.stack([norm.weight for norm in norms])
+        scale = gain * (variance + norms[0].eps).rsqrt()
+        weight = (kernels * scale[..., None, None, None]).sum(0)        # (C, 1, 3, 3)
+        bias = (torch.stack([norm.bias for norm in norms]) - mean * scale).sum(0)
         if self.skip:
-            weight[:, :, 1, 1] += 1     # the identity as a kernel
+            identity = F.pad(weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))     # as a kernel
+            weight = weight + identity
         return weight, bias
 
     @torch.no_grad()

@@ -191,13 +191,13 @@ def fold_neighbours(parts):
     Appendix E names fold as slow on GPUs; here it is nine shifted sums, with the same results.
     """
     B, rows, columns, _, C = parts.shape
-    if torch.compiler.is_compiling():   # inductor's time would grow as a power of nine updates
+    if torch.compiler.is_compiling():   # inductor takes minutes for nine updates of slices
         shifted = []
         for i in range(9):
             row, column = divmod(i, 3)
-            sides = (0, 0, column, 2 - column, row, 2 - row)
-            shifted.append(F.pad(parts[:, :, :, i], sides))             # (B, H' + 2, W' + 2, C)
-        return sum(shifted)[:, 1:-1, 1:-1]
+            sides = (0, 0, column - 1, 1 - column, row - 1, 1 - row)    # -1 crops
+            shifted.append(F.pad(parts[:, :, :, i], sides))             # (B, H', W', C)
+        return sum(shifted)
     total = parts.new_zeros(B, rows + 2, columns + 2, C)
     for i in range(9):
         row, column = divmod(i, 3)

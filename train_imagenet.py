@@ -1510,7 +1510,7 @@ def describe_run(args, procs, model):
 
 
 def bar_intervals():
-    """tqdm's options for the time between two writings of a bar, each a new line in a file."""
+    """tqdm's options for the time between two writings of a bar; a file keeps all of them."""
     seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     return dict(mininterval=seconds, miniters=1)    # every update looks at the clock
 
@@ -2228,9 +2228,12 @@ def show_progress(loader, batches, rank):
     batches: the lists of keys that the loader reads.
     """
     total = sum(map(len, batches))
-    delay = 0 if sys.stderr.isatty() else LOG_SECONDS
-    with tqdm(total=total, desc="testing", unit="img", leave=False, disable=rank > 0, delay=delay,
-              **bar_intervals()) as bar:
+    if sys.stderr.isatty():
+        place = dict(delay=0)
+    else:
+        place = dict(delay=LOG_SECONDS, position=0)     # no cursor moves to below another bar
+    with tqdm(total=total, desc="testing", unit="img", leave=False, disable=rank > 0,
+              **place, **bar_intervals()) as bar:
         for item, keys in zip(loader, batches):
             yield item
             bar.update(len(keys))

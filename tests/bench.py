@@ -23,17 +23,19 @@ assignment, score layers and FFN, so that outputs can agree. LinGlo's is written
 Plain modules get our weights, and before timing outputs and input gradients must agree in float64
 (float32 rounding can move a token to the next cluster). Ours and plain are then called in turn,
 A B A B, after a warm-up; the table has each one's median and the ratio of medians, plain / ours.
-"forward" is without gradient, in eval mode; "f+b" is forward and backward in train mode without
-stochastic depth. Layers see the stage shapes of 224-pixel images. Memory is that of f+b: on a GPU
-the peak above what was allocated before; on the CPU what the finished graph keeps for backward
-(distinct storages without parameters), a deterministic number. Layers without clustering are plain
-attention between matrix products, so little can be gained there.
+"forward" is without gradient, in eval mode, where our LinGlo folds its branches and the plain one
+does not; "f+b" is forward and backward in train mode without stochastic depth. Layers see the stage
+shapes of 224-pixel images. Memory is that of f+b: on a GPU the peak above what was allocated
+before; on the CPU what the finished graph keeps for backward (distinct storages without
+parameters), a deterministic number. Layers without clustering are plain attention between matrix
+products, so little can be gained there.
 
 Throughput. Repeated steps on one fixed batch for --seconds after a warm-up; a training step is
 forward, cross-entropy, backward and AdamW. On CUDA without and with torch.compile; on the CPU only
 the smallest variant of each file unless --models names others. FLOPs (2 per multiply-add) are
-counted on one image's forward, three times as many for training; "of matmul" is FLOPs/s over the
-rate of one large matrix product measured in the same run.
+counted on one image's forward, three times as many for training; LinGlo's inference, which folds
+its branches, has those of the deployed model. "of matmul" is FLOPs/s over the rate of one large
+matrix product measured in the same run.
 
 Scaling. Density peaks against one full distance matrix with top-k and a masked minimum; a layer of
 key-only attention against one of fused dot-product attention, and LinGlo-b0 with either.
@@ -778,7 +780,7 @@ REASONS = {  # why a value differs, by a pattern of column and model
         "the paper counts attention products as if all models had the reductions 64, 16, 4, 1; "
         "ours are 2.16, 4.80 and 7.49 then",
     r"(parameters|FLOPs) of secvit_[sb]":
-        "the paper prints the released model, in the row below",
+        "the paper's figure is that of the released model, in the row below",
     r"FLOPs of secvit_l.*":
         "18.1 fits neither model, nor the paper's detection table, whose growth from SecViT-B to "
         "-L agrees with ours",
@@ -869,11 +871,11 @@ def add_repeated_blocks(counts, depths):
 class TableRow(NamedTuple):
     """The models of one row of the table.
 
-    form: "", ", released" or ", deployed"; builds: a function per name; has_top_1: whether the
+    suffix: "", ", released" or ", deployed"; builds: a function per name; has_top_1: whether the
     paper's accuracies are theirs.
     """
     names: list
-    form: str
+    suffix: str
     builds: list
     has_top_1: bool
 
@@ -898,13 +900,15 @@ def table_rows():
 
 
 def row_title(row):
-    """"clustr_t/s/b", "secvit_t/s/b/l, released"."""
+    """Such as clustr_t/s/b or secvit_t/s/b/l, released."""
     sizes = [name.rpartition("_")[2] for name in row.names[1:]]
-    return "/".join([row.names[0], *sizes]) + row.form
+    return "/".join([row.names[0], *sizes]) + row.suffix
 
 
 def build_deployed(build):
-    return build().reparameterize()
+    """The model with LinGlo's branches folded; the other papers' models have none."""
+    model = build()
+    return model.reparameterize() if hasattr(model, "reparameterize") else model
 
 
 def matches(printed, values):
@@ -957,8 +961,8 @@ def table():
                   join_numbers(layers), join_numbers(everything), ", ".join(top_1))
         for name, paper, size in zip(row.names, papers, sizes):
             for column in different_columns(paper, size):
-                reason = reason_of(f"{column} of {name}{row.form}")
-                title = name + row.form.replace(",", "")
+                reason = reason_of(f"{column} of {name}{row.suffix}")
+                title = name + row.suffix.replace(",", "")
                 differences.setdefault((column, reason), []).append(title)
     print()
     for (column, reason), titles in differences.items():
@@ -1088,6 +1092,13 @@ def matmul_rate():
     return STEPS_PER_WAIT * 2 * size ** 3 / (1e-3 * ms)
 
 
+def step_flops(build, training):
+    """FLOPs of one image's step; LinGlo's inference is that of the deployed model."""
+    if training:
+        return 3 * 2 * complexity(build)[2]
+    return 2 * complexity(functools.partial(build_deployed, build))[2]
+
+
 def make_step(build, batch, compiled, training, mode="default"):
     """Build a model; returns a function that does one inference or training step with it.
 
@@ -1147,11 +1158,11 @@ def throughput(names, batch, seconds):
     builds = VARIANTS | {f"{name}_released": build for name, build in RELEASED.items()}
     compile_modes = (False, True) if CUDA else (False,)
     for name in names:
-        flops = 2 * complexity(builds[name])[2]
         for compiled, training in itertools.product(compile_modes, (False, True)):
+            flops = step_flops(builds[name], training)
             try:
                 speed, peak = measure_throughput(builds[name], batch, seconds, compiled, training)
-                fraction = speed * flops * (3 if training else 1) / rate
+                fraction = speed * flops / rate
                 cells = [f"{speed:.1f}", peak, f"{fraction:.1%}"]
             except RuntimeError as error:  # out of memory, for example
                 message = f"{type(error).__name__}: {error}".strip().splitlines()[0]
@@ -1616,7 +1627,7 @@ def measure_step(step, batch, seconds, flops=0, rate=0):
 
 
 def measure_variant(build, batch, seconds, rate, training, **options):
-    flops = 2 * complexity(build)[2] * (3 if training else 1)
+    flops = step_flops(build, training)
     step = make_step(build, batch, training=training, **options)
     return measure_step(step, batch, seconds, flops, rate)
 

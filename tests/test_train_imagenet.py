@@ -1341,10 +1341,15 @@ def test_an_evaluation_shows_a_bar(monkeypatch, stream, log_seconds, rank, shown
     assert bool(stderr.getvalue()) == shown
 
 
-@pytest.mark.parametrize("stream, seconds", [(Terminal, 0.1), (io.StringIO, 30)])
-def test_a_bar_in_a_file_is_written_rarely(monkeypatch, stream, seconds):
-    monkeypatch.setattr(sys, "stderr", stream())
-    assert train_imagenet.bar_intervals()["mininterval"] == seconds
+@pytest.mark.parametrize("log_seconds, writings", [(0, 101), (60, 1)])
+def test_a_bar_in_a_file_is_written_rarely(monkeypatch, log_seconds, writings):
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setattr(train_imagenet, "LOG_SECONDS", log_seconds)
+    bar = train_imagenet.tqdm(total=100, file=stderr, **train_imagenet.bar_intervals())
+    for _ in range(100):
+        bar.update(1)
+    assert stderr.getvalue().count("\r") == writings
 
 
 def predict(capsys, *arguments):
