@@ -93,7 +93,7 @@ def density_peaks(x, neighbours=5, chunk=160):
     The code computes distances twice, once per equation, and only `chunk` rows at a time, so that
     memory is O(B * chunk * N): see nearest_distances and nearest_before, after the factories. For
     Eq. 2 it sorts tokens by falling density, so that the denser tokens are those before a token.
-    A GPU multiplies bfloat16 tokens as they are, exactly: see multiplies_bfloat16.
+    A GPU multiplies bfloat16 tokens without converting them, see multiplies_bfloat16.
 
     Args:
         x: (B, N, C), tokens.
@@ -110,7 +110,7 @@ def density_peaks(x, neighbours=5, chunk=160):
         raise ValueError(f"neighbours = {neighbours}, chunk = {chunk}, expected at least 1")
     N = x.shape[1]
     with torch.autocast(x.device.type, enabled=False):
-        x, norm, scale = scaled_tokens(x)                                   # norm (B, N), |x_i|^2
+        x, norm, scale = tokens_and_norms(x)                                # norm (B, N), |x_i|^2
         rows, columns = extended_tokens(x, norm)                            # (B, N', C') each
         squared = nearest_distances(rows, columns, norm, min(neighbours, N), chunk)     # (B, N, k)
         log_density = -scale * squared.mean(2)                              # Eq. 1
@@ -118,8 +118,8 @@ def density_peaks(x, neighbours=5, chunk=160):
         order = log_density.sort(descending=True, stable=True).indices      # densest first
         rows, columns = gather_tokens(rows, columns, order)
         norm = norm.gather(1, order)
-        squared, sorted_parent = nearest_before(rows, columns, norm, min(chunk, N))     # Eq. 2
-        sorted_delta = (scale * squared).sqrt()
+        squared_delta, sorted_parent = nearest_before(rows, columns, norm, min(chunk, N))
+        sorted_delta = (scale * squared_delta).sqrt()                       # Eq. 2
     delta = torch.empty_like(norm).scatter_(1, order, sorted_delta)         # back to input order
     parent = torch.empty_like(order).scatter_(1, order, order.gather(1, sorted_parent))
     return log_density, delta, parent
@@ -550,8 +550,9 @@ GROUP = 14  # columns that `largest` reduces to their maximum; 224-pixel images 
 def rows_per_chunk(x):
     """Rows of distances at a time for x (B, N, C): 160, on a GPU more where they fit.
 
-    A GPU needs large products: about 2^26 entries, of more than 256 rows at most a quarter, since
-    half of the columns are left out for Eq. 2. A CPU needs products that stay in its caches.
+    A GPU needs large products: about 2^26 entries, at most a quarter of the rows if there are more
+    than 256, since half of the columns are left out for Eq. 2. A CPU needs products that stay in
+    its caches.
     """
     B, N, _ = x.shape
     if not x.is_cuda:
@@ -563,20 +564,23 @@ def rows_per_chunk(x):
 def multiplies_bfloat16(x):
     """Whether x is bfloat16 on a GPU whose torch.bmm returns float32: CUDA, torch from 2.8.
 
-    A product of two bfloat16 numbers is exact in float32, where tensor cores sum, so distances are
-    as exact as those of the same tokens in float32, and cheaper.
+    Such products are cheaper than those in float32. Products of two bfloat16 numbers are exact in
+    float32. Tensor cores sum them with errors around 1e-6 of |x|^2, in the tests' emulation up to
+    1e-5. The rounding of the tokens themselves changes distances by more, unless a channel with
+    the same large value in all tokens makes up nearly all of |x|^2.
     """
     if not x.is_cuda or x.dtype != torch.bfloat16 or torch.version.cuda is None:
         return False
     return "dtype" in torch.ops.aten.bmm.overloads()
 
 
-def scaled_tokens(x):
-    """Tokens to multiply, and what their squared distances are to be multiplied by.
+def tokens_and_norms(x):
+    """Tokens to multiply, their squared norms, and the factor that turns squared distances into
+    those of Eq. 1.
 
-    Distances are to be divided by sqrt(C), and tokens can be divided instead. Tokens multiplied in
-    bfloat16 stay as they are: divided or centred they would need more bits, and their rounding to
-    8 bits is larger than the errors that centring reduces.
+    Tokens are centred, which reduces rounding errors, and divided by sqrt(C), as distances are in
+    Eq. 1. Tokens multiplied in bfloat16 stay as they are: centred or divided they would have to be
+    rounded to 8 bits again, which usually costs more than centring gains.
     x (B, N, C) -> tokens (B, N, C), their squared norms (B, N), and the factor.
     """
     C = x.shape[2]
@@ -628,24 +632,28 @@ def similarities(rows, columns):
 def squared_distances(similarity, norm, rows):
     """d_ij^2 = |x_i|^2 - 2 s_ij. Rounding errors around 0 become 0, as for equal tokens.
 
-    Tensor cores add 8 or more channels at a time and cut off the last bits of each sum.
+    Tensor cores add 8 or more products at a time and truncate both the products and the sum. In
+    sums emulated as on an A100 and an H100 the errors for random LayerNorm-ed tokens are below
+    `rounding`; where one channel makes up most of |x|^2 they can be above it.
+    Args: similarity and norm, which broadcast; rows (B, N', C'), which were multiplied: their type
+    and number of channels determine the errors.
     """
     squared = torch.sub(norm, similarity, alpha=2)
-    sums = rows.shape[2] / 8 if rows.dtype == torch.bfloat16 else 0
-    rounding = (2 + sums) * torch.finfo(squared.dtype).eps * norm
+    truncated_sums = rows.shape[2] // 8 if rows.dtype == torch.bfloat16 else 0
+    rounding = (2 + truncated_sums) * torch.finfo(squared.dtype).eps * norm
     return squared.masked_fill_(squared < rounding, 0)
 
 
 def nearest_distances(rows, columns, norm, k, chunk):
     """Squared distances to the k nearest tokens: (B, N', C') twice, (B, N) -> (B, N, k)."""
     N = norm.shape[1]
-    nearest = []
+    highest = []
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
         similarity = similarities(rows[:, start:stop], columns)             # (B, R, N')
         similarity.diagonal(start, 1, 2).fill_(torch.inf)                   # d_ii is exactly 0
-        nearest.append(largest(similarity, k))                              # (B, R, k)
-    return squared_distances(torch.cat(nearest, 1), norm[..., None], rows)
+        highest.append(largest(similarity, k))                              # (B, R, k)
+    return squared_distances(torch.cat(highest, 1), norm[..., None], rows)
 
 
 def largest(rows, k):
@@ -656,9 +664,9 @@ def largest(rows, k):
     """
     groups = rows.unflatten(2, (GROUP, -1))                                 # (B, R, GROUP, N/GROUP)
     maxima = groups.amax(2)                                                 # (B, R, N/GROUP)
-    nearest = maxima.topk(min(k, maxima.shape[2]), sorted=False).indices
-    nearest = nearest[:, :, None].expand(-1, -1, GROUP, -1)                 # (B, R, GROUP, k)
-    candidates = groups.gather(3, nearest).flatten(2)                       # (B, R, GROUP*k)
+    chosen = maxima.topk(min(k, maxima.shape[2]), sorted=False).indices
+    chosen = chosen[:, :, None].expand(-1, -1, GROUP, -1)                   # (B, R, GROUP, k)
+    candidates = groups.gather(3, chosen).flatten(2)                        # (B, R, GROUP*k)
     return candidates.topk(k, sorted=False).values
 
 
@@ -681,21 +689,21 @@ def nearest_before(rows, columns, norm, chunk):
     """
     N = norm.shape[1]
     not_before = norm.new_full((chunk, chunk), -torch.inf).triu()
-    closest = []
+    highest = []
     position = []
     for start in range(0, N, chunk):
         stop = min(start + chunk, N)
         size = stop - start
         similarity = similarities(rows[:, start:stop], columns[:, :stop])   # (B, R, stop)
         similarity[:, :, start:] += not_before[:size, :size]
-        nearest = similarity.max(2)                                         # on ties the first
-        closest.append(nearest.values)
-        position.append(nearest.indices)
-    closest = torch.cat(closest, 1)
+        most_similar = similarity.max(2)                                    # on ties the first
+        highest.append(most_similar.values)
+        position.append(most_similar.indices)
+    highest = torch.cat(highest, 1)
     position = torch.cat(position, 1)
-    closest[:, 0] = similarities(rows[:, :1], columns).amin((1, 2))
+    highest[:, 0] = similarities(rows[:, :1], columns).amin((1, 2))         # largest distance
     position[:, 0] = 0
-    return squared_distances(closest, norm, rows), position
+    return squared_distances(highest, norm, rows), position
 
 
 # --------------------------------------------------------------------------------- released weights

@@ -218,7 +218,7 @@ def test_distances_of_near_duplicates_are_not_negative(device):
     assert (delta >= 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_density_peaks_run_in_float32_inside_autocast(dtype, device):
     x = torch.randn(2, 200, 16, device=device).to(dtype)
     expected = clustr.density_peaks(x.float())
@@ -227,24 +227,67 @@ def test_density_peaks_run_in_float32_inside_autocast(dtype, device):
     assert_close(peaks, expected)
 
 
-def emulated_similarities(rows, columns):
-    """As on tensor cores: exact products; sums of 8 of them at a time, cut off to 24 bits."""
-    total = 0
-    for i in range(0, rows.shape[2], 8):
-        total = total + rows[..., i:i + 8].double() @ columns[..., i:i + 8].double().mT
-        mantissa, exponent = total.frexp()
-        total = torch.ldexp((mantissa * 2 ** 24).trunc(), exponent - 24)
+def test_a_cpu_converts_bfloat16_tokens_to_float32_inside_autocast():
+    x = torch.randn(2, 200, 16).bfloat16()
+    expected = clustr.density_peaks(x.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        peaks = clustr.density_peaks(x)
+    assert_close(peaks, expected)
+
+
+def truncated(values, exponent, bits):
+    """Values rounded towards 0 to multiples of 2^(exponent - bits)."""
+    shift = bits - exponent
+    return torch.ldexp(torch.ldexp(values, shift).trunc(), -shift)
+
+
+def emulated_similarities(rows, columns, products_per_sum, extra_bits):
+    """As on tensor cores: exact products, several of which are added to the total at a time.
+
+    Before each addition all addends are truncated to the last bit of the largest one, which has 24
+    bits and `extra_bits`. After it the total is truncated to 24 bits.
+    """
+    B, R, channels = rows.shape
+    total = rows.new_zeros(B, R, columns.shape[1], dtype=torch.float64)
+    for start in range(0, channels, products_per_sum):
+        stop = start + products_per_sum
+        left = rows[:, :, None, start:stop].double()
+        right = columns[:, None, :, start:stop].double()
+        addends = torch.cat([total[..., None], left * right], 3)
+        _, exponent = addends.abs().amax(3, keepdim=True).frexp()
+        total = truncated(addends, exponent, 24 + extra_bits).sum(3)
+        _, exponent = total.frexp()
+        total = truncated(total, exponent, 24)
     return total.float()
 
 
-@pytest.fixture(params=["emulated", "cuda"] if torch.cuda.is_available() else ["emulated"])
+EMULATED = {  # products added at a time, extra bits
+    "A100-like": (8, 1),
+    "H100-like": (16, 2),
+}
+
+
+@pytest.fixture(params=[*EMULATED, "cuda"] if torch.cuda.is_available() else EMULATED)
 def tensor_cores(request, monkeypatch):
     """A device that multiplies bfloat16 tokens: a CPU that emulates tensor cores, or a GPU."""
     if request.param == "cuda":
         return torch.device("cuda")
+    products_per_sum, extra_bits = EMULATED[request.param]
+
+    def similarities(rows, columns):
+        return emulated_similarities(rows, columns, products_per_sum, extra_bits)
+
     monkeypatch.setattr(clustr, "multiplies_bfloat16", lambda x: x.dtype == torch.bfloat16)
-    monkeypatch.setattr(clustr, "similarities", emulated_similarities)
+    monkeypatch.setattr(clustr, "similarities", similarities)
     return torch.device("cpu")
+
+
+def test_density_peaks_in_bfloat16_are_the_same_inside_autocast(tensor_cores):
+    x = torch.randn(2, 50, 16, device=tensor_cores).bfloat16()
+    expected = clustr.density_peaks(x)
+    with torch.autocast(tensor_cores.type, torch.bfloat16):
+        peaks = clustr.density_peaks(x)
+    assert_close(peaks, expected)
 
 
 def test_bfloat16_pieces_are_exact():
@@ -255,9 +298,14 @@ def test_bfloat16_pieces_are_exact():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only CUDA has these products")
-def test_cuda_products_in_bfloat16_are_float32_sums():
-    rows = torch.randint(-8, 9, (3, 70, 328), device="cuda").bfloat16()
-    columns = torch.randint(-8, 9, (3, 50, 328), device="cuda").bfloat16()
+@pytest.mark.parametrize("B, R, N, channels", [
+    (1, 16, 16, 520),           # one block of results, for which cuBLAS may split the sum
+    (3, 70, 50, 328),
+    (8, 196, 196, 264),
+])
+def test_cuda_products_in_bfloat16_are_float32_sums(B, R, N, channels):
+    rows = torch.randint(-8, 9, (B, R, channels), device="cuda").bfloat16()
+    columns = torch.randint(-8, 9, (B, N, channels), device="cuda").bfloat16()
     if not clustr.multiplies_bfloat16(rows):
         pytest.skip("ROCm, or torch before 2.8")
     expected = torch.bmm(rows.double(), columns.double().mT)
@@ -269,7 +317,7 @@ def test_cuda_products_in_bfloat16_are_float32_sums():
     (3, 2, 5, 256), (37, 5, 5, 256), (50, 64, 1, 16), (70, 320, 5, 33),
 ])
 def test_density_peaks_in_bfloat16_match_loops(N, C, k, chunk, offset, tensor_cores):
-    """Around 100 the spacing of bfloat16 is 0.5: centring is not needed, the sums are exact."""
+    """Around 100 the spacing of bfloat16 is 0.5, so that float32 holds all sums exactly."""
     x = (offset + F.layer_norm(torch.randn(3, N, C), (C,))).bfloat16()
     log_density, delta, parent = clustr.density_peaks(x.to(tensor_cores), k, chunk)
     for i in range(3):
@@ -277,6 +325,18 @@ def test_density_peaks_in_bfloat16_match_loops(N, C, k, chunk, offset, tensor_co
         assert_close(log_density[i].cpu().double(), slow_density, rtol=1e-5, atol=1e-6)
         assert_close(delta[i].cpu().double(), slow_delta, rtol=1e-5, atol=1e-6)
         assert parent[i].tolist() == slow_parent.tolist()
+
+
+@pytest.mark.parametrize("C", [64, 320])
+def test_a_common_outlier_channel_in_bfloat16_costs_little(C, tensor_cores):
+    """Tokens are not centred: errors grow with their norm, of which one channel is 30^2."""
+    x = F.layer_norm(torch.randn(2, 70, C), (C,))
+    x[:, :, 3] = 30
+    x = x.bfloat16()
+    log_density, _, _ = clustr.density_peaks(x.to(tensor_cores))
+    for i in range(2):
+        slow_density, _, _ = loop_density_peaks(x[i].double(), 5)
+        assert_close(log_density[i].cpu().double(), slow_density, rtol=0, atol=2e-5)
 
 
 def test_ties_in_bfloat16_go_to_the_smaller_index_and_the_denser_parent(tensor_cores):
@@ -290,7 +350,7 @@ def test_ties_in_bfloat16_go_to_the_smaller_index_and_the_denser_parent(tensor_c
 
 @pytest.mark.parametrize("C", [64, 320, 512])
 def test_copies_in_bfloat16_have_distance_zero(C, tensor_cores):
-    """The cut-off bits of tensor cores count as rounding errors."""
+    """What tensor cores truncate counts as rounding errors."""
     x = F.layer_norm(torch.randn(2, 98, C), (C,)).bfloat16().to(tensor_cores)
     x[:, 50:] = x[:, :1].clone()
     log_density, delta, _ = clustr.density_peaks(x)
