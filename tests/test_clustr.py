@@ -349,9 +349,12 @@ def test_ties_in_bfloat16_go_to_the_smaller_index_and_the_denser_parent(tensor_c
 
 
 @pytest.mark.parametrize("C", [64, 320, 512])
-def test_copies_in_bfloat16_have_distance_zero(C, tensor_cores):
-    """What tensor cores truncate counts as rounding errors."""
-    x = F.layer_norm(torch.randn(2, 98, C), (C,)).bfloat16().to(tensor_cores)
+@pytest.mark.parametrize("outlier", [0, 30])
+def test_copies_in_bfloat16_have_distance_zero(C, outlier, tensor_cores):
+    """What tensor cores truncate counts as rounding errors, a common large channel included."""
+    x = F.layer_norm(torch.randn(2, 98, C), (C,))
+    x[:, :, 0] += outlier
+    x = x.bfloat16().to(tensor_cores)
     x[:, 50:] = x[:, :1].clone()
     log_density, delta, _ = clustr.density_peaks(x)
     assert log_density[:, 50:].count_nonzero() == 0
