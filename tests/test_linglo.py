@@ -172,12 +172,12 @@ def randomise(module):
 
 
 @pytest.mark.parametrize("cpe", linglo.CPE)
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [0, 1, 4])     # branches with running statistics
 def test_rpcpe_matches_loops(cpe, frozen, device):
     branches, skip = linglo.CPE[cpe]
     module = randomise(linglo.RPCPE(6, branches, skip)).to(device).double()
-    for _, norm in module.branches:
-        norm.train(not frozen)
+    for _, norm in module.branches[:frozen]:
+        norm.eval()
     x = random_leaf(2, 4, 5, 6, device=device)
     assert_same(module(x), loop_rpcpe(module, x), [x, *module.parameters()])
 
