@@ -1,9 +1,8 @@
 """Inductor, torch.compile's default backend, with dynamic=False as the README recommends on a CPU.
 
 Code generation and g++ take more than a second per kernel, and a whole model has dozens of kernels
-per size. Hence one block, of LinGlo only, which is the cheapest; the other models, three sizes and
-gradients take minutes and run by
-    EVERY_MODEL=1 python -m pytest tests/test_inductor.py
+per size. Hence one block of each model, and only on request, before a release:
+    EVERY_MODEL=1 python -m pytest tests/test_inductor.py       # 11 minutes on 2 cores
 """
 import os
 import shutil
@@ -49,14 +48,6 @@ def map_and_gradients(function, model, images):
     (x.flatten() @ torch.linspace(-1, 1, x.numel(), dtype=x.dtype)).backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     return x, gradients
-
-
-def test_inductor_equals_eager(compiler):
-    """The first of the sizes, which patches do not divide, without gradients."""
-    model = first_stage("linglo").eval()
-    images = torch.randn(2, 3, *SIZES[0], dtype=torch.float64)
-    with torch.no_grad():
-        assert_close(compiled_map(model)(images), model.forward_features(images))
 
 
 @takes_minutes
