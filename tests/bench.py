@@ -899,7 +899,7 @@ def table_rows():
     """A row per family; SecViT also as released, as its authors trained it, LinGlo deployed."""
     families = {}
     for name in VARIANTS:
-        family, _, size = name.rpartition("_")
+        family = name.rpartition("_")[0]
         families.setdefault(family, []).append(name)
     rows = []
     for family, names in families.items():
@@ -1039,9 +1039,7 @@ def printed_flops(factory, model, layers, everything):
 def ablation_builder(row):
     """A function that builds the model of a row of an ablation table."""
     build = functools.partial(VARIANTS[row.factory], **row.options)
-    if row.factory.startswith("linglo"):
-        return functools.partial(build_deployed, build)
-    return build
+    return functools.partial(build_deployed, build)
 
 
 def format_options(options):
