@@ -580,7 +580,7 @@ def tokens_and_norms(x):
     Tokens are centred, which reduces rounding errors, and divided by sqrt(C), as distances are in
     Eq. 1. Tokens multiplied in bfloat16 stay as they are: centred or divided they would have to be
     rounded to 8 bits again, which usually costs more than centring gains.
-    x (B, N, C) -> tokens (B, N, C), their squared norms (B, N), the factor for distances.
+    x (B, N, C) -> tokens (B, N, C), squared norms (B, N), and the factor for squared distances.
     """
     C = x.shape[2]
     if multiplies_bfloat16(x):
